@@ -1,0 +1,109 @@
+"""Every error that Delta raises, on one page.
+
+Two questions decide what happens to an error, so they are its type: whose is it, and will it pass by itself?
+A message is one sentence (or two) that says what is wrong and what to do next; it never holds a secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class DeltaError(Exception):
+    """Base of all of them. `exit_status` is what `deltactl` ends with."""
+
+    exit_status = 1
+
+
+# ── the user's: one sentence, nothing half-done ──────────────────────────────────────────────────────────────────
+
+
+class UsageError(DeltaError):
+    """A command, an option, `pipeline.yaml` or `processor.py` says something that cannot be meant."""
+
+    exit_status = 2
+
+
+class Problem(NamedTuple):
+    """One finding of a check: what was looked at (`source`, `sink cache`), what is wrong, and what to change."""
+
+    where: str
+    what: str
+    fix: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.fix}" if self.fix else f"{self.where}: {self.what}"
+
+
+class CheckFailed(DeltaError):
+    """Source, sinks or transport are not as the pipeline needs them; `problems` holds each finding."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("; ".join(str(problem) for problem in problems))
+        self.problems = tuple(problems)
+
+
+# ── transient: retried for ever, with backoff; nothing is dropped ────────────────────────────────────────────────
+
+
+class Transient(DeltaError):
+    """It will pass: unreachable, timed out, overloaded. The same call may be made again and must then be harmless.
+
+    `retry_after_s` is the other side's own wish, where it said one.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class SinkBusy(Transient):
+    """A sink is unreachable, timed out, or asked to slow down (429, 503, LOADING, not primary, …)."""
+
+
+class LookupBusy(Transient):
+    """A look-up's service is unreachable, timed out, or asked to slow down."""
+
+
+class SourceBusy(Transient):
+    """The source is unreachable, starting up or shutting down."""
+
+
+# ── permanent, one change: a dead letter ─────────────────────────────────────────────────────────────────────────
+
+
+class ProcessorError(DeltaError):
+    """The user's function raised, or returned what is not a document. The cause is chained."""
+
+
+class UndecodableChange(DeltaError):
+    """A change event does not fit the table's columns."""
+
+
+# ── permanent, systematic: the pipeline stops, says why, and drops nothing ───────────────────────────────────────
+
+
+class PipelineStopped(DeltaError):
+    """Going on would lose or spoil data; positions stay where they are."""
+
+
+class SinkRefused(PipelineStopped):
+    """A sink rejects everything: wrong credentials, no such database, a read-only replica, a full disk."""
+
+
+class TooManyDeadLetters(PipelineStopped):
+    """Changes become dead letters faster than the specification's limit."""
+
+
+class SlotMissing(PipelineStopped):
+    """The replication slot is gone or invalidated, so changes may have been lost."""
+
+
+class PipelineRunning(DeltaError):
+    """Something that needs a stopped pipeline was asked of a running one, or it was started twice."""
+
+
+class StaleStateStore(DeltaError):
+    """The state store was written by a newer Delta."""

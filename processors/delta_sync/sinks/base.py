@@ -1,0 +1,130 @@
+"""What a sink is. A new one is one file with one class, registered in the entry-point group `delta_sync.sinks`.
+
+A sink stores documents with versions, such that writes commute: whatever the order in which the same writes arrive,
+however often, in whatever batches and from however many processes at once, the store ends in the same state
+(`docs/guarantees.md`). `delta_sync.testing.contract` tests that; run it on every sink you write.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from delta_sync.changes import Key, Outcome, Write
+from delta_sync.errors import Problem
+from delta_sync.tables import Table
+
+
+class Options(BaseModel):
+    """Base of a sink's options: what `pipeline.yaml` may say beside `url`. Field descriptions become documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetOptions(Options):
+    """Base of what `pipeline.yaml` may say for one table in one sink (`tables: {public.movie: {cache: {…}}}`)."""
+
+
+class Stored(NamedTuple):
+    """What a sink holds for a key: the version and the document, or None for a deleted one's tombstone.
+
+    The document is as the store has it (JSON values, BSON values), without anything that Delta added to it.
+    """
+
+    version: int
+    document: dict[str, Any] | None
+
+
+class Target(NamedTuple):
+    """Where one table's documents go within a sink. Two tables of a pipeline never share one.
+
+    `place` is what the store calls it (a key template, a collection, an index); `settings` is the sink's own.
+    """
+
+    table: Table
+    place: str
+    settings: Any = None
+
+
+O = TypeVar("O", bound=Options)
+T = TypeVar("T", bound=TargetOptions)
+
+
+class Sink(ABC, Generic[O, T]):
+    """One derived store. Constructing it connects to nothing.
+
+    Every method may raise `SinkBusy` (transient: the worker calls it again with the same arguments, for ever) or
+    `SinkRefused` (systematic: the pipeline stops). Whatever else it raises is a defect and stops the pipeline, too.
+    Methods are called from several threads at once.
+    """
+
+    schemes: ClassVar[tuple[str, ...]]  # of the URLs it is for: ("redis", "rediss")
+    options_model: ClassVar[type[Options]] = Options
+    target_model: ClassVar[type[TargetOptions]] = TargetOptions
+
+    def __init__(self, name: str, url: str, options: O, tombstone_ttl_s: int) -> None:
+        """`url` has its secrets resolved. A delete's version is kept for `tombstone_ttl_s` seconds."""
+        self.name = name
+        self.url = url
+        self.options = options
+        self.tombstone_ttl_s = tombstone_ttl_s
+
+    @abstractmethod
+    def target(self, table: Table, options: T) -> Target:
+        """Return where the table's documents go. Pure: same arguments, same target, nothing is created.
+
+        Raises UsageError when the options do not fit the table, such as a key template that names no key column.
+        """
+
+    @abstractmethod
+    def check(self, targets: Sequence[Target]) -> list[Problem]:
+        """Return what has to change before documents can be written: reachable, version, privileges, what is there.
+
+        Writes nothing. An unreachable store is a problem, not an exception.
+        """
+
+    @abstractmethod
+    def prepare(self, target: Target) -> None:
+        """Create what the target needs (index, mapping, alias, TTL index). Idempotent; harmless to what exists."""
+
+    @abstractmethod
+    def apply(self, target: Target, writes: Sequence[Write]) -> list[Outcome]:
+        """Apply the writes, at most one per key, in as few round trips as the store allows; one outcome for each.
+
+        A write is applied when its version is at or above both the stored one (a document's or a tombstone's) and
+        the target's floor (`truncate`), else it is stale. When it returns, the store has acknowledged every write as
+        durably as it is configured to. When it raises, any of them may have been applied.
+        """
+
+    @abstractmethod
+    def truncate(self, target: Target, version: int) -> int:
+        """Delete everything older than `version` and keep out what comes later and is older; return how many went.
+
+        First the floor is recorded (max of the recorded one and `version`), then what is there is deleted, so that a
+        concurrent older write is either seen by the scan or sees the floor. Floors do not expire.
+        """
+
+    @abstractmethod
+    def read(self, target: Target, keys: Sequence[Key]) -> list[Stored | None]:
+        """Return what the store holds for each key; None when it holds neither a document nor a tombstone."""
+
+    @abstractmethod
+    def scan(self, target: Target) -> Iterator[list[tuple[str, int]]]:
+        """Yield, in batches, the id and version of every document (no tombstones) of the target.
+
+        Ids are as `id_of` writes them. What is written meanwhile may be missed or met twice.
+        """
+
+    @abstractmethod
+    def id_of(self, target: Target, key: Key) -> str:
+        """Return the id under which a key's document is stored, as text. Injective."""
+
+    @abstractmethod
+    def drop(self, target: Target) -> int:
+        """Delete all that Delta put there: documents, tombstones, floor, and what `prepare` created. Return how many documents."""
+
+    def close(self) -> None:
+        """Release connections. Idempotent."""
