@@ -38,7 +38,9 @@ class Column(NamedTuple):
     nullable: bool = True
     precision: int | None = None  # of Kind.DECIMAL, where the type declares one
     scale: int | None = None
-    in_log: bool = True  # False: the log does not carry it faithfully, so the row is read by key (generated, exotic types)
+    in_log: bool = (
+        True  # False: the log does not carry it faithfully, so the row is read by key (generated, exotic types)
+    )
     may_be_absent: bool = False  # True: an update that leaves it alone may omit it (TOAST)
 
 

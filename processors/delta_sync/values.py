@@ -71,7 +71,7 @@ def json_default(value: object) -> object:
     match value:
         case decimal.Decimal():
             return orjson.Fragment(decimal_text(value)) if value.is_finite() else None
-        case bytes() | bytearray() | memoryview():
+        case bytes() | bytearray():
             return base64.b64encode(value).decode()
         case Interval():
             return str(value)
@@ -89,5 +89,5 @@ JSON_OPTIONS = orjson.OPT_UTC_Z | orjson.OPT_PASSTHROUGH_SUBCLASS
 
 
 def to_json(value: object) -> bytes:
-    """Return a value as JSON: exact decimals, ISO 8601 dates (`Z` for UTC), base64 bytes; NaN and infinities are null."""
+    """Return a value as JSON: exact decimals, ISO 8601 dates (`Z` for UTC), base64 bytes; NaN and infinity: null."""
     return orjson.dumps(value, json_default, JSON_OPTIONS)

@@ -21,7 +21,7 @@ def version_of(epoch: int, position: int) -> int:
 
 
 def dump_version(epoch: int, claim: int) -> int:
-    """Return the version of a row that was read with a claim: just below every change that the claim leaves to the log."""
+    """Return the version of a row read with a claim: just below all changes that the claim leaves to the log."""
     return version_of(epoch, claim - 1)
 
 

@@ -49,11 +49,11 @@ class Target(NamedTuple):
     settings: Any = None
 
 
-O = TypeVar("O", bound=Options)
-T = TypeVar("T", bound=TargetOptions)
+OptionsT = TypeVar("OptionsT", bound=Options)
+TargetOptionsT = TypeVar("TargetOptionsT", bound=TargetOptions)
 
 
-class Sink(ABC, Generic[O, T]):
+class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
     """One derived store. Constructing it connects to nothing.
 
     Every method may raise `SinkBusy` (transient: the worker calls it again with the same arguments, for ever) or
@@ -65,7 +65,7 @@ class Sink(ABC, Generic[O, T]):
     options_model: ClassVar[type[Options]] = Options
     target_model: ClassVar[type[TargetOptions]] = TargetOptions
 
-    def __init__(self, name: str, url: str, options: O, tombstone_ttl_s: int) -> None:
+    def __init__(self, name: str, url: str, options: OptionsT, tombstone_ttl_s: int) -> None:
         """`url` has its secrets resolved. A delete's version is kept for `tombstone_ttl_s` seconds."""
         self.name = name
         self.url = url
@@ -73,7 +73,7 @@ class Sink(ABC, Generic[O, T]):
         self.tombstone_ttl_s = tombstone_ttl_s
 
     @abstractmethod
-    def target(self, table: Table, options: T) -> Target:
+    def target(self, table: Table, options: TargetOptionsT) -> Target:
         """Return where the table's documents go. Pure: same arguments, same target, nothing is created.
 
         Raises UsageError when the options do not fit the table, such as a key template that names no key column.
@@ -124,7 +124,7 @@ class Sink(ABC, Generic[O, T]):
 
     @abstractmethod
     def drop(self, target: Target) -> int:
-        """Delete all that Delta put there: documents, tombstones, floor, and what `prepare` created. Return how many documents."""
+        """Delete all that Delta put there, what `prepare` created included. Return how many documents there were."""
 
     def close(self) -> None:
         """Release connections. Idempotent."""

@@ -1,0 +1,286 @@
+"""The specification: `pipeline.yaml`, reviewed and kept in git, and all that Delta needs to know about a pipeline.
+
+Everything else in the pipeline's folder follows from it (`connector.json`) or is the user's (`processor.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from delta_sync.errors import UsageError
+from delta_sync.secrets import has_reference, literal_password
+
+SPEC_FILE = "pipeline.yaml"
+PROCESSOR_FILE = "processor.py"
+CONNECTOR_FILE = "connector.json"
+
+NAME_PATTERN = (
+    r"^[a-z][a-z0-9_]{0,39}$"  # 40: a slot's name is 63 bytes at most, and has a prefix and room for a suffix
+)
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$")
+
+
+def parse_duration_s(value: object) -> float:
+    """Return seconds of `10m`, `1.5s`, `7d` or a plain number of seconds. Raises ValueError."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    match = _DURATION.match(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{value!r} is not a duration; write it like 500ms, 30s, 10m, 12h or 7d")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in its largest whole unit, as `parse_duration_s` reads it."""
+    for unit in ("d", "h", "m", "s", "ms"):
+        count = seconds / _UNITS_S[unit]
+        if count >= 1 and abs(count - round(count)) < 1e-9:
+            return f"{round(count)}{unit}"
+    return f"{seconds}s"
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration_s),
+    PlainSerializer(format_duration),
+    WithJsonSchema({"type": ["string", "number"], "pattern": _DURATION.pattern, "examples": ["30s", "10m", "7d"]}),
+]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSpec(_Model):
+    """The database that is the source of truth."""
+
+    url: str = Field(description="postgresql://user@host:port/database, without the password.")
+    password: str | None = Field(default=None, description="A reference: ${env:NAME} or ${file:/path}.")
+    slot: str | None = Field(
+        default=None, pattern=r"^[a-z0-9_]{1,63}$", description="Replication slot; default delta_<name>."
+    )
+    publication: str | None = Field(
+        default=None, min_length=1, max_length=63, description="Publication; default delta_<name>."
+    )
+    heartbeat: Duration = Field(
+        default=1.0,
+        gt=0,
+        description="How often a heartbeat goes through the log (pg_logical_emit_message: no table is written). "
+        "It lets the slot advance while the tables rest, and it measures the lag.",
+    )
+
+    @field_validator("password")
+    @classmethod
+    def _reference(cls, value: str | None) -> str | None:
+        return _must_refer(value, "source.password")
+
+    @field_validator("url")
+    @classmethod
+    def _no_password(cls, value: str) -> str:
+        if literal_password(value):
+            raise ValueError(
+                "source.url spells out a password; move it to source.password as ${env:NAME} or ${file:/path}"
+            )
+        return value
+
+    @property
+    def kind(self) -> str:
+        """`postgresql`, `mysql` or `mariadb`: the URL's scheme, in its canonical form."""
+        scheme = urlsplit(self.url).scheme
+        return {"postgres": "postgresql"}.get(scheme, scheme)
+
+
+class TableSpec(_Model):
+    """One table of the source."""
+
+    sinks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Options of this table in a sink, by the sink's name, such as {cache: {key: 'movie:{id}'}}.",
+    )
+
+
+class SinkSpec(BaseModel):
+    """One derived store. Beside `url` it may have the options of its kind."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    url: str = Field(description="Where the store is; a password in it must be a reference.")
+
+    @model_validator(mode="after")
+    def _secrets_are_references(self) -> SinkSpec:
+        if literal_password(self.url):
+            raise ValueError("the sink's url spells out a password; write it as ${env:NAME} or ${file:/path}")
+        for name, value in self.options.items():
+            if name in _SECRET_OPTIONS:
+                _must_refer(value, name)
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options beside `url`, not validated yet: the sink's own model does that."""
+        return dict(self.model_extra or {})
+
+
+_SECRET_OPTIONS = frozenset({"password", "api_key", "token", "secret"})
+
+
+class ErrorSpec(_Model):
+    """When a pipeline stops instead of going on."""
+
+    max_dead_letters_per_minute: int = Field(
+        default=100,
+        ge=0,
+        description="More dead letters than this within a minute stop the pipeline; positions stay where they are.",
+    )
+
+
+class LoadSpec(_Model):
+    """How rows that are already in the source are read."""
+
+    chunk_rows: int = Field(default=10_000, ge=1, le=1_000_000, description="Rows read in one snapshot.")
+    chunk_bytes: int = Field(
+        default=16 << 20, ge=1024, description="A chunk ends early when its rows have this many bytes."
+    )
+
+
+class PipelineSpec(_Model):
+    """A pipeline: a source, its tables, a processor, sinks, a transport."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="Lower-case letters, digits and underscores.")
+    source: SourceSpec
+    tables: dict[str, TableSpec] = Field(min_length=1, description="By schema.table.")
+    sinks: dict[str, SinkSpec] = Field(min_length=1, description="By a name of yours: what processors write `to`.")
+    transport: Literal["embedded", "kafka"] = "embedded"
+    state: str = Field(
+        default="sqlite:///state.db",
+        description="The state store, as an SQLAlchemy URL; SQLite paths are relative to this file.",
+    )
+    tombstone_ttl: Duration = Field(
+        default=7 * 86400.0,
+        ge=3600,
+        description="How long a delete's version is kept; must exceed the longest dump and dead_letter_ttl.",
+    )
+    dead_letter_ttl: Duration = Field(
+        default=3 * 86400.0, gt=0, description="How long dead letters are kept; must be below tombstone_ttl."
+    )
+    errors: ErrorSpec = ErrorSpec()
+    load: LoadSpec = LoadSpec()
+    connector: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="Debezium options to add or change, by Debezium's names."
+    )
+
+    @field_validator("tables", mode="before")
+    @classmethod
+    def _bare_tables(cls, value: object) -> object:
+        """`public.movie:` without anything behind it is a table without options."""
+        if isinstance(value, dict):
+            return {name: {} if table is None else table for name, table in value.items()}  # pyright: ignore[reportUnknownVariableType] -- from YAML
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PipelineSpec:
+        for name in self.sinks:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                raise ValueError(f"sink name {name!r} must be lower-case letters, digits and underscores")
+        for table_name, table in self.tables.items():
+            if "." not in table_name.strip("."):
+                raise ValueError(
+                    f"table {table_name!r} must be given with its schema, as public.{table_name.strip('.')}"
+                )
+            for sink in table.sinks:
+                if sink not in self.sinks:
+                    raise ValueError(
+                        f"table {table_name} has options for sink {sink!r}, but the sinks are {', '.join(self.sinks)}"
+                    )
+        if self.dead_letter_ttl >= self.tombstone_ttl:
+            raise ValueError("dead_letter_ttl must be below tombstone_ttl, or a replay could bring a deleted row back")
+        return self
+
+    @property
+    def slot(self) -> str:
+        """The replication slot's name."""
+        return self.source.slot or f"delta_{self.name}"
+
+    @property
+    def publication(self) -> str:
+        """The publication's name."""
+        return self.source.publication or f"delta_{self.name}"
+
+    @property
+    def heartbeat_prefix(self) -> str:
+        """The prefix of the logical messages that this pipeline's heartbeats are."""
+        return f"delta.{self.name}"
+
+
+def _must_refer(value: object, where: str) -> str | None:
+    if value is None or (isinstance(value, str) and has_reference(value)):
+        return value
+    raise ValueError(f"{where} must be a reference, ${{env:NAME}} or ${{file:/path}}, never the secret itself")
+
+
+def parse_spec(text: str, where: str) -> PipelineSpec:
+    """Return the specification that a YAML text holds. Raises UsageError: a sentence per mistake, naming `where`."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{where}{line} is not YAML: {getattr(error, 'problem', None) or error}.") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{where} must hold a mapping with name, source, tables and sinks.")
+    return spec_from(data, where)  # pyright: ignore[reportUnknownArgumentType] -- validated there
+
+
+def spec_from(data: Mapping[str, Any], where: str) -> PipelineSpec:
+    """Return the specification that a mapping describes. Raises UsageError."""
+    try:
+        return PipelineSpec.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(validation_sentences(error, where)) from error
+
+
+def validation_sentences(error: ValidationError, where: str) -> str:
+    """Return one sentence for each mistake that pydantic found, without quoting values (one could be a secret)."""
+    sentences: list[str] = []
+    for detail in error.errors(include_url=False, include_input=False):
+        place = ".".join(str(part) for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        sentences.append(f"{where}: {place + ': ' if place else ''}{message}.")
+    return "\n".join(sentences)
+
+
+def load_spec(folder: Path) -> PipelineSpec:
+    """Read `pipeline.yaml` of a pipeline's folder. Raises UsageError when it is missing or wrong."""
+    path = folder / SPEC_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"There is no {path}; `deltactl pipeline create` writes one.") from None
+    spec = parse_spec(text, str(path))
+    if spec.name != folder.name:
+        raise UsageError(f"{path}: name is {spec.name!r}, but the folder is {folder.name!r}; they must be the same.")
+    return spec
+
+
+def dump_spec(spec: PipelineSpec) -> str:
+    """Return the YAML of a specification, without what has its default. Same specification, same text."""
+    data = spec.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
