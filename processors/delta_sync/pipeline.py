@@ -1,0 +1,211 @@
+"""What users write: a `Pipeline`, its tables and its look-ups. Declarations only; the worker does the rest.
+
+    movies = Pipeline("movies")
+
+    @movies.lookup(batch=500, ttl="10m")
+    def ratings(movie_ids): ...
+
+    @movies.table("public.movie", to=["cache"], enrich={"rating": ratings.by("id")})
+    def movie(row, rating): ...
+
+A mistake is an error at import, with the line of the function that it is about. What can be known only from the
+specification (which sinks and tables there are) is checked too, when `pipeline.yaml` lies beside the file.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from delta_sync.errors import UsageError
+from delta_sync.spec import SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
+from delta_sync.values import Document
+
+ProcessorFunction = Callable[..., Document | None]
+LookupFunction = Callable[[list[Any]], Mapping[Any, Any]]
+FunctionT = TypeVar("FunctionT", bound=ProcessorFunction)
+
+
+class Lookup:
+    """A declared look-up: a batched call to a service, and how the worker is to make it."""
+
+    def __init__(
+        self,
+        function: LookupFunction,
+        *,
+        batch: int,
+        ttl_s: float,
+        cache_size: int,
+        timeout_s: float,
+        concurrency: int,
+    ) -> None:
+        self.function = function
+        self.name = function.__name__
+        self.batch = batch
+        self.ttl_s = ttl_s
+        self.cache_size = cache_size
+        self.timeout_s = timeout_s
+        self.concurrency = concurrency
+
+    def by(self, column: str) -> Enrichment:
+        """Return the enrichment that asks this look-up with the value of `column` (not asked when that is None)."""
+        return Enrichment(self, column)
+
+    def __call__(self, keys: list[Any]) -> Mapping[Any, Any]:
+        """Call the function itself, as a test of it would."""
+        return self.function(keys)
+
+
+class Enrichment(NamedTuple):
+    """An argument of a processor that a look-up fills: its answer for the row's `column`, or None."""
+
+    lookup: Lookup
+    column: str
+
+
+class TableProcessor(NamedTuple):
+    """A declared table: the function from its rows to documents, and where those go."""
+
+    table: str
+    function: ProcessorFunction
+    to: tuple[str, ...]
+    enrich: Mapping[str, Enrichment]
+
+
+class Pipeline:
+    """The declarations of one pipeline. `name` is the specification's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tables: dict[str, TableProcessor] = {}
+        self.lookups: dict[str, Lookup] = {}
+
+    def table(
+        self, table: str, *, to: Sequence[str] | None = None, enrich: Mapping[str, Enrichment] | None = None
+    ) -> Callable[[FunctionT], FunctionT]:
+        """Declare the function that turns a row of `table` (`schema.name`) into a document, or None to leave it out.
+
+        The function is called with the row, a dict that it may keep and change, and, by name, with each value of
+        `enrich`. It must depend on nothing else: it runs again whenever a row is read again. `to` names sinks of the
+        specification; without it the documents go to all of them.
+
+        Raises UsageError: unknown sink or table, table declared twice, arguments that do not match `enrich`.
+        """
+
+        def declare(function: FunctionT) -> FunctionT:
+            where = _where(function)
+            if isinstance(to, str):
+                raise UsageError(f'{where}: `to` takes a list of sinks; write to=["{to}"].')
+            if table in self.tables:
+                raise UsageError(
+                    f"{where}: table {table} is declared twice, before in {_where(self.tables[table].function)}."
+                )
+            enrichments = dict(enrich or {})
+            for name, enrichment in enrichments.items():
+                if not isinstance(enrichment, Enrichment):  # pyright: ignore[reportUnnecessaryIsInstance] -- users need not type-check
+                    raise UsageError(f'{where}: enrich={{"{name}": …}} takes `lookup.by("column")`.')
+            _check_signature(function, where, enrichments)
+            spec = _spec_beside(function)
+            if spec is not None:
+                _check_against(spec, self.name, table, to or (), where)
+            self.tables[table] = TableProcessor(table, function, tuple(to or ()), enrichments)
+            return function
+
+        return declare
+
+    def lookup(
+        self,
+        *,
+        batch: int = 500,
+        ttl: str | float = "10m",
+        cache_size: int = 100_000,
+        timeout: str | float = "10s",
+        concurrency: int = 4,
+    ) -> Callable[[LookupFunction], Lookup]:
+        """Declare a batched call to a service: a list of distinct keys in, a mapping from key to answer out.
+
+        A key without an answer is None for the processor. The worker calls it with at most `batch` keys, at most
+        `concurrency` times at once, from several threads; it caches answers (missing ones too) for `ttl`, at most
+        `cache_size` of them, and repeats a call that fails in transit or takes longer than `timeout`.
+
+        Raises UsageError: a look-up of that name exists, a wrong signature, a limit that is not above 0.
+        """
+
+        def declare(function: LookupFunction) -> Lookup:
+            where = _where(function)
+            name = function.__name__
+            if name in self.lookups:
+                raise UsageError(f"{where}: look-up {name} is declared twice.")
+            if len(_positional(function)) != 1:
+                raise UsageError(f"{where}: a look-up takes one argument, the list of keys.")
+            try:
+                ttl_s, timeout_s = parse_duration_s(ttl), parse_duration_s(timeout)
+            except ValueError as error:
+                raise UsageError(f"{where}: {error}.") from None
+            if min(batch, cache_size, concurrency) < 1 or timeout_s <= 0 or ttl_s < 0:
+                raise UsageError(f"{where}: batch, cache_size, concurrency and timeout must be above 0.")
+            declared = Lookup(
+                function,
+                batch=batch,
+                ttl_s=ttl_s,
+                cache_size=cache_size,
+                timeout_s=timeout_s,
+                concurrency=concurrency,
+            )
+            self.lookups[name] = declared
+            return declared
+
+        return declare
+
+
+def _where(function: Callable[..., object]) -> str:
+    """`processor.py line 12 (movie)`: where a function is, as a message names it."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    name = getattr(function, "__name__", repr(function))
+    return f"{Path(code.co_filename).name} line {code.co_firstlineno} ({name})" if code else name
+
+
+def _positional(function: Callable[..., object]) -> list[inspect.Parameter]:
+    """Return the parameters that a call by position must fill."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+
+
+def _check_signature(function: ProcessorFunction, where: str, enrich: Mapping[str, Enrichment]) -> None:
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise UsageError(f"{where}: a processor is a plain function; it returns a document or None.")
+    try:
+        inspect.signature(function).bind({}, **dict.fromkeys(enrich))
+    except TypeError as error:
+        expected = ", ".join(["row", *enrich])
+        raise UsageError(f"{where}: it must take ({expected}), as `enrich` says, but {error}.") from None
+
+
+def _spec_beside(function: Callable[..., object]) -> PipelineSpec | None:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    folder = Path(code.co_filename).resolve().parent if code else None
+    return load_spec(folder) if folder is not None and (folder / SPEC_FILE).is_file() else None
+
+
+def _check_against(spec: PipelineSpec, name: str, table: str, to: Iterable[str], where: str) -> None:
+    if spec.name != name:
+        raise UsageError(f"{where}: Pipeline({name!r}), but {SPEC_FILE} is of {spec.name!r}; they must be the same.")
+    if table not in spec.tables:
+        raise UsageError(f"{where}: table {table!r} is not in {SPEC_FILE}, which has {', '.join(spec.tables)}.")
+    for sink in to:
+        if sink not in spec.sinks:
+            raise UsageError(f"{where}: there is no sink {sink!r} in {SPEC_FILE}, which has {', '.join(spec.sinks)}.")
+
+
+def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
+    """Raise UsageError unless pipeline and specification name the same tables and sinks."""
+    for table, processor in pipeline.tables.items():
+        _check_against(spec, pipeline.name, table, processor.to, _where(processor.function))
+    for table in spec.tables:
+        if table not in pipeline.tables:
+            raise UsageError(
+                f'{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one.'
+            )
