@@ -1,0 +1,171 @@
+"""Connecting to PostgreSQL, and one sentence for each way in which that fails."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from delta_sync.errors import CheckFailed, Problem, SourceBusy, UsageError
+from delta_sync.secrets import redact, resolve, resolve_url
+from delta_sync.spec import SourceSpec
+
+CONNECT_TIMEOUT_S = 10  # a firewall that drops packets must not look like a hung command
+DEFAULT_PORT = 5432
+
+
+class Server(NamedTuple):
+    """Whom an error message is about."""
+
+    user: str
+    host: str
+    port: int
+    database: str
+
+
+def server_of(source: SourceSpec) -> Server:
+    """Return what a source's URL names. Raises UsageError when its port is no number."""
+    parts = urlsplit(source.url)
+    try:
+        port = parts.port or DEFAULT_PORT
+    except ValueError:
+        raise UsageError("source.url: the port must be a number between 1 and 65535.") from None
+    user = parts.username or ""
+    return Server(user, parts.hostname or "localhost", port, parts.path.lstrip("/") or user)
+
+
+def connect(source: SourceSpec, application_name: str = "delta") -> psycopg.Connection:
+    """Return an autocommit connection to a source.
+
+    Raises SourceBusy when it will pass by itself (refused, starting, too many connections), CheckFailed when somebody
+    has to change something (password, database, TLS), and UsageError when the URL or a reference is wrong.
+    """
+    if source.kind != "postgresql":
+        raise UsageError(
+            f"source.url: {source.kind or 'no scheme'}:// is not a source that Delta knows; it reads postgresql://."
+        )
+    server = server_of(source)
+    password = None if source.password is None else resolve(source.password)
+    try:
+        return psycopg.connect(
+            make_conninfo(
+                resolve_url(source.url),
+                password=password,
+                connect_timeout=CONNECT_TIMEOUT_S,
+                application_name=application_name,
+            ),
+            autocommit=True,
+        )
+    except psycopg.OperationalError as error:
+        problem, passing = explain(str(error), server)
+        if passing:
+            raise SourceBusy(str(problem)) from error
+        raise CheckFailed([problem]) from error
+    except psycopg.ProgrammingError as error:
+        raise UsageError(f"source.url: {redact(_first_line(str(error)))}.") from error
+
+
+def explain(message: str, server: Server) -> tuple[Problem, bool]:
+    """Return what libpq's message means and what to change, and whether it will pass by itself.
+
+    Pure. libpq gives no error codes for a connection that fails, so its (untranslated) texts are all there is; a
+    text that is not known is handed on as it is.
+    """
+    names = server._asdict()
+    for pattern, what, fix, passing in _MEANINGS:
+        if re.search(pattern, message, re.IGNORECASE):
+            return Problem("source", what.format(**names), fix.format(**names)), passing
+    said = redact(_first_line(message))
+    return Problem("source", f"cannot connect to {server.host}:{server.port}: {said}", "correct source.url"), False
+
+
+def _first_line(message: str) -> str:
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else "no reason given"
+
+
+# (pattern, what, fix, will it pass by itself?), most specific first.
+_MEANINGS: tuple[tuple[str, str, str, bool], ...] = (
+    (
+        r"password authentication failed|SCRAM",
+        "the password of role {user} is wrong, or there is no such role",
+        "correct the password, or type: ALTER ROLE {user} PASSWORD '…'",
+        False,
+    ),
+    (
+        r"no password supplied",
+        "{host}:{port} wants a password for role {user}, and none is given",
+        "set source.password to a reference such as ${{env:SOURCE_PASSWORD}}",
+        False,
+    ),
+    (r'role ".*" does not exist', "there is no role {user} on {host}:{port}", "correct the user in source.url", False),
+    (
+        r'database ".*" does not exist',
+        "there is no database {database} on {host}:{port}",
+        "correct the database in source.url",
+        False,
+    ),
+    (
+        r"permission denied for database",
+        "role {user} may not connect to database {database}",
+        "type: GRANT CONNECT ON DATABASE {database} TO {user}",
+        False,
+    ),
+    (
+        r"no pg_hba\.conf entry",
+        "pg_hba.conf on {host} does not let role {user} connect to database {database} from this machine",
+        "add a line for it there (and with sslmode=require in the URL, if the line says hostssl)",
+        False,
+    ),
+    (
+        r"server does not support SSL",
+        "{host}:{port} does not offer TLS, but sslmode in source.url demands it",
+        "switch TLS on there, or take sslmode out of the URL",
+        False,
+    ),
+    (
+        r"certificate|SSL error|sslrootcert|sslmode",
+        "TLS with {host}:{port} fails, because its certificate cannot be verified",
+        "name the authority's file with sslrootcert=… in source.url, or correct sslmode",
+        False,
+    ),
+    (
+        r"resolve host|could not translate host name|Name or service not known|nodename nor servname",
+        "there is no host {host}",
+        "correct the host in source.url",
+        False,
+    ),
+    (
+        r"Connection refused|No such file or directory",
+        "nothing listens on {host}:{port}",
+        "start PostgreSQL there, or correct host and port in source.url",
+        True,
+    ),
+    (
+        r"timeout expired|timed out|No route to host|Network is unreachable",
+        "{host}:{port} does not answer",
+        "look whether the host is up and a firewall lets this machine through",
+        True,
+    ),
+    (
+        r"starting up|shutting down|in recovery mode|not yet accepting connections",
+        "PostgreSQL on {host}:{port} is starting up or shutting down",
+        "wait until it accepts connections",
+        True,
+    ),
+    (
+        r"too many clients|too many connections|connection slots are reserved",
+        "PostgreSQL on {host}:{port} has no connection left",
+        "raise max_connections, or end connections that nobody needs",
+        True,
+    ),
+    (
+        r"invalid response to SSL|server closed the connection unexpectedly|expected authentication request",
+        "something answers on {host}:{port}, but it does not speak PostgreSQL's protocol",
+        "correct host and port in source.url",
+        False,
+    ),
+)
