@@ -46,6 +46,14 @@ def decimal_text(value: decimal.Decimal) -> str:
     return format(value, "f")
 
 
+def _plain_text(value: decimal.Decimal) -> str:
+    """Return a finite decimal without trailing zeros. `normalize()` would round what has more than 28 digits."""
+    text = decimal_text(value)
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
 def scalar_text(value: object) -> str:
     """Return one value as text for an id. Equal keys of a source give equal text (1.0 and 1.00 are one numeric key)."""
     match value:
@@ -54,7 +62,7 @@ def scalar_text(value: object) -> str:
         case bool():
             return "true" if value else "false"
         case decimal.Decimal():
-            return decimal_text(value.normalize()) if value.is_finite() else str(value)
+            return _plain_text(value) if value.is_finite() else str(value)
         case bytes():
             return value.hex()
         case dt.datetime() | dt.date() | dt.time():

@@ -17,6 +17,8 @@ from delta_sync.changes import Key, Outcome, Write
 from delta_sync.errors import Problem
 from delta_sync.tables import Table
 
+VERSION_FIELD = "_version"  # where a store without versions of its own keeps it in a document; no document may have it
+
 
 class Options(BaseModel):
     """Base of a sink's options: what `pipeline.yaml` may say beside `url`. Field descriptions become documentation."""
