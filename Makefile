@@ -1,0 +1,58 @@
+# `make test` is all there is to know; it works from a fresh clone with Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export DELTA_JARS ?= $(CURDIR)/.cache/jars
+
+.PHONY: help setup jars test lint types unit format clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## the virtual environment, with exactly the packages of requirements/dev.txt
+
+# Again when the packages or our entry points may have changed; otherwise it costs nothing.
+$(READY): requirements/dev.txt pyproject.toml tests/servers/install.sh
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed: make PYTHON=python3.12")'
+	tests/servers/install.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+jars: $(READY) ## the jars of the test servers that run on the JVM
+	$(BIN)/python -m delta_sync.testing.jars
+
+test: setup jars lint types ## everything that must be clean before a commit
+	$(BIN)/pytest
+
+unit: setup ## the tests that need no server
+	$(BIN)/pytest tests/unit
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup ## mypy and pyright, both strict
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+format: setup ## rewrite the code as ruff has it
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# ── demo ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# ── bench ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# ── docs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# ── end of them ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+clean: ## all that these targets made
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

