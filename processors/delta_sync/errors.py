@@ -71,6 +71,10 @@ class SourceBusy(Transient):
     """The source is unreachable, starting up or shutting down."""
 
 
+class StateBusy(Transient):
+    """The state store is locked by another process for too long, unreachable, or restarting."""
+
+
 # ── permanent, one change: a dead letter ─────────────────────────────────────────────────────────────────────────
 
 
@@ -91,6 +95,10 @@ class PipelineStopped(DeltaError):
 
 class SinkRefused(PipelineStopped):
     """A sink rejects everything: wrong credentials, no such database, a read-only replica, a full disk."""
+
+
+class StateRefused(PipelineStopped):
+    """The state store rejects everything: a full disk, a read-only or damaged file, wrong credentials."""
 
 
 class TooManyDeadLetters(PipelineStopped):
