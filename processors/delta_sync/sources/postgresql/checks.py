@@ -17,7 +17,7 @@ from delta_sync.spec import PipelineSpec, format_duration
 
 MINIMUM_VERSION = 140000  # the first whose pgoutput carries logical messages, which the heartbeats are
 PLUGIN = "pgoutput"
-SHORT_SENDER_TIMEOUT_MS = 20_000  # the connector reports every 10 s; below twice that, one late report ends it
+SHORT_SENDER_TIMEOUT_MS = 10_000  # the connector reports every 5 s; below twice that, one late report ends it
 SMALL_WAL_KEEP_MB = 1024  # about a minute of a busy server: less than a restart of the worker may take
 MAX_CANDIDATES = 10_000  # names among which a misspelt table is looked for
 
@@ -367,7 +367,7 @@ def _server_problems(facts: Facts) -> list[Problem]:
         found.append(
             Problem(
                 "source",
-                f"wal_sender_timeout is {facts.sender_timeout_ms} ms, and the connector reports every 10 s only",
+                f"wal_sender_timeout is {facts.sender_timeout_ms} ms, and the connector reports every 5 s only",
                 f"type: ALTER ROLE {facts.role} SET wal_sender_timeout = '60s'",
                 fatal=False,
             )
@@ -448,8 +448,8 @@ def _no_table(name: str, candidates: Sequence[str]) -> Problem:
         return Problem(where, f"there is only {' and '.join(same)}, and case matters here", f"write it as {same[0]}")
     bare = name.partition(".")[2].lower()
     elsewhere = [candidate for candidate in candidates if candidate.partition(".")[2].lower() == bare]
-    lowered = {candidate.lower(): candidate for candidate in candidates}
-    close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
+    bares = {candidate.partition(".")[2].lower(): candidate for candidate in candidates}
+    close = [bares[match] for match in difflib.get_close_matches(bare, bares, n=3, cutoff=0.7)]
     meant = list(dict.fromkeys(elsewhere + close))[:3]
     if meant:
         return Problem(where, "there is no such table", f"did you mean {' or '.join(meant)}?")

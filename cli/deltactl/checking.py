@@ -1,0 +1,100 @@
+"""Looking at everything a pipeline needs, before it runs: the source, its tables, the sinks, the processor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import psycopg
+
+from delta_sync.errors import CheckFailed, Problem, Transient, UsageError
+from delta_sync.secrets import redact, remember, resolve
+from delta_sync.sinks import open_sinks, targets_of
+from delta_sync.sources.postgresql.catalogue import read_tables
+from delta_sync.sources.postgresql.checks import problems, read_facts
+from delta_sync.spec import PipelineSpec
+from delta_sync.tables import Table
+
+
+class Findings(NamedTuple):
+    """What was looked at (`source`, `table public.movie`, `sink cache`), tables that could be read, and problems."""
+
+    looked_at: tuple[str, ...]
+    tables: dict[str, Table]
+    problems: tuple[Problem, ...]
+
+    def refuse_fatal(self) -> None:
+        """Raise CheckFailed with all problems when one of them is fatal."""
+        if any(problem.fatal for problem in self.problems):
+            raise CheckFailed(self.problems)
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Generator[None]:
+    """Set environment variables meanwhile, and keep their values out of everything that is printed from now on."""
+    before = {name: os.environ.get(name) for name in values}
+    for value in values.values():
+        remember(value)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = old
+
+
+def check_source(connection: psycopg.Connection, spec: PipelineSpec, *, running: bool = False) -> Findings:
+    """Look at the source and its tables."""
+    facts = read_facts(connection, spec)
+    found = list(problems(facts, spec, running=running))
+    bad = {problem.where for problem in found if problem.fatal}
+    sound = [name for name in spec.tables if f"table {name}" not in bad]
+    tables: dict[str, Table] = {}
+    if facts.tables:
+        for name in sound:  # one by one, so that what is wrong with one does not hide another
+            try:
+                tables |= read_tables(connection, [name])
+            except CheckFailed as error:
+                found += error.problems
+            except UsageError as error:
+                found.append(Problem(f"table {name}", str(error).rstrip("."), ""))
+    return Findings(("source", *(f"table {name}" for name in spec.tables)), tables, tuple(found))
+
+
+def check_sinks(spec: PipelineSpec, tables: Iterable[Table]) -> Findings:
+    """Look at the sinks. Raises UsageError when their options are wrong or two tables would share a place."""
+    found: list[Problem] = []
+    opened = open_sinks(spec)
+    try:
+        for sink, targets in targets_of(opened.values(), tables, spec):
+            try:
+                found += sink.check(targets)
+            except Transient as error:
+                found.append(Problem(f"sink {sink.name}", str(error).rstrip("."), "start it, or correct its url"))
+    finally:
+        for sink in opened.values():
+            sink.close()
+    return Findings(tuple(f"sink {name}" for name in spec.sinks), {}, tuple(found))
+
+
+def resolvable(spec: PipelineSpec) -> None:
+    """Raise UsageError unless every reference of the specification can be resolved here."""
+    texts = [spec.source.url, spec.source.password or ""]
+    for sink in spec.sinks.values():
+        texts += [sink.url, *(value for value in sink.options.values() if isinstance(value, str))]
+    for text in texts:
+        resolve(text)
+
+
+def merge(parts: Sequence[Findings]) -> Findings:
+    """Return several findings as one."""
+    return Findings(
+        tuple(where for part in parts for where in part.looked_at),
+        {name: table for part in parts for name, table in part.tables.items()},
+        tuple(Problem(p.where, redact(p.what), redact(p.fix), p.fatal) for part in parts for p in part.problems),
+    )

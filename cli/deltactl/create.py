@@ -1,0 +1,226 @@
+"""`deltactl pipeline create`: check everything, then write a pipeline's files, all of them or none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import psycopg
+
+from delta_debezium.render import connector_json
+from delta_sync.errors import DeltaError
+from delta_sync.sinks import installed, kind_of, open_sinks, targets_of
+from delta_sync.sources.postgresql.catalogue import read_tables
+from delta_sync.sources.postgresql.checks import resolve_bare
+from delta_sync.sources.postgresql.connection import connect
+from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec, dump_spec, spec_from
+from delta_sync.tables import Table
+from deltactl.app import (
+    App,
+    confirm,
+    describe,
+    dry_run_option,
+    json_of,
+    pass_app,
+    print_json,
+    print_problems,
+    say,
+    shared_options,
+    warn,
+    yes_option,
+)
+from deltactl.checking import Findings, check_sinks, check_source, environment, merge, resolvable
+from deltactl.files import diff, read_all, write_all
+from deltactl.generate import (
+    function_source,
+    names_in_processor,
+    processor_source,
+    source_from_url,
+    spec_from_options,
+    split_sinks,
+)
+from deltactl.schema import SCHEMA_FILE, schema
+
+IGNORE_FILE = ".gitignore"
+IGNORED = "# What a running pipeline keeps here is this machine's own.\nstate.db*\nrun.lock\n*.dat\n__pycache__/\n"
+SCHEMA_LINE = f"# yaml-language-server: $schema=../{SCHEMA_FILE}\n"
+
+
+class _Plan(NamedTuple):
+    """What `create` is about to do. `files` have what is to be written, by name; `unwritten` functions are missing."""
+
+    spec: PipelineSpec
+    secrets: Mapping[str, str]
+    findings: Findings
+    files: Mapping[str, str]
+    missing_functions: tuple[str, ...] = ()
+
+
+@click.command()
+@click.argument("name")
+@click.option("--source", "source_url", required=True, metavar="URL", help="postgresql://user@host:port/database")
+@click.option(
+    "--table", "tables", required=True, multiple=True, metavar="T", help="schema.table; repeat it for several."
+)
+@click.option(
+    "--sink", "sinks", required=True, multiple=True, metavar="[NAME=]URL", help="A store; repeat it for several."
+)
+@click.option("--no-check", is_flag=True, help="Write the files whatever the checks would find.")
+@dry_run_option
+@yes_option
+@shared_options
+@pass_app
+def create(
+    app: App,
+    name: str,
+    source_url: str,
+    tables: tuple[str, ...],
+    sinks: tuple[str, ...],
+    no_check: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Check the source and the sinks, then write pipelines/NAME.
+
+    A password in a URL is used for the checks and never written: the files refer to an environment variable. With
+    --no-check only the tables' columns are read. On a pipeline that exists this shows what would change, and asks; a
+    processor.py that was edited stays as it is.
+
+    \b
+    Example:
+      deltactl pipeline create movies --source postgresql://delta@db/studio \\
+          --table public.movie --sink cache=redis://cache/0
+    """
+    folder = app.home(name)
+    existing = app.load(name) if (folder / SPEC_FILE).exists() else None
+    urls = split_sinks(sinks, installed().schemes)
+    for sink, url in urls.items():
+        kind_of(sink, url)
+    source, secrets = source_from_url(source_url, f"{name}_SOURCE".upper())
+    # Everything that can be wrong without asking anybody is wrong before anybody is asked.
+    placeholder = [table if "." in table else f"public.{table}" for table in tables]
+    draft = spec_from_options(name, source, placeholder, urls, existing)
+    secrets |= draft.secrets
+    with environment(secrets):
+        resolvable(draft.spec)
+        plan = _plan(folder, draft.spec, tables, existing, check=not no_check)._replace(secrets=secrets)
+    _carry_out(app, folder, plan, dry_run=dry_run, yes=yes)
+
+
+def _plan(
+    folder: Path, draft: PipelineSpec, given: Sequence[str], existing: PipelineSpec | None, *, check: bool
+) -> _Plan:
+    with connect(draft.source, "deltactl") as connection:
+        spec = _with_schemas(connection, draft, given)
+        parts: list[Findings] = []
+        if check:
+            parts.append(check_source(connection, spec))
+            tables = parts[0].tables
+            parts.append(check_sinks(spec, tables.values()))
+            merge(parts).refuse_fatal()
+        else:
+            tables = read_tables(connection, list(spec.tables))
+        old_tables: dict[str, Table] = {}
+        if existing is not None:
+            try:
+                old_tables = read_tables(connection, list(existing.tables))
+            except DeltaError:
+                old_tables = {}  # a table of before is gone: what was generated for it cannot be known any more
+    findings = merge(parts)
+    targets_of(open_sinks(spec).values(), tables.values(), spec)
+    ordered = [tables[table] for table in spec.tables]
+    files = {
+        SPEC_FILE: SCHEMA_LINE + dump_spec(spec),
+        CONNECTOR_FILE: connector_json(spec, tables),
+        IGNORE_FILE: IGNORED,
+        f"../{SCHEMA_FILE}": json_of(schema(installed())),
+    }
+    processor = processor_source(spec.name, ordered, list(spec.sinks))
+    present = read_all(folder, [PROCESSOR_FILE]).get(PROCESSOR_FILE)
+    untouched = existing is not None and present == _generated_for(existing, old_tables)
+    if present is None or untouched:
+        return _Plan(spec, {}, findings, {**files, PROCESSOR_FILE: processor})
+    variable, functions = names_in_processor(spec.name, ordered)
+    missing = tuple(
+        function_source(variable, functions[table.id], table, list(spec.sinks))
+        for table in ordered
+        if f'"{table.id}"' not in present and f"'{table.id}'" not in present
+    )
+    return _Plan(spec, {}, findings, files, missing)
+
+
+def _with_schemas(connection: psycopg.Connection, draft: PipelineSpec, given: Sequence[str]) -> PipelineSpec:
+    """Return the specification with the schema of each table that was given without one, as SQL would find it."""
+    bare = [table for table in given if "." not in table]
+    if not bare:
+        return draft
+    found = resolve_bare(connection, bare)
+    data = draft.model_dump(mode="json", exclude_defaults=True)
+    renamed = {f"public.{table}": found.get(table, f"public.{table}") for table in bare}
+    data["tables"] = {renamed.get(table, table): options for table, options in data["tables"].items()}
+    return spec_from(data, f"Pipeline {draft.name}")
+
+
+def _generated_for(spec: PipelineSpec, tables: Mapping[str, Table]) -> str | None:
+    if not all(name in tables for name in spec.tables):
+        return None
+    return processor_source(spec.name, [tables[name] for name in spec.tables], list(spec.sinks))
+
+
+def _carry_out(app: App, folder: Path, plan: _Plan, *, dry_run: bool, yes: bool) -> None:
+    name = plan.spec.name
+    old = read_all(folder, list(plan.files))
+    exists = (folder / SPEC_FILE).exists()
+    changes = diff(folder, old, {file: text for file, text in plan.files.items() if not file.startswith("../")})
+    # What is written has references in place of secrets, so it is shown as it is: redacting a password such as
+    # `postgres` would spoil every other place where that word is meant.
+    exports = [variable for variable, value in plan.secrets.items() if os.environ.get(variable) != value]
+    result: dict[str, Any] = {
+        "pipeline": name,
+        "folder": str(folder),
+        "files": {file: text for file, text in plan.files.items() if not file.startswith("../")},
+        "changed": sorted(file for file in plan.files if old.get(file) != plan.files[file]),
+        "export": exports,
+        "problems": [describe(problem) for problem in plan.findings.problems],
+        "next": f"deltactl run {name}",
+    }
+    if not app.json:
+        print_problems(plan.findings.problems)
+    if dry_run:
+        if app.json:
+            print_json({**result, "written": False}, has_secrets=False)
+        elif exists:
+            say(changes or "Nothing would change.", has_secrets=False)
+        else:
+            for file, text in result["files"].items():
+                say(f"── {folder / file}\n{text}", has_secrets=False)
+        return
+    if exists and changes:
+        if not app.json:
+            warn(changes, has_secrets=False)
+        confirm(f"Change pipeline {name}?", yes=yes)
+    write_all(folder, plan.files)
+    if app.json:
+        print_json({**result, "written": True}, has_secrets=False)
+        return
+    if not exists:
+        say(f"Wrote {folder}: {', '.join(file for file in plan.files if not file.startswith('../'))}.")
+    else:
+        say(f"Changed {folder}." if changes else f"{folder} is as it should be; nothing changed.")
+    _advise(app, plan, exports)
+
+
+def _advise(app: App, plan: _Plan, exports: Sequence[str]) -> None:
+    name = plan.spec.name
+    if plan.missing_functions:
+        warn(f"{PROCESSOR_FILE} is yours and stays as it is; it needs a function for each new table:\n")
+        warn("\n\n\n".join(plan.missing_functions) + "\n")
+    for variable in exports:
+        say(f"No file holds the secret that you gave. Before you run it, type: export {variable}='…'")
+    if app.is_running(name):
+        say(f"Pipeline {name} is running; it takes the changes up when you start it again.")
+    folder = "" if app.folder == App().folder else f" --dir {app.folder}"
+    say(f"Next: deltactl run {name}{folder}")

@@ -1,0 +1,232 @@
+"""`deltactl dead …`: changes that could not be processed, kept for replay."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import click
+import orjson
+
+from delta_sync.delta_event import decode_event
+from delta_sync.errors import UndecodableChange, UsageError
+from delta_sync.state import DeadLetter, StateStore
+from delta_sync.values import to_json
+from delta_sync.versions import epoch_of, format_lsn, position_of
+from deltactl.app import (
+    App,
+    DeltaGroup,
+    confirm,
+    dry_run_option,
+    name_argument,
+    pass_app,
+    print_json,
+    print_table,
+    say,
+    shared_options,
+    warn,
+    yes_option,
+)
+
+PAGE = 500  # dead letters read at once: each may hold a whole row
+ERROR_WIDTH = 80  # of a list's column; `dead show` has the whole of it
+STAGES = ("decode", "process", "lookup", "apply")
+
+
+@click.group(cls=DeltaGroup)
+def dead() -> None:
+    """Look at changes that could not be processed, and discard them."""
+
+
+table_option = click.option("--table", help="Only those of this table, as public.movie.")
+sink_option = click.option("--sink", help="Only those that this sink rejected.")
+stage_option = click.option("--stage", type=click.Choice(STAGES), help="Only those that failed at this stage.")
+
+
+@dead.command("list")
+@name_argument
+@table_option
+@sink_option
+@stage_option
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many, latest first.")
+@shared_options
+@pass_app
+def list_(app: App, name: str, table: str | None, sink: str | None, stage: str | None, limit: int) -> None:
+    """List dead letters, the latest first.
+
+    \b
+    Example:
+      deltactl dead list movies --table public.movie
+    """
+    with _store(app, name) as store:
+        letters: list[DeadLetter] = []
+        total = 0
+        if store is not None:
+            total = store.count_dead_letters(name)
+            for letter in _matching(store, name, table, sink, stage):
+                letters.append(letter)
+                if len(letters) == limit:
+                    break
+    if app.json:
+        print_json([_summary(letter) for letter in letters])
+        return
+    if not letters:
+        warn(f"Pipeline {name} has no dead letters{' like that' if total else ''}.")
+        return
+    print_table(
+        ["ID", "TABLE", "KEY", "STAGE", "SINK", "TRIES", "FIRST FAILED", "ERROR"],
+        [
+            [
+                letter.id,
+                letter.table,
+                letter.key_text,
+                letter.stage,
+                letter.sink or "",
+                letter.attempts,
+                letter.created_at.isoformat(timespec="seconds"),
+                _first_line(letter.error),
+            ]
+            for letter in letters
+        ],
+    )
+    if len(letters) < total:
+        warn(f"{len(letters)} of {total} dead letters; --limit shows more.")
+
+
+@dead.command()
+@name_argument
+@click.argument("id_", metavar="ID", type=int)
+@shared_options
+@pass_app
+def show(app: App, name: str, id_: int) -> None:
+    """Show a dead letter: the change, the error and its trace.
+
+    \b
+    Example:
+      deltactl dead show movies 17
+    """
+    with _store(app, name) as store:
+        letter = None if store is None else store.dead_letter(name, id_)
+    if letter is None:
+        raise UsageError(f"Pipeline {name} has no dead letter {id_}; `deltactl dead list {name}` shows those it has.")
+    event = _event(letter)
+    if app.json:
+        print_json({**_summary(letter), "event": event, "trace": letter.trace})
+        return
+    position = f"epoch {epoch_of(letter.version)}, {format_lsn(position_of(letter.version))}"
+    for label, value in (
+        ("dead letter", letter.id),
+        ("table", letter.table),
+        ("key", letter.key_text),
+        ("version", f"{letter.version} ({position})"),
+        ("stage", letter.stage + (f", sink {letter.sink}" if letter.sink else "")),
+        ("tries", letter.attempts),
+        ("first failed", letter.created_at.isoformat(timespec="seconds")),
+        ("error", letter.error),
+    ):
+        say(f"{label:<12}  {value}")
+    say("\nevent:\n" + orjson.dumps(event, option=orjson.OPT_INDENT_2).decode())
+    if letter.trace:
+        say(f"\ntrace:\n{letter.trace.rstrip()}")
+
+
+@dead.command()
+@name_argument
+@click.argument("ids", metavar="[ID]...", type=int, nargs=-1)
+@click.option("--all", "all_", is_flag=True, help="All that the filters leave.")
+@table_option
+@sink_option
+@stage_option
+@dry_run_option
+@yes_option
+@shared_options
+@pass_app
+def discard(
+    app: App,
+    name: str,
+    ids: tuple[int, ...],
+    all_: bool,
+    table: str | None,
+    sink: str | None,
+    stage: str | None,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Discard dead letters: their changes will never reach the sinks.
+
+    \b
+    Examples:
+      deltactl dead discard movies 17 18
+      deltactl dead discard movies --all --table public.movie
+    """
+    filtered = table is not None or sink is not None or stage is not None
+    if bool(ids) == all_ or (ids and filtered):
+        raise UsageError("Give either the ids of dead letters, or --all (with --table, --sink, --stage if you like).")
+    with _store(app, name) as store:
+        chosen = list(ids)
+        if all_:
+            chosen = [] if store is None else [letter.id for letter in _matching(store, name, table, sink, stage)]
+        else:
+            unknown = [str(id_) for id_ in ids if store is None or store.dead_letter(name, id_) is None]
+            if unknown:
+                raise UsageError(f"Pipeline {name} has no dead letter {', '.join(unknown)}; nothing was discarded.")
+        gone = 0
+        if chosen and store is not None and not dry_run:
+            confirm(f"Discard {len(chosen)} dead letter{'s' if len(chosen) > 1 else ''} of pipeline {name}?", yes=yes)
+            gone = store.discard(name, chosen)
+    if app.json:
+        print_json({"pipeline": name, "chosen": chosen, "discarded": gone})
+    elif dry_run:
+        say(f"Would discard {len(chosen)} dead letters.")
+    else:
+        say(f"Discarded {gone} dead letters.")
+
+
+@contextlib.contextmanager
+def _store(app: App, name: str) -> Generator[StateStore | None]:
+    """Open the pipeline's state store; None when it never ran."""
+    store = StateStore.open(app.load(name).state, app.home(name), create=False)
+    if store is None:
+        yield None
+        return
+    with store:
+        yield store
+
+
+def _matching(
+    store: StateStore, name: str, table: str | None, sink: str | None, stage: str | None
+) -> Iterator[DeadLetter]:
+    before: int | None = None
+    while page := store.dead_letters(name, table=table, limit=PAGE, before_id=before):
+        for letter in page:
+            if sink in (None, letter.sink) and stage in (None, letter.stage):
+                yield letter
+        before = page[-1].id
+
+
+def _summary(letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "id": letter.id,
+        "table": letter.table,
+        "key": letter.key_text,
+        "version": letter.version,
+        "stage": letter.stage,
+        "sink": letter.sink,
+        "attempts": letter.attempts,
+        "created_at": letter.created_at.isoformat(),
+        "error": letter.error,
+    }
+
+
+def _event(letter: DeadLetter) -> Any:
+    """Return the event as JSON has it; one that cannot be read says why."""
+    try:
+        return orjson.loads(to_json(decode_event(letter.event)._asdict()))
+    except (UndecodableChange, TypeError, ValueError) as error:
+        return {"unreadable": str(error)}
+
+
+def _first_line(text: str) -> str:
+    line = (text.splitlines() or [""])[0]
+    return line if len(line) <= ERROR_WIDTH else line[: ERROR_WIDTH - 1] + "…"

@@ -1,0 +1,164 @@
+"""`deltactl pipeline delete`: drop what a pipeline has made, after saying what that is."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import click
+import psycopg
+from psycopg import sql
+
+from delta_sync.errors import CheckFailed, PipelineRunning, Problem, SourceBusy, UsageError
+from delta_sync.sinks import AnySink, open_sinks, targets_of
+from delta_sync.sinks.base import Target
+from delta_sync.sources.postgresql.catalogue import read_tables
+from delta_sync.sources.postgresql.connection import connect
+from delta_sync.spec import PipelineSpec
+from delta_sync.state import StateStore
+from deltactl.app import (
+    App,
+    confirm,
+    dry_run_option,
+    name_argument,
+    pass_app,
+    print_json,
+    print_table,
+    say,
+    shared_options,
+    yes_option,
+)
+
+
+@click.command()
+@name_argument
+@click.option("--documents", is_flag=True, help="Delete its documents in the sinks, too.")
+@click.option("--files", is_flag=True, help="Delete its folder, too, processor.py included.")
+@click.option("--keep-source", is_flag=True, help="Leave slot and publication, as when the source is gone for good.")
+@dry_run_option
+@yes_option
+@shared_options
+@pass_app
+def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool, dry_run: bool, yes: bool) -> None:
+    """Delete what a pipeline has made: its slot and publication in the source, and its state.
+
+    Its documents stay in the sinks without --documents, its files without --files. A publication that pipeline.yaml
+    names stays: somebody else made it. The pipeline must not be running.
+
+    \b
+    Example:
+      deltactl pipeline delete movies --dry-run
+    """
+    spec = app.load(name)
+    folder = app.home(name)
+    if app.is_running(name):
+        raise PipelineRunning(f"Pipeline {name} is running; stop it first (Ctrl-C where it runs).")
+    with contextlib.nullcontext() if dry_run else app.stopped(name):
+        connection = None if keep_source else _connect_for_delete(spec)
+        try:
+            store = StateStore.open(spec.state, folder, create=False)
+            targets = _targets_for_delete(spec, connection) if documents else []
+            slot, publication = (None, None) if connection is None else _source_objects(connection, spec)
+            doomed = {
+                "documents": [f"{sink.name}: {target.place}" for sink, some in targets for target in some],
+                "slot": slot,
+                "publication": publication,
+                "state": None if store is None else spec.state,
+                "files": str(folder) if files else None,
+            }
+            if not app.json:
+                print_table(
+                    ["TO DELETE", ""],
+                    [
+                        *(["documents", place] for place in doomed["documents"] or ()),
+                        ["replication slot", slot or "-"],
+                        ["publication", publication or "-"],
+                        ["state", doomed["state"] or "-"],
+                        *([["files", folder]] if files else []),
+                    ],
+                )
+            if dry_run:
+                if app.json:
+                    print_json({"pipeline": name, "deleted": False, **doomed})
+                return
+            confirm(f"Delete this of pipeline {name}?", yes=yes)
+            dropped = sum(sink.drop(target) for sink, some in targets for target in some)
+            if connection is not None:
+                _drop_source_objects(connection, slot, publication)
+            _forget(spec, folder, store)
+        finally:
+            if connection is not None:
+                connection.close()
+        if files:
+            shutil.rmtree(folder)
+    if app.json:
+        print_json({"pipeline": name, "deleted": True, **doomed, "documents_deleted": dropped})
+    else:
+        count = f" and {dropped} documents" if documents else ""
+        say(f"Deleted what pipeline {name} had made{count}.{'' if files else f' Its files are in {folder}.'}")
+
+
+def _connect_for_delete(spec: PipelineSpec) -> psycopg.Connection:
+    hint = "or leave its slot and publication alone with --keep-source"
+    try:
+        return connect(spec.source, "deltactl")
+    except CheckFailed as error:
+        raise CheckFailed([problem._replace(fix=f"{problem.fix}, {hint}") for problem in error.problems]) from error
+    except SourceBusy as error:
+        raise SourceBusy(f"{error}, {hint}") from error
+
+
+def _targets_for_delete(
+    spec: PipelineSpec, connection: psycopg.Connection | None
+) -> list[tuple[AnySink, list[Target]]]:
+    if connection is None:
+        raise UsageError("--documents needs the source, which says what the tables' keys are; leave out --keep-source.")
+    tables = read_tables(connection, list(spec.tables))
+    return targets_of(open_sinks(spec).values(), tables.values(), spec)
+
+
+def _source_objects(connection: psycopg.Connection, spec: PipelineSpec) -> tuple[str | None, str | None]:
+    """Return the names of those that exist. A publication that the specification names is somebody else's."""
+    slot = connection.execute(
+        "SELECT active, active_pid FROM pg_replication_slots WHERE slot_name = %s AND database = current_database()",
+        [spec.slot],
+    ).fetchone()
+    if slot is not None and slot[0]:
+        raise CheckFailed(
+            [
+                Problem(
+                    "source",
+                    f"slot {spec.slot} is being read by another process (pid {slot[1]} on the server)",
+                    "stop it first",
+                )
+            ]
+        )
+    publication = (
+        spec.source.publication is None
+        and connection.execute("SELECT 1 FROM pg_publication WHERE pubname = %s", [spec.publication]).fetchone()
+    )
+    return (spec.slot if slot else None), (spec.publication if publication else None)
+
+
+def _drop_source_objects(connection: psycopg.Connection, slot: str | None, publication: str | None) -> None:
+    try:
+        if slot is not None:
+            connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+        if publication is not None:
+            connection.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(publication)))
+    except psycopg.Error as error:
+        said = (error.diag.message_primary or str(error)).strip()
+        raise CheckFailed(
+            [Problem("source", f"the server refuses: {said}", "give the role what it lacks, or use --keep-source")]
+        ) from error
+
+
+def _forget(spec: PipelineSpec, folder: Path, store: StateStore | None) -> None:
+    """Forget the pipeline's state; a state.db that is its own goes as a whole."""
+    if store is not None:
+        with store:
+            store.forget(spec.name)
+    if spec.state == PipelineSpec.model_fields["state"].default:
+        for path in folder.glob("state.db*"):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,196 @@
+"""`deltactl pipeline …`: create, list, show, check and delete pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from delta_debezium.render import connector_json
+from delta_sync.errors import DeltaError, Problem
+from delta_sync.sinks import installed
+from delta_sync.sources.postgresql.connection import connect
+from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec
+from delta_sync.tables import Table
+from deltactl.app import (
+    App,
+    DeltaGroup,
+    describe,
+    json_of,
+    name_argument,
+    pass_app,
+    print_json,
+    print_problems,
+    print_table,
+    say,
+    shared_options,
+    warn,
+)
+from deltactl.checking import Findings, check_sinks, check_source, merge, resolvable
+from deltactl.create import create
+from deltactl.delete import delete
+from deltactl.files import read_all
+from deltactl.schema import schema
+
+
+@click.group(cls=DeltaGroup)
+def pipeline() -> None:
+    """Create, look at and delete pipelines."""
+
+
+pipeline.add_command(create)
+pipeline.add_command(delete)
+
+
+@pipeline.command("list")
+@shared_options
+@pass_app
+def list_(app: App) -> None:
+    """List the pipelines.
+
+    \b
+    Example:
+      deltactl pipeline list
+    """
+    rows: list[dict[str, Any]] = []
+    for name in app.names():
+        row: dict[str, Any] = {"name": name, "running": app.is_running(name)}
+        try:
+            spec = app.load(name)
+            row |= {"source": spec.source.url, "tables": list(spec.tables), "sinks": list(spec.sinks), "error": None}
+        except DeltaError as error:
+            row |= {"source": None, "tables": [], "sinks": [], "error": str(error)}
+        rows.append(row)
+    if app.json:
+        print_json(rows)
+    elif not rows:
+        warn(f"There are no pipelines in {app.folder}; `deltactl pipeline create` writes one.")
+    else:
+        print_table(
+            ["PIPELINE", "RUNNING", "SOURCE", "TABLES", "SINKS"],
+            [
+                [
+                    row["name"],
+                    "yes" if row["running"] else "no",
+                    row["error"] or row["source"],
+                    ", ".join(row["tables"]),
+                    ", ".join(row["sinks"]),
+                ]
+                for row in rows
+            ],
+        )
+
+
+@pipeline.command()
+@name_argument
+@shared_options
+@pass_app
+def show(app: App, name: str) -> None:
+    """Show a pipeline's specification, with all defaults.
+
+    \b
+    Example:
+      deltactl pipeline show movies
+    """
+    spec = app.load(name)
+    data = spec.model_dump(mode="json")
+    data |= {"slot": spec.slot, "publication": spec.publication}
+    if app.json:
+        print_json(data)
+        return
+    print_table(
+        ["WHAT", "VALUE"],
+        [
+            ["pipeline", name],
+            ["folder", app.home(name)],
+            ["source", spec.source.url],
+            ["slot", spec.slot],
+            ["publication", spec.publication],
+            *(["table", table] for table in spec.tables),
+            *([f"sink {sink}", options.url] for sink, options in spec.sinks.items()),
+            ["transport", spec.transport],
+            ["state", spec.state],
+            *([key, data[key]] for key in ("tombstone_ttl", "dead_letter_ttl")),
+            *([f"{group}.{key}", value] for group in ("errors", "load") for key, value in data[group].items()),
+            *([f"connector.{key}", value] for key, value in spec.connector.items()),
+        ],
+    )
+
+
+@pipeline.command()
+@name_argument
+@shared_options
+@pass_app
+def check(app: App, name: str) -> None:
+    """Check the source, its tables, the sinks and the files of a pipeline. Exit status 1 when something has to change.
+
+    \b
+    Example:
+      deltactl pipeline check movies
+    """
+    spec = app.load(name)
+    resolvable(spec)
+    with connect(spec.source, "deltactl") as connection:
+        parts = [check_source(connection, spec, running=app.is_running(name))]
+    parts.append(check_sinks(spec, parts[0].tables.values()))
+    if all(table in parts[0].tables for table in spec.tables):
+        parts.append(_check_files(app.home(name), spec, parts[0].tables))
+    findings = merge(parts)
+    fatal = any(problem.fatal for problem in findings.problems)
+    if app.json:
+        print_json({"ok": not fatal, "problems": [describe(problem) for problem in findings.problems]})
+    else:
+        wrong = {problem.where for problem in findings.problems if problem.fatal}
+        for where in findings.looked_at:
+            if where not in wrong:
+                say(f"{click.style('✓', fg='green')} {where}")
+        print_problems(findings.problems)
+        if not fatal:
+            say(f"Next: deltactl run {name}")
+    if fatal:
+        raise click.exceptions.Exit(1)
+
+
+def _check_files(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) -> Findings:
+    found: list[Problem] = []
+    files = read_all(folder, [PROCESSOR_FILE, CONNECTOR_FILE])
+    if PROCESSOR_FILE not in files:
+        found.append(Problem(PROCESSOR_FILE, "it is missing", "type the `deltactl pipeline create` of it again"))
+    else:
+        found += _check_processor(folder, files[PROCESSOR_FILE])
+    if files.get(CONNECTOR_FILE) != connector_json(spec, tables):
+        found.append(
+            Problem(
+                CONNECTOR_FILE,
+                f"it does not say what follows from {SPEC_FILE}",
+                "type the `deltactl pipeline create` of it again (the embedded transport does not read it)",
+                fatal=False,
+            )
+        )
+    return Findings((PROCESSOR_FILE, CONNECTOR_FILE), {}, tuple(found))
+
+
+def _check_processor(folder: Path, source: str) -> list[Problem]:
+    try:
+        compile(source, str(folder / PROCESSOR_FILE), "exec")
+    except (SyntaxError, ValueError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
+        return [Problem(PROCESSOR_FILE, f"it is not Python ({line}{getattr(error, 'msg', error)})", "correct it")]
+    return []
+
+
+@pipeline.command("schema")
+@shared_options
+@pass_app
+def schema_(app: App) -> None:  # noqa: ARG001 -- the schema is the same for every folder
+    """Print the JSON Schema of pipeline.yaml, with the options of every sink that is installed.
+
+    `create` writes it beside the pipelines' folders, where editors find it.
+
+    \b
+    Example:
+      deltactl pipeline schema > pipelines/pipeline.schema.json
+    """
+    say(json_of(schema(installed())).rstrip("\n"))
