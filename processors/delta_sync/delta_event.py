@@ -127,7 +127,7 @@ def _well_formed(text: str) -> bool:
 def _text(value: str) -> tuple[str, Any]:
     if value.isascii() or _well_formed(value):
         return "string", value
-    return "delta.IllFormedText", {"utf16": value.encode("utf-16-le", "surrogatepass")}
+    return "delta.IllFormedText", {"generalized_utf8": value.encode("utf-8", "surrogatepass")}
 
 
 def _map(value: Mapping[str, Any]) -> tuple[str, Any]:
@@ -194,7 +194,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "delta.Interval": lambda datum: Interval(datum["months"], datum["days"], datum["micros"]),
     "delta.List": lambda datum: [_unboxed(part) for part in datum["items"]],
     "delta.Map": lambda datum: {name: _unboxed(part) for name, part in datum["entries"].items()},
-    "delta.IllFormedText": lambda datum: datum["utf16"].decode("utf-16-le", "surrogatepass"),
+    "delta.IllFormedText": lambda datum: datum["generalized_utf8"].decode("utf-8", "surrogatepass"),
     "delta.IllFormedMap": _read_ill_formed_map,
 }
 
