@@ -1,0 +1,180 @@
+"""What Redis keys are called: a document's, its tombstone's, a target's floor. All of it is pure."""
+
+from __future__ import annotations
+
+import re
+from binascii import crc_hqx
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+from urllib.parse import quote
+
+from delta_sync.changes import Key
+from delta_sync.errors import UsageError
+from delta_sync.tables import Table
+from delta_sync.values import scalar_text
+
+OWN_PREFIX = "delta:"  # of the keys that are no documents
+TOMBSTONES = b"delta:t:"
+FLOORS = b"delta:f:"
+SLOTS = 16384  # Redis Cluster's
+
+_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
+_GLOB = re.compile(rb"[\\*?\[\]^]")
+
+
+class KeyTemplate(NamedTuple):
+    """How a document's Redis key is made: `literals[0]`, a key column, `literals[1]`, … , `literals[-1]`.
+
+    Keys of one template are injective: with several columns, `%` and the first character of each separator are
+    percent-encoded in the values, so that the separators can be told from them.
+    """
+
+    literals: tuple[str, ...]
+    columns: tuple[int, ...]  # places in the table's key
+
+    def render(self, key: Key) -> str:
+        """Return the Redis key of a document."""
+        if len(self.columns) == 1:
+            value = key[self.columns[0]]
+            text = value if type(value) is str else str(value) if type(value) is int else scalar_text(value)
+            return f"{self.literals[0]}{text}{self.literals[1]}"
+        special = {"%", *(literal[0] for literal in self.literals[1:-1])}
+        texts = [self.literals[0]]
+        for column, literal in zip(self.columns, self.literals[1:], strict=True):
+            text = scalar_text(key[column])
+            texts += ["".join(quote(c, safe="") if c in special else c for c in text), literal]
+        return "".join(texts)
+
+    def matches(self, redis_key: str) -> bool:
+        """Tell whether the key could be one of this template's."""
+        inner = "(?s:.*)".join(re.escape(literal) for literal in self.literals)
+        return re.fullmatch(inner, redis_key) is not None
+
+    def glob(self) -> bytes:
+        """Return a pattern for SCAN that all of the template's keys match."""
+        return glob_escape(self.literals[0].encode()) + b"*"
+
+    def overlaps(self, other: KeyTemplate) -> bool:
+        """Tell whether both could give the same key: one's beginning begins the other's, and so for their ends."""
+        begin, end = (self.literals[0], other.literals[0]), (self.literals[-1], other.literals[-1])
+        return (begin[0].startswith(begin[1]) or begin[1].startswith(begin[0])) and (
+            end[0].endswith(end[1]) or end[1].endswith(end[0])
+        )
+
+    def text(self, table: Table) -> str:
+        """Return the template as a user would write it."""
+        names = [f"{{{table.key[column]}}}" for column in self.columns]
+        literals = [literal.replace("{", "{{").replace("}", "}}") for literal in self.literals]
+        return literals[0] + "".join(name + literal for name, literal in zip(names, literals[1:], strict=True))
+
+
+def default_template(table: Table, prefix: str) -> KeyTemplate:
+    """Return `public.movie:{id}` for the table `public.movie` with the key `id`, after the prefix."""
+    columns = tuple(range(len(table.key)))
+    return _not_our_own(KeyTemplate((f"{prefix}{table.id}:", *(":" for _ in columns[1:]), ""), columns), table)
+
+
+def parse_template(text: str, table: Table, prefix: str) -> KeyTemplate:
+    """Return the template that a user wrote, after the prefix. `{{` and `}}` stand for braces.
+
+    Raises UsageError: a column that is not of the table's key, or one of those left out; text before the first column
+    or between two that is missing, or that could not be told from their values.
+    """
+    where = f"The key {text!r} of table {table.id}"
+    literals, columns = [prefix], list[int]()
+    for match in _PIECE.finditer(text):
+        piece, name = match.group(), match.group(1)
+        if piece in ("{{", "}}"):
+            literals[-1] += piece[0]
+        elif name is not None:
+            if name not in table.key:
+                raise UsageError(f"{where} names {{{name}}}; only key columns may be in it: {_braced(table.key)}.")
+            columns.append(table.key.index(name))
+            literals.append("")
+        elif piece in "{}":
+            raise UsageError(f"{where} has a single {piece}; write {piece * 2} for the character itself.")
+        else:
+            literals[-1] += piece
+    missing = [name for place, name in enumerate(table.key) if place not in columns]
+    if missing:
+        raise UsageError(f"{where} leaves out {_braced(missing)}, so two rows could have one key; add it.")
+    if not literals[0]:
+        raise UsageError(f"{where} begins with a column; begin it with text, such as {table.name}:{text}.")
+    for literal in literals[1:-1]:
+        if not literal or literal[0].isalnum() or literal[0] == "%":
+            raise UsageError(
+                f"{where} needs a character between two columns that is no letter, digit or %, such as a :"
+            )
+    return _not_our_own(KeyTemplate(tuple(literals), tuple(columns)), table)
+
+
+def _not_our_own(template: KeyTemplate, table: Table) -> KeyTemplate:
+    begin = template.literals[0]
+    if begin.startswith(OWN_PREFIX) or OWN_PREFIX.startswith(begin):
+        raise UsageError(
+            f"The keys {template.text(table)} of table {table.id} could begin with {OWN_PREFIX}, which Delta keeps for"
+            f" itself; begin them otherwise."
+        )
+    return template
+
+
+def _braced(names: Sequence[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in names)
+
+
+def glob_escape(text: bytes) -> bytes:
+    """Return a pattern for SCAN that only this text matches."""
+    return _GLOB.sub(lambda match: b"\\" + match.group(), text)
+
+
+def floor_key(place: str) -> bytes:
+    """Return the key that holds a target's floor."""
+    return FLOORS + place.encode()
+
+
+def hash_tag(key: bytes) -> bytes:
+    """Return what Redis Cluster hashes of a key: the text in its first braces if there is any, else all of it."""
+    start = key.find(b"{")
+    if start >= 0:
+        end = key.find(b"}", start + 1)
+        if end > start + 1:
+            return key[start + 1 : end]
+    return key
+
+
+def slot_of(key: bytes) -> int:
+    """Return a key's slot in Redis Cluster."""
+    return crc_hqx(hash_tag(key), 0) % SLOTS
+
+
+@lru_cache(maxsize=SLOTS)
+def tag_of_slot(slot: int) -> bytes:
+    """Return a text that Redis Cluster hashes to this slot."""
+    number = 0
+    while slot_of(b"%d" % number) != slot:
+        number += 1
+    return b"%d" % number
+
+
+def tombstone_key(key: bytes) -> bytes:
+    """Return the key of a document's tombstone: in the document's slot, and injective.
+
+    The three forms differ in their ninth byte. `{key}` does for a key without braces; one with a hash tag of its own
+    must keep that one the first; and where neither works (`a{}b`, `a}b`), a number stands in that has the slot.
+    """
+    if b"}" not in key:
+        return b"delta:t:{%b}" % key
+    if hash_tag(key) != key:
+        return b"delta:t::%b" % key
+    return b"delta:t:.{%b}%b" % (tag_of_slot(slot_of(key)), key)
+
+
+def key_of_tombstone(tombstone: bytes) -> bytes:
+    """Return the key of the document that a tombstone is for."""
+    form = tombstone[8:9]
+    if form == b"{":
+        return tombstone[9:-1]
+    if form == b":":
+        return tombstone[9:]
+    return tombstone[tombstone.index(b"}") + 1 :]
