@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,11 +179,10 @@ def test_the_next_one_finds_it_running(redis_server: Redis) -> None:
 
 
 def test_a_start_that_fails_quotes_the_log() -> None:
-    server = Redis(no_such_directive=1)
-    with pytest.raises(ServerError, match=r"(?s)redis ended with status 1 .*no-such-directive"):
-        server.start()
-    assert not server.alive
-    server.close()
+    with closing(Redis(no_such_directive=1)) as server:
+        with pytest.raises(ServerError, match=r"(?s)redis ended with status 1 .*no-such-directive"):
+            server.start()
+        assert not server.alive
 
 
 def test_close_deletes_only_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -191,6 +191,15 @@ def test_close_deletes_only_a_folder_of_its_own(tmp_path: Path) -> None:
     assert not temporary.directory.exists()
     with Redis(tmp_path / "kept") as kept:
         assert redis_probe(kept).read(GONE_TIMEOUT_S) == 6
+
+
+@pytest.mark.parametrize("end", [PostgreSQL.stop, PostgreSQL.kill, PostgreSQL.freeze])
+def test_nothing_of_postgresql_stays_in_shared_memory(end: Callable[[PostgreSQL], None]) -> None:
+    with PostgreSQL() as server:
+        segment = (server.directory / "data" / "postmaster.pid").read_text().splitlines()[6].split()[1]
+        assert segment in shared_memory_segments()
+        end(server)
+    assert segment not in shared_memory_segments()
 
 
 def test_a_server_outlives_the_thread_that_started_it() -> None:
@@ -235,7 +244,7 @@ def test_servers_die_with_the_program_that_started_them(tmp_path: Path, orphans:
     program.kill()
     program.communicate()
     wait_until(lambda: all(state_of(pid) in {"", "Z"} for pid in orphans), GONE_TIMEOUT_S, "the servers' end")
-    assert directory
+    shutil.rmtree(directory)  # which nobody else can do any more
 
 
 def test_ports_are_not_among_those_of_outgoing_connections() -> None:
@@ -252,6 +261,11 @@ def test_postgresql_of_either_version_decodes_its_log(version: Any) -> None:
         ).fetchone()
         assert shown == (version, "3")
         assert session.execute("select pg_create_logical_replication_slot('probe', 'pgoutput')").fetchone()
+
+
+def shared_memory_segments() -> set[str]:
+    """Return the ids of the System V segments."""
+    return {line.split()[1] for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]}
 
 
 def state_of(pid: int) -> str:

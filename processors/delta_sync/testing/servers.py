@@ -12,6 +12,7 @@ run on a JRE from a wheel with jars that Maven fetches once (`jars.py`). Every o
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import pwd
@@ -218,7 +219,11 @@ class NativeServer(Server):
         if not self._temporary:
             self.stop()
             return
-        self.kill()  # nobody will read the data again, so there is nothing to write down
+        # Nobody will read the data again, so the quickest end will do.
+        if self._process is not None and self._process.running:
+            self._process.thaw()
+            self._process.terminate(self.death_signal, STOP_TIMEOUT_S)
+        self.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -332,6 +337,11 @@ class PostgreSQL(NativeServer):
         options = [argument for key, text in texts.items() for argument in ("-c", f"{key}={text}")]
         return [str(self.bin_dir / "postgres"), "-D", str(self._data), "-p", str(self.port), *options]
 
+    def close(self) -> None:
+        if self._temporary and not self.alive:
+            _remove_interlock(self._data / "postmaster.pid")
+        super().close()
+
     def _answers(self) -> bool:
         with psycopg.connect(self.url, connect_timeout=int(ANSWER_TIMEOUT_S)) as connection:
             connection.execute("select 1")
@@ -342,6 +352,18 @@ def _others_reach(folder: Path) -> bool:
     """Whether a user without privileges can enter the folder (by its mode bits)."""
     resolved = folder.resolve()
     return all(place.stat().st_mode & OTHERS_MAY_SEARCH for place in (resolved, *resolved.parents))
+
+
+IPC_RMID = 0  # <sys/ipc.h>
+INTERLOCK_LINE = 6  # of postmaster.pid: the key and the id of a shared memory segment
+
+
+def _remove_interlock(postmaster_pid: Path) -> None:
+    """Remove the segment by which a killed PostgreSQL keeps a second one off its data; only a next start would."""
+    if postmaster_pid.exists():
+        lines = postmaster_pid.read_text().splitlines()
+        if len(lines) > INTERLOCK_LINE:
+            ctypes.CDLL(None).shmctl(int(lines[INTERLOCK_LINE].split()[1]), IPC_RMID, None)
 
 
 def _copy_wheel(installation: Path, target: Path) -> None:
