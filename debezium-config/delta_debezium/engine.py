@@ -12,6 +12,8 @@ The child holds back the engine when MAX_IN_FLIGHT batches are unconfirmed, so n
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import select
@@ -21,7 +23,6 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 from delta_sync.capture import Batch, CaptureDied
 from delta_sync.secrets import redact
@@ -47,7 +48,7 @@ class EmbeddedCapture:
         self._heap_mb = heap_mb
         self._generation = 0
         self._child: subprocess.Popen[bytes] | None = None
-        self._frames: BinaryIO | None = None
+        self._frames: io.FileIO | None = None
         self._confirm_lock = threading.Lock()
         self._confirmed = 0
 
@@ -70,7 +71,7 @@ class EmbeddedCapture:
         read_end, write_end = os.pipe()
         try:
             with self._log_file.open("wb") as log:
-                self._child = subprocess.Popen(
+                self._child = subprocess.Popen(  # noqa: S603 -- our own module, with this interpreter
                     [sys.executable, "-m", "delta_debezium.engine_child", str(write_end), str(self._heap_mb)],
                     stdin=subprocess.PIPE,
                     stdout=log,
@@ -83,7 +84,7 @@ class EmbeddedCapture:
             raise CaptureDied(f"The capture process cannot be started: {error}.") from error
         finally:
             os.close(write_end)
-        self._frames = os.fdopen(read_end, "rb", buffering=0)
+        self._frames = io.FileIO(read_end, "rb")
         configuration = json.dumps(self._properties).encode()
         self._send(LENGTH.pack(len(configuration)) + configuration)
 
@@ -114,10 +115,8 @@ class EmbeddedCapture:
         if child is None:
             return
         if child.stdin is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # it is gone already
                 child.stdin.close()
-            except BrokenPipeError:
-                pass  # it is gone already
         try:
             child.wait(STOP_BUDGET_S)
         except subprocess.TimeoutExpired:
@@ -130,11 +129,9 @@ class EmbeddedCapture:
     def _send(self, data: bytes) -> None:
         assert self._child is not None
         assert self._child.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has just ended: the next poll says why
             self._child.stdin.write(data)
             self._child.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            pass  # it has just ended: the next poll says why
 
     def _read(self, length: int) -> bytes:
         assert self._frames is not None
@@ -142,7 +139,7 @@ class EmbeddedCapture:
         view = memoryview(buffer)
         filled = 0
         while filled < length:
-            count = self._frames.readinto(view[filled:])  # type: ignore[attr-defined]  # typeshed: BinaryIO lacks readinto
+            count = self._frames.readinto(view[filled:])
             if not count:
                 raise self._died(self._last_words())
             filled += count

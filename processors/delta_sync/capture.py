@@ -12,14 +12,14 @@ from delta_sync.errors import Transient
 
 
 class Batch(NamedTuple):
-    """Some of the log's changes: `payload` is a JSON array of `count` Debezium events (without schemas).
+    """Some of the log's changes: `payload` is a JSON array of `events` Debezium events (without schemas).
 
     `generation` counts the starts of the capture; `sequence` counts batches within one, from 1.
     """
 
     generation: int
     sequence: int
-    count: int
+    events: int
     payload: bytes
 
 

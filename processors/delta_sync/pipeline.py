@@ -206,6 +206,4 @@ def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
         _check_against(spec, pipeline.name, table, processor.to, _where(processor.function))
     for table in spec.tables:
         if table not in pipeline.tables:
-            raise UsageError(
-                f'{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one.'
-            )
+            raise UsageError(f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one.")

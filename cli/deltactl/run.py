@@ -1,0 +1,79 @@
+"""`deltactl run`: the whole pipeline on this machine, until it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import click
+from filelock import FileLock, Timeout
+
+from delta_debezium.engine import EmbeddedCapture
+from delta_debezium.render import engine_properties
+from delta_sync import logs, observe
+from delta_sync.capture import Capture
+from delta_sync.errors import PipelineRunning, UsageError
+from delta_sync.running import Running
+from delta_sync.secrets import resolve
+from delta_sync.spec import PipelineSpec
+from delta_sync.tables import Table
+from deltactl.app import LOCK_FILE, App, name_argument, pass_app, shared_options
+
+CAPTURE_LOG = "capture.log"
+
+
+def embedded_capture(spec: PipelineSpec, folder: Path, tables: Mapping[str, Table]) -> Capture:
+    """Return the capture of a pipeline that runs on this machine, with the secrets resolved."""
+    rendered = engine_properties(spec, tables, str(folder))
+    return EmbeddedCapture({name: resolve(value) for name, value in rendered.items()}, folder / CAPTURE_LOG)
+
+
+@click.command()
+@name_argument
+@click.option("--new-slot", is_flag=True, help="Accept that the slot is gone: begin a new epoch and load again.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Serve /metrics, /healthz, /readyz and /status here.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address for --port.")
+@click.option("--log-format", type=click.Choice(["auto", "console", "json"]), default="auto", show_default=True)
+@shared_options
+@pass_app
+def run(
+    app: App, name: str, new_slot: bool, port: int | None, host: str, log_format: Literal["auto", "console", "json"]
+) -> None:
+    """Run a pipeline: load its tables and follow its changes, until Ctrl-C or SIGTERM.
+
+    Nothing is lost however it ends: what was not confirmed is delivered again. Logs go to standard error.
+
+    \b
+    Example:
+      deltactl run movies --port 9464
+    """
+    spec = app.load(name)
+    if spec.transport != "embedded":
+        raise UsageError(f"Pipeline {name} has transport: {spec.transport}; `deltactl run` is for embedded.")
+    folder = app.home(name)
+    logs.configure(log_format)
+    try:
+        with FileLock(folder / LOCK_FILE, timeout=0):
+            running = Running(
+                folder=folder,
+                spec=spec,
+                capture=lambda tables: embedded_capture(spec, folder, tables),
+                new_slot=new_slot,
+            )
+            server = observe.serve(name, running.progress, host, port) if port is not None else None
+
+            def stop(_signal: int, _frame: FrameType | None) -> None:
+                running.stop()
+
+            signal.signal(signal.SIGTERM, stop)
+            signal.signal(signal.SIGINT, stop)
+            try:
+                running.run()
+            finally:
+                if server is not None:
+                    server.shutdown()
+    except Timeout:
+        raise PipelineRunning(f"Pipeline {name} is running already; `deltactl status {name}` shows it.") from None

@@ -1,0 +1,132 @@
+"""Writing to one sink: in the background, repeated until the sink acknowledges."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import structlog
+import tenacity
+
+from delta_sync.changes import Change, Outcome, Write
+from delta_sync.errors import SinkBusy, Transient
+from delta_sync.secrets import redact
+from delta_sync.sinks.base import Sink, Target
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+RETRY_FIRST_S, RETRY_MOST_S = 0.1, 15.0  # a restart of the sink is noticed soon; one that is down is not hammered
+THREADS = 2  # batches that one sink is given at once: one on the wire while the next is encoded
+
+
+class Part(NamedTuple):
+    """What one sink is to do for one table. `changes[i]` led to `writes[i]`; `truncate` is a version, or None."""
+
+    target: Target
+    writes: Sequence[Write]
+    changes: Sequence[Change]
+    truncate: int | None = None
+
+
+class Applied(NamedTuple):
+    """The outcome of each write of a part."""
+
+    part: Part
+    outcomes: list[Outcome]
+
+
+class SinkNumbers:
+    """What one sink has done so far. Written under a lock, read without."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.applied = self.stale = self.rejected = self.retries = 0
+        self.busy: str | None = None  # why it does not acknowledge at the moment
+
+
+class SinkWriter:
+    """Hands batches to one sink. `stopping` ends retries: then a batch raises SinkBusy and stays unconfirmed."""
+
+    def __init__(self, sink: Sink[Any, Any], stopping: threading.Event) -> None:
+        self.sink = sink
+        self.numbers = SinkNumbers()
+        self._stopping = stopping
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix=f"sink-{sink.name}")
+        backoff = tenacity.wait_random_exponential(RETRY_FIRST_S, RETRY_MOST_S)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome is not None else None
+            told = error.retry_after_s if isinstance(error, Transient) else None
+            return told if told is not None else backoff(state)
+
+        self._wait = wait
+
+    def submit(self, parts: Sequence[Part]) -> Future[list[Applied]]:
+        """Apply the parts in the background. The future has the outcomes, or SinkBusy, SinkRefused, or a defect."""
+        return self._pool.submit(self._apply, parts)
+
+    def prepare(self, targets: Sequence[Target]) -> None:
+        """Create what the targets need, for as long as it takes. Raises SinkBusy when Delta stops before."""
+        for target in targets:
+            self._until_done(lambda target=target: self.sink.prepare(target))  # type: ignore[misc]  # mypy: lambda with a default
+
+    def close(self) -> None:
+        """Wait for what is under way, then close the sink."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.sink.close()
+
+    def _apply(self, parts: Sequence[Part]) -> list[Applied]:
+        return [self._apply_part(part) for part in parts]
+
+    def _apply_part(self, part: Part) -> Applied:
+        version = part.truncate
+        if version is not None:
+            removed = self._until_done(lambda: self.sink.truncate(part.target, version))
+            log.info("truncated", sink=self.sink.name, place=part.target.place, documents=removed)
+        if not part.writes:
+            return Applied(part, [])
+        outcomes = self._until_done(lambda: self.sink.apply(part.target, part.writes))
+        assert len(outcomes) == len(part.writes), f"sink {self.sink.name} returned {len(outcomes)} outcomes"
+        numbers = self.numbers
+        stale = rejected = 0
+        for outcome in outcomes:
+            kind = outcome[0]
+            if kind == "stale":
+                stale += 1
+            elif kind == "rejected":
+                rejected += 1
+        with numbers.lock:
+            numbers.applied += len(outcomes) - stale - rejected
+            numbers.stale += stale
+            numbers.rejected += rejected
+        return Applied(part, outcomes)
+
+    def _until_done(self, call: Callable[[], Any]) -> Any:
+        """Repeat a call until it no longer raises SinkBusy. Says so once, then counts."""
+        numbers = self.numbers
+
+        def before_sleep(state: tenacity.RetryCallState) -> None:
+            reason = redact(str(state.outcome.exception())) if state.outcome is not None else ""
+            with numbers.lock:
+                first = numbers.busy is None
+                numbers.busy = reason
+                numbers.retries += 1
+            if first:
+                log.warning("sink_busy", sink=self.sink.name, reason=reason)
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(SinkBusy),
+            wait=self._wait,
+            stop=tenacity.stop_when_event_set(self._stopping),
+            sleep=tenacity.sleep_using_event(self._stopping),
+            before_sleep=before_sleep,
+            reraise=True,
+        )
+        result = retrying(call)
+        if numbers.busy is not None:
+            with numbers.lock:
+                numbers.busy = None
+            log.info("sink_recovered", sink=self.sink.name, retries=numbers.retries)
+        return result

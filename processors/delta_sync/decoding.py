@@ -1,0 +1,182 @@
+"""From batches of Debezium events to the newest change of each key. Pure: no I/O, nothing kept between batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from operator import itemgetter
+from typing import Any, NamedTuple, cast
+
+import orjson
+
+from delta_sync.changes import Change, Key
+from delta_sync.errors import UndecodableChange
+from delta_sync.tables import Table
+from delta_sync.values import Row
+from delta_sync.versions import POSITION_BITS
+
+Event = dict[str, Any]  # Debezium's envelope: before, after, source, op
+Image = dict[str, Any]  # its before or after: column name → value as the event carries it
+
+
+class TableCodec(NamedTuple):
+    """How one table's events are read.
+
+    `row` turns an image into a row, in place; `key` reads the key's columns out of any image. Both raise
+    UndecodableChange. `lacks` tells whether an image lacks a value that the row has: then the row is read by its key.
+    """
+
+    table: Table
+    row: Callable[[Image], Row]
+    key: Callable[[Image], Key]
+    lacks: Callable[[Image], bool]
+
+
+class Lacking(NamedTuple):
+    """A change whose event lacks a value, or does not fit the table as it is now: its row is to be read by key."""
+
+    table: str
+    key: Key
+    version: int
+    xid: int
+
+
+class Undecodable(NamedTuple):
+    """An event from which not even the key can be read."""
+
+    table: str
+    version: int
+    event: Event
+    error: UndecodableChange
+
+
+class Decoded(NamedTuple):
+    """What some batches hold: by table, the newest change per key; truncates; the newest heartbeat; how many events."""
+
+    changes: dict[str, list[Change]]
+    lacking: dict[str, list[Lacking]]
+    truncates: dict[str, int]  # table → version
+    undecodable: list[Undecodable]
+    heartbeat_lsn: int | None
+    newest_ts_ms: int | None  # of the newest change: when its transaction committed (heartbeats: were sent)
+    events: int
+    misfits: frozenset[str]  # tables of which an event has other columns than the catalogue had
+
+
+def decode(payloads: Iterable[bytes], codecs: Mapping[str, TableCodec], epoch: int, heartbeat_prefix: str) -> Decoded:
+    """Return the newest change per key of some batches, given in the order of the log.
+
+    Of an event that is not the newest of its key nothing but the key is looked at. Events of tables without a codec
+    are left out: the table was removed from the pipeline.
+    """
+    newest: dict[str, dict[Hashable, Event]] = {table: {} for table in codecs}
+    raw_keys = {table: _raw_key(codec.table.key) for table, codec in codecs.items()}
+    truncates: dict[str, int] = {}
+    heartbeat_lsn: int | None = None
+    newest_ts_ms: int | None = None
+    count = 0
+    for payload in payloads:
+        events: list[Event] = orjson.loads(payload)
+        count += len(events)
+        for event in events:
+            source = event["source"]
+            op = event["op"]
+            if op == "m":
+                if event["message"]["prefix"] == heartbeat_prefix:
+                    heartbeat_lsn = max(source["lsn"], heartbeat_lsn or 0)
+                continue
+            table = source["schema"] + "." + source["table"]
+            keys = newest.get(table)
+            if keys is None:
+                continue
+            if op == "t":
+                keys.clear()  # what came before is gone; what follows is newer
+                truncates[table] = epoch << POSITION_BITS | source["lsn"]
+                continue
+            key = raw_keys[table](event["after"] or event["before"])
+            known = keys.get(key)
+            if known is None or known["source"]["lsn"] <= source["lsn"]:
+                keys[key] = event
+        if events:
+            newest_ts_ms = events[-1]["source"]["ts_ms"]
+    changes: dict[str, list[Change]] = {}
+    lacking: dict[str, list[Lacking]] = {}
+    undecodable: list[Undecodable] = []
+    misfits: set[str] = set()
+    for table, keys in newest.items():
+        if keys:
+            codec = codecs[table]
+            fits = _decode_table(codec, keys.values(), epoch, changes, lacking, undecodable)
+            if not fits:
+                misfits.add(table)
+    return Decoded(changes, lacking, truncates, undecodable, heartbeat_lsn, newest_ts_ms, count, frozenset(misfits))
+
+
+def _decode_table(
+    codec: TableCodec,
+    events: Iterable[Event],
+    epoch: int,
+    changes: dict[str, list[Change]],
+    lacking: dict[str, list[Lacking]],
+    undecodable: list[Undecodable],
+) -> bool:
+    """Sort one table's events into changes, lacking and undecodable; return whether all had the table's columns."""
+    table = codec.table.id
+    columns = {column.name for column in codec.table.columns if column.in_log}
+    all_columns = {column.name for column in codec.table.columns}
+    to_row, to_key, lacks = codec.row, codec.key, codec.lacks
+    base = epoch << POSITION_BITS
+    good: list[Change] = []
+    bad: list[Lacking] = []
+    all_fit = True
+    for event in events:
+        source = event["source"]
+        version = base | source["lsn"]
+        image = event["after"]
+        try:
+            if image is None:
+                good.append(Change(table, to_key(event["before"]), version, None))
+                continue
+            key = to_key(image)
+        except UndecodableChange as error:
+            undecodable.append(Undecodable(table, version, event, error))
+            continue
+        fits = image.keys() == columns or columns <= image.keys() <= all_columns
+        all_fit = all_fit and fits
+        if fits and not lacks(image):
+            try:
+                good.append(Change(table, key, version, to_row(image)))
+                continue
+            except UndecodableChange:
+                all_fit = False  # retyped since: the row itself, read by key, has the new type
+        bad.append(Lacking(table, key, version, source["txId"]))
+    if good:
+        changes[table] = good
+    if bad:
+        lacking[table] = bad
+    return all_fit
+
+
+_UNHASHABLE = (list, dict)  # of the types that JSON has
+
+
+def _raw_key(key: tuple[str, ...]) -> Callable[[Image], Hashable]:
+    """Return a function from an image to something by which the same key is recognised, cheaply."""
+    if len(key) == 1:
+        name = key[0]
+
+        def single(image: Image) -> Hashable:
+            value = image[name]
+            return orjson.dumps(value) if type(value) in _UNHASHABLE else value
+
+        return single
+    several = cast("Callable[[Image], tuple[Any, ...]]", itemgetter(*key))
+
+    def composite(image: Image) -> Hashable:
+        values = several(image)
+        try:
+            hash(values)
+        except TypeError:
+            return orjson.dumps(values)
+        return values
+
+    return composite

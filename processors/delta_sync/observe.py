@@ -1,0 +1,110 @@
+"""What a running pipeline shows over HTTP: `/metrics` for Prometheus, `/healthz`, `/readyz`, `/status`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from delta_sync.errors import UsageError
+from delta_sync.progress import READY, Progress
+from delta_sync.secrets import redact
+
+
+class ProgressCollector(Collector):
+    """Prometheus' view of a pipeline's progress: read when it is scraped, so nothing is counted twice."""
+
+    def __init__(self, pipeline: str, progress: Progress) -> None:
+        self._pipeline = pipeline
+        self._progress = progress
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield all metrics, labelled with the pipeline."""
+        progress, pipeline = self._progress, self._pipeline
+        state, _ = progress.state()
+        up = GaugeMetricFamily("delta_state", "1 for the state that the pipeline is in.", labels=["pipeline", "state"])
+        up.add_metric([pipeline, state], 1)
+        yield up
+        for name, help_text, value in (
+            ("delta_changes", "Change events taken from the log and applied to every sink.", progress.events),
+            ("delta_writes", "Documents written or deleted, whatever the number of sinks.", progress.writes),
+            ("delta_dead_letters", "Changes kept as dead letters.", progress.dead_letters),
+            ("delta_reread_rows", "Rows read by key because an event lacked a value.", progress.reread_rows),
+            ("delta_capture_restarts", "Starts of the capture after it ended.", progress.capture_restarts),
+        ):
+            counter = CounterMetricFamily(name, help_text, labels=["pipeline"])
+            counter.add_metric([pipeline], value)
+            yield counter
+        lags: tuple[tuple[str, str, float | None], ...] = (
+            ("delta_lag_bytes", "Log between its end and what is in every sink.", progress.lag_bytes()),
+            ("delta_lag_seconds", "How long a change takes into every sink.", progress.position.lag_s()),
+        )
+        for name, help_text, lag in lags:
+            gauge = GaugeMetricFamily(name, help_text, labels=["pipeline"])
+            if lag is not None:
+                gauge.add_metric([pipeline], lag)
+            yield gauge
+        outcomes = CounterMetricFamily(
+            "delta_sink_writes", "Outcomes of writes.", labels=["pipeline", "sink", "outcome"]
+        )
+        busy = GaugeMetricFamily("delta_sink_busy", "1 while a sink does not acknowledge.", labels=["pipeline", "sink"])
+        for sink, numbers in progress.sinks.items():
+            for outcome in ("applied", "stale", "rejected"):
+                outcomes.add_metric([pipeline, sink, outcome], getattr(numbers, outcome))
+            busy.add_metric([pipeline, sink], 1 if numbers.busy else 0)
+        yield outcomes
+        yield busy
+        loaded = GaugeMetricFamily("delta_loaded_rows", "Rows read by a table's load.", labels=["pipeline", "table"])
+        for table, load in dict(progress.loads).items():
+            loaded.add_metric([pipeline, table], load.get("rows", 0))
+        yield loaded
+
+
+def serve(pipeline: str, progress: Progress, host: str, port: int) -> ThreadingHTTPServer:
+    """Serve until `shutdown` is called on what is returned. Port 0: any free one. Raises UsageError: port taken.
+
+    `/healthz` is 200 as long as the process lives and has not failed; `/readyz` when changes flow.
+    """
+    registry = CollectorRegistry()
+    registry.register(ProgressCollector(pipeline, progress))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state, reason = progress.state()
+            path = self.path.partition("?")[0]
+            if path == "/metrics":
+                self._answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry))
+            elif path in ("/healthz", "/readyz"):
+                good = state in READY if path == "/readyz" else state not in ("failed", "stopped")
+                status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
+                text = state if reason is None else f"{state}: {redact(reason)}"
+                self._answer(status, "text/plain; charset=utf-8", f"{text}\n".encode())
+            elif path == "/status":
+                self._answer(HTTPStatus.OK, "application/json", json.dumps(progress.document()).encode())
+            else:
+                self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"/metrics, /healthz, /readyz, /status\n")
+
+        def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- http.server's signature
+            """A scrape every few seconds is no event."""
+
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise UsageError(f"Port {port} on {host} cannot be used: {error.strerror}.") from error
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    return server

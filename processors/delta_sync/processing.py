@@ -1,0 +1,110 @@
+"""From rows to writes: look-ups for the whole batch, then the user's function for each row. One bad row fails alone."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from delta_sync.changes import Change, Write, newest_per_key
+from delta_sync.errors import ProcessorError
+from delta_sync.lookups import LookupCaller
+from delta_sync.pipeline import TableProcessor
+from delta_sync.tables import Kind, Table
+
+Stage = Literal["decode", "process", "lookup", "apply"]
+_KINDS_WITH_MANY_SPELLINGS = (Kind.DECIMAL, Kind.FLOAT, Kind.INTERVAL)  # 1.0 and 1.00 are one key
+
+
+class Failure(NamedTuple):
+    """A change that could not be processed: at which stage, and why."""
+
+    change: Change
+    stage: Stage
+    error: str
+    trace: str
+    sink: str | None = None
+
+
+class Processed(NamedTuple):
+    """What became of a table's changes: a write for each, but for the failures. `changes[i]` led to `writes[i]`."""
+
+    changes: list[Change]
+    writes: list[Write]
+    failures: list[Failure]
+
+
+def process(
+    table: Table, processor: TableProcessor, changes: Sequence[Change], lookups: Mapping[str, LookupCaller]
+) -> Processed:
+    """Return the writes of a table's changes. Raises LookupBusy when a look-up did not answer before Delta stopped."""
+    failures: list[Failure] = []
+    if processor.enrich:
+        changes, arguments = _enrich(processor, changes, lookups, failures)
+    else:
+        arguments = None
+    function = processor.function
+    done: list[Change] = []
+    writes: list[Write] = []
+    for index, change in enumerate(changes):
+        _, key, version, row = change
+        if row is None:
+            document = None
+        else:
+            try:
+                # A copy: the row itself must stay as it was, for a dead letter.
+                document = function(row.copy()) if arguments is None else function(row.copy(), **arguments[index])
+            except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
+                failures.append(failure(change, "process", error))
+                continue
+            if document is not None and type(document) is not dict:
+                if not isinstance(document, dict):  # pyright: ignore[reportUnnecessaryIsInstance] -- the user's function
+                    reason = ProcessorError(f"It returned a {type(document).__name__}; a document is a dict, or None.")
+                    failures.append(failure(change, "process", reason))
+                    continue
+                document = dict(document)
+        done.append(change)
+        writes.append(Write(key, version, document))
+    if len(writes) > 1 and any(table.column(name).kind in _KINDS_WITH_MANY_SPELLINGS for name in table.key):
+        kept = newest_per_key(writes)
+        if len(kept) < len(writes):
+            by_write = {id(write): change for change, write in zip(done, writes, strict=True)}
+            done, writes = [by_write[id(write)] for write in kept], kept
+    return Processed(done, writes, failures)
+
+
+def failure(change: Change, stage: Stage, error: BaseException, sink: str | None = None) -> Failure:
+    """Return the failure that an exception means for a change."""
+    trace = "".join(traceback.format_exception(error))
+    return Failure(change, stage, f"{type(error).__name__}: {error}", trace, sink)
+
+
+def _enrich(
+    processor: TableProcessor,
+    changes: Sequence[Change],
+    lookups: Mapping[str, LookupCaller],
+    failures: list[Failure],
+) -> tuple[list[Change], list[dict[str, Any]]]:
+    """Return the changes whose look-ups have answers, with the arguments for each."""
+    answers = {
+        name: lookups[lookup.name].fetch(
+            change.row[column] for change in changes if change.row is not None and change.row.get(column) is not None
+        )
+        for name, (lookup, column) in processor.enrich.items()
+    }
+    kept: list[Change] = []
+    arguments: list[dict[str, Any]] = []
+    for change in changes:
+        values: dict[str, Any] = {}
+        error: Exception | None = None
+        if change.row is not None:
+            for name, (_, column) in processor.enrich.items():
+                key = change.row.get(column)
+                error = error or answers[name].failed.get(key)
+                values[name] = answers[name].found.get(key)
+        if error is not None:
+            failures.append(failure(change, "lookup", error))
+        else:
+            kept.append(change)
+            arguments.append(values)
+    return kept, arguments

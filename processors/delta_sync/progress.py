@@ -1,0 +1,157 @@
+"""What a running pipeline knows about itself: the numbers behind `deltactl status`, metrics and health checks."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from delta_sync.applying import SinkNumbers
+
+State = Literal["starting", "loading", "streaming", "waiting", "stopped", "failed"]
+READY: frozenset[str] = frozenset({"loading", "streaming"})
+RATE_WINDOW_S = 5.0  # long enough to be calm, short enough to show what happens now
+
+
+class LogPosition:
+    """How far the log has been applied to every sink, as heartbeats tell, and how long it takes them to come back."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._outstanding: deque[tuple[int, float]] = deque()
+        self._passed_lsn = 0
+        self._round_trip_s: float | None = None
+
+    @property
+    def passed_lsn(self) -> int:
+        """Everything that was committed before this position is in the sinks; 0 until the first heartbeat is back."""
+        return self._passed_lsn
+
+    def sent(self, lsn: int) -> None:
+        """Note that a heartbeat was written at this position just now."""
+        with self._changed:
+            if lsn > self._passed_lsn:
+                self._outstanding.append((lsn, self._clock()))
+
+    def advance(self, lsn: int) -> None:
+        """Note that the log is applied up to the heartbeat at this position."""
+        with self._changed:
+            self._passed_lsn = max(lsn, self._passed_lsn)
+            while self._outstanding and self._outstanding[0][0] <= lsn:
+                self._round_trip_s = self._clock() - self._outstanding.popleft()[1]
+            self._changed.notify_all()
+
+    def wait(self, lsn: int, timeout_s: float) -> bool:
+        """Wait until the log is applied up to a heartbeat; return whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._passed_lsn >= lsn, timeout_s)
+
+    def lag_s(self) -> float | None:
+        """How long a change takes into the sinks: the last round trip, or the age of a heartbeat still out."""
+        with self._changed:
+            oldest_s = self._clock() - self._outstanding[0][1] if self._outstanding else None
+            known = [value for value in (self._round_trip_s, oldest_s) if value is not None]
+            return max(known) if known else None
+
+
+class Progress:
+    """The pipeline's numbers, and what it waits for. Each field is written by one thread; anyone may read."""
+
+    def __init__(self, position: LogPosition, clock: Callable[[], float]) -> None:
+        self.position = position
+        self.sinks: Mapping[str, SinkNumbers] = {}
+        self.insert_lsn: int | None = None  # newest known end of the source's log
+        self.events = 0  # change events taken from the log
+        self.writes = 0  # documents written or deleted, counted once whatever the number of sinks
+        self.dead_letters = 0
+        self.reread_rows = 0  # rows read by key, because an event lacked a value
+        self.capture_restarts = 0
+        self.loads: dict[str, dict[str, Any]] = {}
+        self._waits: dict[str, str] = {}
+        self._ended: tuple[State, str] | None = None
+        self._seen: State = "starting"
+        self._since = _now()
+        self._clock = clock
+        self._history: deque[tuple[float, int, dict[str, int]]] = deque()
+
+    def waits(self, who: str, reason: str | None) -> None:
+        """Note for what a part of the pipeline waits; None: no longer."""
+        if reason is None:
+            self._waits.pop(who, None)
+        else:
+            self._waits[who] = reason
+
+    def end(self, state: State, reason: str) -> None:
+        """Note that the run has ended, and why."""
+        self._ended = (state, reason)
+
+    def state(self) -> tuple[State, str | None]:
+        """Return the state that the pipeline is in, and the reason where one helps."""
+        if self._ended is not None:
+            return self._ended
+        waits = {f"sink {name}": numbers.busy for name, numbers in self.sinks.items() if numbers.busy} | self._waits
+        if waits:
+            return "waiting", "; ".join(f"{who}: {reason}" for who, reason in waits.items())
+        if not self.position.passed_lsn:
+            return "starting", None
+        loading = [table for table, load in self.loads.items() if load["state"] != "done"]
+        return ("loading", f"{', '.join(loading)}") if loading else ("streaming", None)
+
+    def lag_bytes(self) -> int | None:
+        """How much log lies between its end and what is in the sinks."""
+        passed = self.position.passed_lsn
+        if self.insert_lsn is None or not passed:
+            return None
+        return max(0, self.insert_lsn - passed)
+
+    def document(self) -> dict[str, Any]:
+        """Return the status as `deltactl status --json` prints it. Call it about once a second, for the rates."""
+        now = self._clock()
+        applied = {name: numbers.applied for name, numbers in self.sinks.items()}
+        self._history.append((now, self.events, applied))
+        while len(self._history) > 2 and now - self._history[0][0] > RATE_WINDOW_S:
+            self._history.popleft()
+        then, events_then, applied_then = self._history[0]
+        elapsed_s = max(now - then, 1e-9)
+        lag_s = self.position.lag_s()
+        state, reason = self.state()
+        if state != self._seen:
+            self._seen, self._since = state, _now()
+        return {
+            "state": state,
+            "since": self._since,
+            "reason": reason,
+            "lag_bytes": self.lag_bytes(),
+            "lag_s": round(lag_s, 3) if lag_s is not None else None,
+            "rates": {"changes_per_s": round((self.events - events_then) / elapsed_s, 1)},
+            "totals": {
+                "changes": self.events,
+                "writes": self.writes,
+                "dead_letters": self.dead_letters,
+                "reread_rows": self.reread_rows,
+                "capture_restarts": self.capture_restarts,
+            },
+            "sinks": {
+                name: {
+                    "state": "busy" if numbers.busy else "ok",
+                    "applied": numbers.applied,
+                    "stale": numbers.stale,
+                    "rejected": numbers.rejected,
+                    "retries": numbers.retries,
+                    "reason": numbers.busy,
+                    "writes_per_s": round((applied[name] - applied_then.get(name, 0)) / elapsed_s, 1),
+                }
+                for name, numbers in self.sinks.items()
+            },
+            "loads": {table: dict(load) for table, load in self.loads.items()},
+            "pid": os.getpid(),
+            "at": _now(),
+        }
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,365 @@
+"""Reading a PostgreSQL source beside its log: samples, chunks, rows by key, heartbeats. No locks, and `SELECT` only.
+
+Nothing is written to a table. A heartbeat is a logical message (`pg_logical_emit_message`): some bytes in the WAL that
+come back through the log, so that the slot can advance while the tables rest, and so that one knows how far the log is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, LiteralString, NamedTuple, cast
+
+import psycopg
+from psycopg import sql
+
+from delta_sync.changes import Key
+from delta_sync.errors import SourceBusy
+from delta_sync.secrets import redact
+from delta_sync.sources.postgresql import codec
+from delta_sync.sources.postgresql.catalogue import read_fingerprints, read_tables
+from delta_sync.sources.postgresql.claims import Sample, Snapshot, parse_snapshot, sample_of
+from delta_sync.sources.postgresql.connection import connect
+from delta_sync.spec import SourceSpec
+from delta_sync.tables import Column, Table
+from delta_sync.values import Row
+from delta_sync.versions import parse_lsn
+
+ROWS_AT_ONCE = 4  # of a table with long values: what may be in memory beyond the chunk's byte limit
+LOCK_NOTICE_AGE_S = 1.0
+FLUSHING_MESSAGES = 170000
+
+
+class Chunk(NamedTuple):
+    """Rows read in one snapshot, in the order of the key. The next chunk begins behind `last_key`; None: the end."""
+
+    snapshot: Snapshot
+    rows: list[tuple[Key, Row]]
+    last_key: Key | None
+
+
+class Blocker(NamedTuple):
+    """A transaction for whose end a claim has to wait."""
+
+    pid: int | None
+    xid: int
+    age_s: float
+    query: str
+
+    def __str__(self) -> str:
+        who = f"pid {self.pid}" if self.pid is not None else "a prepared transaction"
+        return f"{who} (xid {self.xid}, open for {self.age_s:.0f} s): {self.query[:200]}"
+
+
+class SourceIdentity(NamedTuple):
+    """What tells one history of positions from another: they start again when one of the two changes."""
+
+    system_identifier: str
+    timeline: int
+
+
+class SlotState(NamedTuple):
+    """The replication slot as the server has it; positions are integers."""
+
+    active_pid: int | None
+    wal_status: str | None
+    confirmed_lsn: int | None
+
+
+class PostgresReader:
+    """One connection to the source, opened when needed and again after it broke. Used by one thread at a time.
+
+    Every method raises SourceBusy when the source cannot be reached; CheckFailed when it refuses.
+    """
+
+    def __init__(self, source: SourceSpec, application_name: str) -> None:
+        self._source = source
+        self._application_name = application_name
+        self._connection: psycopg.Connection | None = None
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    @contextmanager
+    def _connected(self) -> Generator[psycopg.Connection]:
+        with self._lock:
+            try:
+                if self._connection is None or self._connection.closed:
+                    self._connection = connect(self._source, self._application_name)
+                    codec.configure(self._connection)
+                yield self._connection
+            except psycopg.OperationalError as error:
+                broken, self._connection = self._connection, None
+                if broken is not None:
+                    broken.close()
+                raise SourceBusy(f"The source does not answer: {redact(str(error)).strip()}") from error
+
+    def _value(self, query: LiteralString, parameters: Sequence[object] = ()) -> Any:
+        with self._connected() as connection:
+            row = connection.execute(query, parameters).fetchone()
+            return row[0] if row is not None else None
+
+    # ── catalogue ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tables(self, names: Sequence[str]) -> dict[str, Table]:
+        """Return the tables that exist, by `schema.table`."""
+        with self._connected() as connection:
+            return read_tables(connection, names)
+
+    def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
+        """Return, for each table that exists, a text that changes whenever its columns or its key do."""
+        with self._connected() as connection:
+            return read_fingerprints(connection, names)
+
+    def estimated_rows(self, table: Table) -> int | None:
+        """Return the planner's estimate of a table's rows; None when it was never analysed."""
+        estimate = self._value(
+            "SELECT reltuples::bigint FROM pg_class WHERE oid = to_regclass(%s)", [_qualified(table).as_string(None)]
+        )
+        return estimate if estimate is not None and estimate >= 0 else None
+
+    # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def insert_lsn(self) -> int:
+        """Return the position at which the next record of the log will be written."""
+        return parse_lsn(self._value("SELECT pg_current_wal_insert_lsn()::text"))
+
+    def heartbeat(self, prefix: str) -> int:
+        """Write a logical message and return its position: the log carries it with exactly this `lsn`.
+
+        All changes that were visible when this was called come before it.
+        """
+        with self._connected() as connection:
+            # From 17 on the message can ask for its own flush; before, the WAL writer does it within 200 ms.
+            flush = ", true" if connection.info.server_version >= FLUSHING_MESSAGES else ""
+            query = sql.SQL("SELECT pg_logical_emit_message(false, %s, ''" + flush + ")::text")
+            (lsn,) = _row(connection.execute(query, [prefix]))
+        return parse_lsn(lsn)
+
+    def sample(self) -> Sample:
+        """Take a sample for claims: three statements of one connection, in the order that the proof needs."""
+        with self._connected() as connection:
+            (lsn,) = _row(connection.execute("SELECT pg_current_wal_insert_lsn()::text"))
+            running = connection.execute(
+                "SELECT transactionid::text::bigint FROM pg_locks"
+                " WHERE locktype = 'transactionid' AND mode = 'ExclusiveLock' AND granted"
+            ).fetchall()
+            (xmax,) = _row(connection.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint"))
+        return sample_of(parse_lsn(lsn), (xid for (xid,) in running), xmax)
+
+    def identity(self) -> SourceIdentity:
+        """Return which history of positions the source is in."""
+        with self._connected() as connection:
+            row = _row(
+                connection.execute(
+                    "SELECT system_identifier::text, timeline_id FROM pg_control_system(), pg_control_checkpoint()"
+                )
+            )
+        return SourceIdentity(*row)
+
+    def blockers(self) -> list[Blocker]:
+        """Return the transactions with an id that are open for a while, oldest first: claims wait for their end."""
+        with self._connected() as connection:
+            rows = connection.execute(
+                "SELECT pid, backend_xid::text::bigint, extract(epoch FROM now() - xact_start)::float8, query"
+                " FROM pg_stat_activity WHERE backend_xid IS NOT NULL"
+                " UNION ALL SELECT NULL, transaction::text::bigint, extract(epoch FROM now() - prepared)::float8, gid"
+                " FROM pg_prepared_xacts ORDER BY 3 DESC NULLS LAST"
+            ).fetchall()
+        return [
+            Blocker(pid, xid, age_s or 0.0, redact(query or ""))
+            for pid, xid, age_s, query in rows
+            if (age_s or 0.0) >= LOCK_NOTICE_AGE_S
+        ]
+
+    # ── slot and publication ─────────────────────────────────────────────────────────────────────────────────────
+
+    def slot(self, name: str) -> SlotState | None:
+        """Return the state of a replication slot, or None when there is none of that name."""
+        with self._connected() as connection:
+            row = connection.execute(
+                "SELECT active_pid, wal_status, confirmed_flush_lsn::text FROM pg_replication_slots"
+                " WHERE slot_name = %s",
+                [name],
+            ).fetchone()
+        if row is None:
+            return None
+        return SlotState(row[0], row[1], parse_lsn(row[2]) if row[2] is not None else None)
+
+    def create_slot(self, name: str) -> int:
+        """Create the replication slot and return the position from which it delivers.
+
+        Waits for every transaction that is running now to end, as PostgreSQL demands.
+        """
+        return parse_lsn(
+            self._value("SELECT lsn::text FROM pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
+        )
+
+    def drop_slot(self, name: str) -> None:
+        """Drop the replication slot, ending the connection that uses it. Nothing happens when there is none."""
+        with self._connected() as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+                " WHERE slot_name = %s AND active_pid IS NOT NULL",
+                [name],
+            )
+            connection.execute(
+                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s", [name]
+            )
+
+    def publish(self, publication: str, tables: Sequence[Table]) -> bool:
+        """Make the publication cover exactly these tables; return whether anything had to change."""
+        with self._connected() as connection:
+            row = connection.execute(
+                "SELECT puballtables FROM pg_publication WHERE pubname = %s", [publication]
+            ).fetchone()
+            listed = sql.SQL(", ").join(_qualified(table) for table in tables)
+            if row is None:
+                connection.execute(
+                    sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true)").format(
+                        sql.Identifier(publication), listed
+                    )
+                )
+                return True
+            published = {
+                f"{schema}.{name}"
+                for schema, name in connection.execute(
+                    "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s", [publication]
+                )
+            }
+            wanted = {table.id for table in tables}
+            if published == wanted or (row[0] and wanted <= published):
+                return False
+            connection.execute(sql.SQL("ALTER PUBLICATION {} SET TABLE {}").format(sql.Identifier(publication), listed))
+            return True
+
+    def drop_publication(self, publication: str) -> None:
+        """Drop the publication. Nothing happens when there is none."""
+        with self._connected() as connection:
+            connection.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(publication)))
+
+    # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def read_chunk(
+        self, table: Table, after: Key | None, rows_most: int, bytes_most: int, usable: Callable[[Snapshot], bool]
+    ) -> Chunk | None:
+        """Read the rows behind `after` in the order of the key, at most `rows_most`, in one snapshot.
+
+        None if the snapshot is not `usable`. It ends early when the values have `bytes_most` bytes; so no more than
+        that and ROWS_AT_ONCE rows are in memory.
+        """
+        order = sql.SQL(", ").join(map(sql.Identifier, table.key))
+        query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} LIMIT {}").format(
+            codec.select_list(table), _qualified(table), _behind(table, after), order, sql.Literal(rows_most)
+        )
+        rows: list[tuple[Key, Row]] = []
+        with self._snapshot() as (connection, snapshot):
+            if not usable(snapshot):
+                return None
+            to_row = _row_maker(table)
+            if not self._has_long_values(connection, table):
+                rows.extend(to_row(values) for values in connection.execute(query, after))
+            else:
+                size = 0
+                with connection.cursor() as cursor:
+                    for values in cursor.stream(query, after, size=ROWS_AT_ONCE):
+                        rows.append(to_row(values))
+                        size += sum(len(value) for value in values if isinstance(value, str | bytes))
+                        if size >= bytes_most:
+                            return Chunk(snapshot, rows, rows[-1][0])
+        return Chunk(snapshot, rows, rows[-1][0] if len(rows) == rows_most else None)
+
+    def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
+        """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
+
+        A row that is gone is absent.
+        """
+        query = sql.SQL("SELECT {} FROM {} AS t JOIN {} USING ({})").format(
+            codec.select_list(table),
+            _qualified(table),
+            _key_rows(table),
+            sql.SQL(", ").join(map(sql.Identifier, table.key)),
+        )
+        with self._snapshot() as (connection, snapshot):
+            if not usable(snapshot):
+                return None
+            to_row = _row_maker(table)
+            columns = [list(column) for column in zip(*keys, strict=True)]
+            return Chunk(snapshot, [to_row(values) for values in connection.execute(query, columns)], None)
+
+    @contextmanager
+    def _snapshot(self) -> Generator[tuple[psycopg.Connection, Snapshot]]:
+        """A read-only REPEATABLE READ transaction, and its snapshot, which is taken by the first statement."""
+        with self._connected() as connection:
+            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            try:
+                (text,) = _row(connection.execute("SELECT pg_current_snapshot()::text"))
+                yield connection, parse_snapshot(text)
+            finally:
+                if not connection.closed:
+                    connection.execute("ROLLBACK")
+
+    @staticmethod
+    def _has_long_values(connection: psycopg.Connection, table: Table) -> bool:
+        """Tell whether the table has values out of line; without them a row has at most a page, 8 KiB."""
+        (size,) = _row(
+            connection.execute(
+                "SELECT coalesce(sum(pg_relation_size(reltoastrelid)), 0) FROM pg_class"
+                " WHERE reltoastrelid <> 0 AND (oid = to_regclass(%(table)s)"
+                " OR oid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(table)s))))",
+                {"table": _qualified(table).as_string(connection)},
+            )
+        )
+        return bool(size)
+
+
+def _behind(table: Table, after: Key | None) -> sql.Composable:
+    if after is None:
+        return sql.SQL("")
+    return sql.SQL(" WHERE ({}) > ({})").format(
+        sql.SQL(", ").join(map(sql.Identifier, table.key)),
+        sql.SQL(", ").join(_parameter(table.column(name)) for name in table.key),
+    )
+
+
+def _parameter(column: Column) -> sql.Composable:
+    """A value of the key column's own type: values that Python cannot hold are text, which PostgreSQL reads back."""
+    return sql.SQL("%s::{}").format(_type(column))
+
+
+def _type(column: Column) -> sql.Composable:
+    """The column's type, which the catalogue wrote, so it is quoted already."""
+    return sql.SQL(cast("LiteralString", column.type))
+
+
+def _key_rows(table: Table) -> sql.Composable:
+    """The keys, passed as one array per key column, as a relation with the key's column names."""
+    types = [sql.SQL("%s::{}[]").format(_type(table.column(name))) for name in table.key]
+    names = sql.SQL(", ").join(map(sql.Identifier, table.key))
+    return sql.SQL("unnest({}) AS k({})").format(sql.SQL(", ").join(types), names)
+
+
+def _row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
+    names = [column.name for column in table.columns]
+    places = [names.index(name) for name in table.key]
+
+    def to_row(values: Sequence[Any]) -> tuple[Key, Row]:
+        return tuple(values[place] for place in places), dict(zip(names, values, strict=True))
+
+    return to_row
+
+
+def _qualified(table: Table) -> sql.Identifier:
+    return sql.Identifier(table.schema, table.name)
+
+
+def _row(cursor: psycopg.Cursor[Any]) -> tuple[Any, ...]:
+    row: tuple[Any, ...] | None = cursor.fetchone()
+    assert row is not None, "the query always has a row"
+    return row

@@ -1,0 +1,93 @@
+"""The watch: what is done every so often beside the stream: samples for claims, heartbeats, a look at the tables."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from delta_sync.errors import DeltaError, SourceBusy
+from delta_sync.load import SharedSamples
+from delta_sync.progress import LogPosition, Progress
+from delta_sync.sources.postgresql.reader import PostgresReader
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+SAMPLE_LOADING_S = 0.1  # a load's claims are at most this old, so few rows are read in vain
+SAMPLE_RESTING_S = 1.0  # so that a load can start at once even beside a transaction that runs for hours
+TABLES_S = 5.0  # how soon a change of a table's columns is noticed when no change event shows it
+RETRY_S = 1.0
+
+
+class Watch(threading.Thread):
+    """Takes samples and sends heartbeats until `stopping` is set.
+
+    `schema_changed` is called with the tables whose columns are no longer those of `fingerprints()`.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: PostgresReader,
+        samples: SharedSamples,
+        position: LogPosition,
+        progress: Progress,
+        heartbeat_prefix: str,
+        heartbeat_s: float,
+        loading: Callable[[], bool],
+        fingerprints: Callable[[], Mapping[str, str]],
+        schema_changed: Callable[[list[str]], None],
+        stopping: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._reader = reader
+        self._samples = samples
+        self._position = position
+        self._progress = progress
+        self._heartbeat_prefix = heartbeat_prefix
+        self._heartbeat_s = heartbeat_s
+        self._loading = loading
+        self._fingerprints = fingerprints
+        self._schema_changed = schema_changed
+        self._stopping = stopping
+        self._clock = clock
+        self._missing: set[str] = set()
+
+    def run(self) -> None:
+        """Run until Delta stops; a source that does not answer is asked again."""
+        due_heartbeat = due_tables = self._clock()
+        while not self._stopping.is_set():
+            pause_s = SAMPLE_LOADING_S if self._loading() else min(SAMPLE_RESTING_S, self._heartbeat_s)
+            try:
+                sample = self._reader.sample()
+                self._samples.add(sample)
+                self._progress.insert_lsn = sample.lsn
+                now = self._clock()
+                if now >= due_heartbeat:
+                    due_heartbeat = now + self._heartbeat_s
+                    self._position.sent(self._reader.heartbeat(self._heartbeat_prefix))
+                if now >= due_tables:
+                    due_tables = now + TABLES_S
+                    self._look_at_tables()
+            except SourceBusy as error:
+                log.warning("source_busy", reason=str(error))
+                self._samples.forget()  # what answers next may be another server
+                pause_s = RETRY_S
+            except DeltaError as error:
+                log.warning("source_refuses", reason=str(error))
+                pause_s = RETRY_S
+            self._stopping.wait(pause_s)
+
+    def _look_at_tables(self) -> None:
+        known = self._fingerprints()
+        current = self._reader.fingerprints(list(known))
+        changed = [table for table, fingerprint in current.items() if known[table] != fingerprint]
+        if changed:
+            self._schema_changed(changed)
+        missing = known.keys() - current.keys()
+        for table in missing - self._missing:
+            log.warning("table_missing", table=table, fix="take it out of pipeline.yaml, or create it again")
+        self._missing = missing

@@ -1,0 +1,439 @@
+"""The worker: poll, decode, compact, process, look up, apply to all sinks in parallel, confirm when all acknowledged.
+
+Writes commute (`docs/guarantees.md`), so the next batch is decoded and applied while the last is in flight, and chunks
+of a load go between the log's batches in any order; only the confirmation of log batches is in order. One thread
+decodes and runs the user's functions; each sink has its own threads; a failure of one change is a dead letter, and
+whatever spoils all of them stops the pipeline with the positions where they are.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import structlog
+import tenacity
+
+from delta_sync.applying import Applied, Part, SinkWriter
+from delta_sync.capture import Batch, Capture, CaptureDied
+from delta_sync.changes import Change
+from delta_sync.decoding import Decoded, Lacking, TableCodec, decode
+from delta_sync.delta_event import DeltaEvent, encode_event
+from delta_sync.errors import (
+    DeltaError,
+    LookupBusy,
+    PipelineStopped,
+    SinkBusy,
+    SourceBusy,
+    StateBusy,
+    TooManyDeadLetters,
+)
+from delta_sync.load import Slice
+from delta_sync.lookups import LookupCaller
+from delta_sync.pipeline import Pipeline
+from delta_sync.processing import Failure, failure, process
+from delta_sync.progress import LogPosition, Progress
+from delta_sync.secrets import redact
+from delta_sync.sinks.base import Target
+from delta_sync.spec import PipelineSpec
+from delta_sync.state import DeadLetter, StateStore
+from delta_sync.tables import Table, key_text
+from delta_sync.values import Row
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+JOBS_MOST = 4  # log batches in flight: one per stage (decode, two in a sink's threads, confirm)
+EVENTS_AT_ONCE = 8192  # waiting batches are joined up to this: larger batches cost sinks less per change
+LOG_BEFORE_SLICE = 4  # log batches that go before a waiting slice: the log has priority, but not for ever
+DRAIN_BUDGET_S = 10.0  # after SIGTERM, for what is in flight; container runtimes kill after 10 to 30 s
+RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # of the capture
+DEAD_LETTER_WINDOW_S = 60.0
+
+Read = Callable[[str, Sequence[Lacking]], Sequence[tuple[Lacking, Row | None, int]]]
+
+
+class TableRuntime(NamedTuple):
+    """All that the worker needs for one table, as its columns are now."""
+
+    codec: TableCodec
+    targets: Mapping[str, Target]  # by sink
+
+
+class Job(NamedTuple):
+    """A batch of the log, or a slice of a load, that is being applied."""
+
+    results: list[Future[list[Applied]]]
+    failures: list[Failure]
+    batch: Batch | None = None
+    decoded: Decoded | None = None
+    slice: Slice | None = None
+
+    def done(self) -> bool:
+        """Whether every sink has answered."""
+        return all(result.done() for result in self.results)
+
+
+class Worker:
+    """Applies a pipeline's changes until `stopping` is set. `run` returns when it has drained, or raises why it stops.
+
+    `reread` reads rows by key (`rereads.Rereader`). `refresh` is asked about tables whose columns may have changed and
+    returns those of which that is so, with their new codecs and targets.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: PipelineSpec,
+        pipeline: Pipeline,
+        epoch: int,
+        capture: Capture,
+        writers: Mapping[str, SinkWriter],
+        lookups: Mapping[str, LookupCaller],
+        state: StateStore,
+        position: LogPosition,
+        progress: Progress,
+        reread: Read,
+        refresh: Callable[[Iterable[str]], Mapping[str, TableRuntime]],
+        stopping: threading.Event,
+        giving_up: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spec = spec
+        self._pipeline = pipeline
+        self._epoch = epoch
+        self._capture = capture
+        self._writers = writers
+        self._lookups = lookups
+        self._state = state
+        self._position = position
+        self._progress = progress
+        self._reread = reread
+        self._refresh = refresh
+        self._stopping = stopping
+        self._giving_up = giving_up
+        self._clock = clock
+        self._tables: dict[str, TableRuntime] = {}
+        self._news = threading.Condition()
+        self._batches: deque[Batch] = deque()
+        self._slices: deque[Slice] = deque()
+        self._changed_tables: set[str] = set()
+        self._jobs: deque[Job] = deque()
+        self._load_jobs: list[Job] = []
+        self._since_slice = 0
+        self._dead_letter_times: deque[float] = deque()
+        self._fatal: BaseException | None = None
+        self._capture_thread = threading.Thread(target=self._feed, name="capture", daemon=True)
+
+    # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The tables as the worker sees them now."""
+        return {name: runtime.codec.table for name, runtime in self._tables.items()}
+
+    def targets(self, table: str) -> Mapping[str, Target]:
+        """Where a table's documents go, by sink."""
+        return self._tables[table].targets
+
+    def hand_over(self, slice_: Slice) -> None:
+        """Take a slice of a load; its `done` tells when every sink has acknowledged it."""
+        with self._news:
+            self._slices.append(slice_)
+            self._news.notify_all()
+
+    def schema_changed(self, tables: Iterable[str]) -> None:
+        """Read these tables' columns again before anything else of them is decoded."""
+        with self._news:
+            self._changed_tables.update(tables)
+            self._news.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Stop the pipeline with this error."""
+        with self._news:
+            self._fatal = self._fatal or error
+            self._news.notify_all()
+
+    def wake(self) -> None:
+        """Look at `stopping` again."""
+        with self._news:
+            self._news.notify_all()
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def use(self, tables: Mapping[str, TableRuntime]) -> None:
+        """Take over the tables' codecs and targets, and create what the targets need."""
+        for runtime in tables.values():
+            for sink, target in runtime.targets.items():
+                self._writers[sink].prepare([target])
+        self._tables.update(tables)
+
+    def run(self) -> None:
+        """Work until `stopping` is set, then drain. Raises what the pipeline must stop with."""
+        self._capture_thread.start()
+        try:
+            try:
+                while not self._stopping.is_set():
+                    self._turn()
+            except (LookupBusy, SourceBusy) as error:
+                if not self._stopping.is_set():
+                    raise
+                log.info("batch_left", reason=str(error))  # it was not begun; it is delivered again
+            self._drain()
+        finally:
+            self._stopping.set()
+            self._giving_up.set()
+            self._capture_thread.join()
+            self._capture.stop()
+            for slice_ in self._slices:
+                slice_.done.cancel()
+
+    def _turn(self) -> None:
+        """Finish what is done, begin what is next, or wait for either."""
+        with self._news:
+            self._news.wait_for(self._has_something)
+            if self._fatal is not None:
+                raise self._fatal
+            changed, self._changed_tables = self._changed_tables, set()
+        if changed:
+            self.use(self._refresh(changed))
+        self._finish_jobs()
+        batches, slice_ = self._take()
+        if batches:
+            self._begin_batches(batches)
+        elif slice_ is not None:
+            self._begin_slice(slice_)
+
+    def _has_something(self) -> bool:
+        return bool(
+            self._fatal
+            or self._stopping.is_set()
+            or self._changed_tables
+            or (self._jobs and self._jobs[0].done())
+            or any(job.done() for job in self._load_jobs)
+            or (self._batches and len(self._jobs) < JOBS_MOST)
+            or (self._slices and not self._load_jobs)
+        )
+
+    def _take(self) -> tuple[list[Batch], Slice | None]:
+        """Take the batches that wait, joined up to EVENTS_AT_ONCE, or a slice when it is its turn."""
+        with self._news:
+            slice_is_next = self._slices and not self._load_jobs
+            if slice_is_next and (not self._batches or self._since_slice >= LOG_BEFORE_SLICE):
+                self._since_slice = 0
+                return [], self._slices.popleft()
+            if not self._batches or len(self._jobs) >= JOBS_MOST:
+                return [], None
+            self._since_slice += 1
+            taken = [self._batches.popleft()]
+            events = taken[0].events
+            while self._batches and self._batches[0].generation == taken[0].generation:
+                events += self._batches[0].events
+                if events > EVENTS_AT_ONCE:
+                    break
+                taken.append(self._batches.popleft())
+            return taken, None
+
+    def _begin_batches(self, batches: Sequence[Batch]) -> None:
+        codecs = {name: runtime.codec for name, runtime in self._tables.items()}
+        payloads = [batch.payload for batch in batches]
+        decoded = decode(payloads, codecs, self._epoch, self._spec.heartbeat_prefix)
+        if decoded.misfits:
+            self.use(self._refresh(decoded.misfits))
+        failures = [_undecodable(item.table, item.version, item.event, item.error) for item in decoded.undecodable]
+        changes = dict(decoded.changes)
+        for table, lacking in decoded.lacking.items():
+            changes[table] = [*changes.get(table, []), *self._read_again(table, lacking)]
+        results = self._submit(changes, decoded.truncates, failures)
+        self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded))
+        if not results:
+            self.wake()
+
+    def _begin_slice(self, slice_: Slice) -> None:
+        failures: list[Failure] = []
+        results = self._submit({slice_.table: slice_.changes}, {}, failures)
+        self._load_jobs.append(Job(results, failures, slice=slice_))
+        if not results:
+            self.wake()
+
+    def _read_again(self, table: str, lacking: Sequence[Lacking]) -> list[Change]:
+        """Return the changes whose events lack a value, with the rows read by key."""
+        changes = [Change(table, item.key, version, row) for item, row, version in self._reread(table, lacking)]
+        self._progress.reread_rows += len(lacking)
+        return changes
+
+    def _submit(
+        self, changes: Mapping[str, Sequence[Change]], truncates: Mapping[str, int], failures: list[Failure]
+    ) -> list[Future[list[Applied]]]:
+        """Process the changes of all tables and hand the writes to the sinks, to each its part."""
+        parts: dict[str, list[Part]] = {}
+        for name in {**changes, **truncates}:
+            runtime = self._tables[name]
+            processed = process(runtime.codec.table, self._pipeline.tables[name], changes.get(name, ()), self._lookups)
+            failures += processed.failures
+            self._progress.writes += len(processed.writes)
+            for sink, target in runtime.targets.items():
+                part = Part(target, processed.writes, processed.changes, truncates.get(name))
+                if part.writes or part.truncate is not None:
+                    parts.setdefault(sink, []).append(part)
+        results: list[Future[list[Applied]]] = []
+        for sink, sink_parts in parts.items():
+            result = self._writers[sink].submit(sink_parts)
+            result.add_done_callback(lambda _: self.wake())
+            results.append(result)
+        return results
+
+    # ── finishing ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _finish_jobs(self) -> None:
+        while self._jobs and self._jobs[0].done():
+            job = self._jobs[0]
+            self._settle(job)
+            self._jobs.popleft()
+            assert job.batch is not None
+            assert job.decoded is not None
+            self._capture.confirm(job.batch)
+            self._progress.events += job.decoded.events
+            if job.decoded.heartbeat_lsn is not None:
+                self._position.advance(job.decoded.heartbeat_lsn)
+        for job in [job for job in self._load_jobs if job.done()]:
+            self._load_jobs.remove(job)
+            assert job.slice is not None
+            try:
+                self._settle(job)
+            except BaseException as error:
+                job.slice.done.set_exception(error)
+                raise
+            job.slice.done.set_result(None)
+
+    def _settle(self, job: Job) -> None:
+        """Collect what became of a job, and keep its failures as dead letters. Raises what a sink raised."""
+        failures = list(job.failures)
+        for result in job.results:
+            for part, outcomes in result.result():
+                for change, outcome in zip(part.changes, outcomes, strict=True):
+                    if outcome.kind == "rejected":
+                        failures.append(Failure(change, "apply", outcome.reason, "", self._sink_of(part)))
+        if failures:
+            self._bury(failures, "load" if job.slice is not None else "log")
+
+    def _sink_of(self, part: Part) -> str:
+        targets = self._tables[part.target.table.id].targets
+        return next(sink for sink, target in targets.items() if target.place == part.target.place)
+
+    def _bury(self, failures: Sequence[Failure], origin: str) -> None:
+        """Store dead letters, unless there are too many: then the pipeline stops, and nothing is lost or stored."""
+        now = self._clock()
+        times = self._dead_letter_times
+        times.extend([now] * len(failures))
+        while times and now - times[0] > DEAD_LETTER_WINDOW_S:
+            times.popleft()
+        most = self._spec.errors.max_dead_letters_per_minute
+        if len(times) > most:
+            first = failures[0]
+            raise TooManyDeadLetters(
+                f"{len(times)} changes failed within a minute, and errors.max_dead_letters_per_minute is {most}; the"
+                f" last one is {first.change.table} {key_text(first.change.key)}, at stage {first.stage}:"
+                f" {redact(first.error)}. Correct the cause and run the pipeline again: nothing was dropped."
+            )
+        letters = [_letter(self._spec.name, item, origin) for item in failures]
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(StateBusy),
+            wait=tenacity.wait_random_exponential(0.1, 5.0),
+            stop=tenacity.stop_when_event_set(self._giving_up),
+            sleep=tenacity.sleep_using_event(self._giving_up),
+            reraise=True,
+        )
+        retrying(lambda: self._state.add_dead_letters(self._spec.name, letters))
+        self._progress.dead_letters += len(letters)
+        for item in failures[:3]:
+            log.warning(
+                "dead_letter",
+                table=item.change.table,
+                key=key_text(item.change.key),
+                stage=item.stage,
+                sink=item.sink,
+                error=redact(item.error),
+                of=len(failures),
+            )
+
+    def _drain(self) -> None:
+        """Wait for what is in flight, at most DRAIN_BUDGET_S; what is not done by then is delivered again."""
+        deadline = self._clock() + DRAIN_BUDGET_S
+        timer = threading.Timer(DRAIN_BUDGET_S, self._giving_up.set)
+        timer.daemon = True
+        timer.start()
+        try:
+            while (self._jobs or self._load_jobs) and self._clock() < deadline:
+                with self._news:
+                    self._news.wait_for(
+                        lambda: all(job.done() for job in [*self._jobs, *self._load_jobs]) or self._fatal is not None,
+                        timeout=max(0.0, deadline - self._clock()),
+                    )
+                self._finish_jobs()
+        except (SinkBusy, LookupBusy, SourceBusy, StateBusy) as error:
+            log.warning("not_drained", reason=str(error))
+        finally:
+            timer.cancel()
+
+    # ── the capture's thread ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _feed(self) -> None:
+        """Keep the capture running and queue what it delivers."""
+        failed = 0
+        while not self._stopping.is_set():
+            try:
+                self._capture.start()
+                while not self._stopping.is_set():
+                    batch = self._capture.poll(0.5)
+                    if batch is None:
+                        continue
+                    failed = 0
+                    with self._news:
+                        self._batches.append(batch)
+                        self._news.notify_all()
+            except CaptureDied as error:
+                if self._stopping.is_set():
+                    return
+                failed += 1
+                self._progress.capture_restarts += 1
+                delay_s = min(RESTART_MOST_S, RESTART_FIRST_S * 2 ** (failed - 1))
+                log.warning("capture_died", reason=str(error), restart_in_s=delay_s)
+                with self._news:
+                    self._batches.clear()  # delivered again, from behind what was confirmed
+                self._stopping.wait(delay_s)
+            except BaseException as error:  # noqa: BLE001 -- a defect: the worker stops with it
+                self.fail(error)
+                return
+
+
+def _undecodable(table: str, version: int, event: Mapping[str, object], error: DeltaError) -> Failure:
+    """A change of which not even the key can be read; what there is of the event stands in the error."""
+    return failure(Change(table, (), version, None), "decode", DeltaError(f"{error} The event was {event!r:.2000}"))
+
+
+def _letter(pipeline: str, item: Failure, origin: str) -> DeadLetter:
+    now = dt.datetime.now(dt.UTC)
+    event = DeltaEvent.of(pipeline, item.change, now, "load" if origin == "load" else "log")
+    try:
+        encoded = encode_event(event)
+    except TypeError:
+        encoded = encode_event(event._replace(row=None))
+    return DeadLetter(
+        table=item.change.table,
+        key_text=key_text(item.change.key) if item.change.key else "?",
+        version=item.change.version,
+        sink=item.sink,
+        stage=item.stage,
+        error=item.error,
+        trace=item.trace,
+        event=encoded,
+        created_at=now,
+    )
+
+
+__all__ = ["Job", "PipelineStopped", "TableRuntime", "Worker"]
