@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
+import psycopg
 from click.shell_completion import CompletionItem
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -251,6 +252,8 @@ def _report(error: Exception, app: App) -> int:
     status, message = 1, str(error)
     if isinstance(error, DeltaError):
         status = error.exit_status
+    elif isinstance(error, psycopg.Error):
+        message = f"The source broke off or refused: {(error.diag.message_primary or message).strip()}."
     elif isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     else:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import psycopg
 
-from delta_sync.errors import CheckFailed, Problem, Transient, UsageError
+from delta_sync.errors import CheckFailed, Problem, Transient
 from delta_sync.secrets import redact, remember, resolve
 from delta_sync.sinks import open_sinks, targets_of
-from delta_sync.sources.postgresql.catalogue import read_tables
-from delta_sync.sources.postgresql.checks import problems, read_facts
+from delta_sync.sources.postgresql.catalogue import obstacles, read_catalogue
+from delta_sync.sources.postgresql.checks import column_notes, problems, read_facts
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
 
@@ -53,16 +53,11 @@ def check_source(connection: psycopg.Connection, spec: PipelineSpec, *, running:
     facts = read_facts(connection, spec)
     found = list(problems(facts, spec, running=running))
     bad = {problem.where for problem in found if problem.fatal}
-    sound = [name for name in spec.tables if f"table {name}" not in bad]
-    tables: dict[str, Table] = {}
-    if facts.tables:
-        for name in sound:  # one by one, so that what is wrong with one does not hide another
-            try:
-                tables |= read_tables(connection, [name])
-            except CheckFailed as error:
-                found += error.problems
-            except UsageError as error:
-                found.append(Problem(f"table {name}", str(error).rstrip("."), ""))
+    sound = [name for name in spec.tables if f"table {name}" not in bad] if facts.tables else []
+    catalogue = read_catalogue(connection, sound)
+    found += obstacles(connection, list(catalogue.values()))
+    tables = {name: catalogue[name].table for name in sound if name in catalogue}
+    found += column_notes(tables.values())
     return Findings(("source", *(f"table {name}" for name in spec.tables)), tables, tuple(found))
 
 

@@ -17,7 +17,7 @@ PLACES = {
 }
 
 
-@click.command()
+@click.command(short_help="Print the completion script of a shell.")
 @click.argument("shell", type=click.Choice(tuple(PLACES)))
 @shared_options
 @click.pass_context

@@ -11,7 +11,7 @@ import click
 import psycopg
 
 from delta_debezium.render import connector_json
-from delta_sync.errors import DeltaError
+from delta_sync.errors import UsageError
 from delta_sync.sinks import installed, kind_of, open_sinks, targets_of
 from delta_sync.sources.postgresql.catalogue import read_tables
 from delta_sync.sources.postgresql.checks import resolve_bare
@@ -45,7 +45,9 @@ from deltactl.generate import (
 from deltactl.schema import SCHEMA_FILE, schema
 
 IGNORE_FILE = ".gitignore"
-IGNORED = "# What a running pipeline keeps here is this machine's own.\nstate.db*\nrun.lock\n*.dat\n__pycache__/\n"
+IGNORED = (
+    "# What a running pipeline keeps here is this machine's own.\nstate.db*\nrun.lock\n*.dat\n*.log\n__pycache__/\n"
+)
 SCHEMA_LINE = f"# yaml-language-server: $schema=../{SCHEMA_FILE}\n"
 
 
@@ -123,12 +125,9 @@ def _plan(
             merge(parts).refuse_fatal()
         else:
             tables = read_tables(connection, list(spec.tables))
-        old_tables: dict[str, Table] = {}
-        if existing is not None:
-            try:
-                old_tables = read_tables(connection, list(existing.tables))
-            except DeltaError:
-                old_tables = {}  # a table of before is gone: what was generated for it cannot be known any more
+            if unknown := [table for table in spec.tables if table not in tables]:
+                raise UsageError(f"The source has no table {', '.join(unknown)}.")
+        old_tables = {} if existing is None else read_tables(connection, list(existing.tables))
     findings = merge(parts)
     targets_of(open_sinks(spec).values(), tables.values(), spec)
     ordered = [tables[table] for table in spec.tables]
@@ -166,7 +165,7 @@ def _with_schemas(connection: psycopg.Connection, draft: PipelineSpec, given: Se
 
 def _generated_for(spec: PipelineSpec, tables: Mapping[str, Table]) -> str | None:
     if not all(name in tables for name in spec.tables):
-        return None
+        return None  # a table of before is gone: what was generated for it cannot be known any more
     return processor_source(spec.name, [tables[name] for name in spec.tables], list(spec.sinks))
 
 

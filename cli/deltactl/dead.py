@@ -34,7 +34,7 @@ ERROR_WIDTH = 80  # of a list's column; `dead show` has the whole of it
 STAGES = ("decode", "process", "lookup", "apply")
 
 
-@click.group(cls=DeltaGroup)
+@click.group(cls=DeltaGroup, short_help="Look at changes that could not be processed.")
 def dead() -> None:
     """Look at changes that could not be processed, and discard them."""
 

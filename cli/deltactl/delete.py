@@ -31,7 +31,7 @@ from deltactl.app import (
 )
 
 
-@click.command()
+@click.command(short_help="Delete what a pipeline has made.")
 @name_argument
 @click.option("--documents", is_flag=True, help="Delete its documents in the sinks, too.")
 @click.option("--files", is_flag=True, help="Delete its folder, too, processor.py included.")

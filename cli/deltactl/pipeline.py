@@ -10,6 +10,7 @@ import click
 
 from delta_debezium.render import connector_json
 from delta_sync.errors import DeltaError, Problem
+from delta_sync.running import load_processor
 from delta_sync.sinks import installed
 from delta_sync.sources.postgresql.connection import connect
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec
@@ -119,7 +120,7 @@ def show(app: App, name: str) -> None:
     )
 
 
-@pipeline.command()
+@pipeline.command(short_help="Check source, tables, sinks and files of a pipeline.")
 @name_argument
 @shared_options
 @pass_app
@@ -154,12 +155,8 @@ def check(app: App, name: str) -> None:
 
 
 def _check_files(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) -> Findings:
-    found: list[Problem] = []
-    files = read_all(folder, [PROCESSOR_FILE, CONNECTOR_FILE])
-    if PROCESSOR_FILE not in files:
-        found.append(Problem(PROCESSOR_FILE, "it is missing", "type the `deltactl pipeline create` of it again"))
-    else:
-        found += _check_processor(folder, files[PROCESSOR_FILE])
+    found = _check_processor(folder, spec)
+    files = read_all(folder, [CONNECTOR_FILE])
     if files.get(CONNECTOR_FILE) != connector_json(spec, tables):
         found.append(
             Problem(
@@ -172,16 +169,15 @@ def _check_files(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) 
     return Findings((PROCESSOR_FILE, CONNECTOR_FILE), {}, tuple(found))
 
 
-def _check_processor(folder: Path, source: str) -> list[Problem]:
+def _check_processor(folder: Path, spec: PipelineSpec) -> list[Problem]:
     try:
-        compile(source, str(folder / PROCESSOR_FILE), "exec")
-    except (SyntaxError, ValueError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
-        return [Problem(PROCESSOR_FILE, f"it is not Python ({line}{getattr(error, 'msg', error)})", "correct it")]
+        load_processor(folder, spec)
+    except DeltaError as error:
+        return [Problem(PROCESSOR_FILE, str(error).rstrip("."), "")]
     return []
 
 
-@pipeline.command("schema")
+@pipeline.command("schema", short_help="Print the JSON Schema of pipeline.yaml.")
 @shared_options
 @pass_app
 def schema_(app: App) -> None:  # noqa: ARG001 -- the schema is the same for every folder

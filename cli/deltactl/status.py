@@ -24,7 +24,7 @@ STALE_S = 15.0  # a worker that has saved nothing for this long is stuck, or its
 _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-@click.command()
+@click.command(short_help="Show what a pipeline does, once or all the time.")
 @name_argument
 @click.option("--watch", is_flag=True, help="Show it again every second, until Ctrl-C; with --json one line each.")
 @shared_options
@@ -118,10 +118,10 @@ def as_text(found: Mapping[str, Any]) -> str:
         lines.append(("writes", f"{totals.get('writes', 0):,}"))
     hint = f" (see: deltactl dead list {found['pipeline']})" if found["dead_letters"] else ""
     lines.append(("dead letters", f"{found['dead_letters']:,}{hint}"))
-    for sink, numbers in (found.get("sinks") or {}).items():
-        lines.append((f"sink {sink}", _sink(numbers)))
-    for table, load in (found.get("loads") or {}).items():
-        lines.append((f"load {table}", _load(load)))
+    sinks: Mapping[str, Mapping[str, Any]] = found.get("sinks") or {}
+    lines += [(f"sink {sink}", _sink(numbers)) for sink, numbers in sinks.items()]
+    loads: Mapping[str, Mapping[str, Any]] = found.get("loads") or {}
+    lines += [(f"load {table}", _load(load)) for table, load in loads.items()]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import psycopg
@@ -14,6 +14,7 @@ from psycopg.rows import dict_row
 
 from delta_sync.errors import Problem
 from delta_sync.spec import PipelineSpec, format_duration
+from delta_sync.tables import Table
 
 MINIMUM_VERSION = 140000  # the first whose pgoutput carries logical messages, which the heartbeats are
 PLUGIN = "pgoutput"
@@ -78,7 +79,6 @@ class TableFacts(NamedTuple):
     identity_index: tuple[str, ...]  # columns of the index that REPLICA IDENTITY USING INDEX names
     unique_indexes: tuple[IndexFacts, ...]
     columns: tuple[str, ...]
-    generated: tuple[str, ...]
     owned: bool
     schema_usage: bool
     may_select: bool
@@ -196,7 +196,7 @@ def _tables(connection: psycopg.Connection, names: Sequence[str]) -> tuple[Table
     return tuple(found)
 
 
-_ARRAYS = ("primary_key", "identity_index", "columns", "generated", "inherited_by")
+_ARRAYS = ("primary_key", "identity_index", "columns", "inherited_by")
 
 _SERVER = """
 SELECT current_setting('server_version_num')::int AS version, current_setting('server_version') AS version_text,
@@ -261,15 +261,14 @@ SELECT w.nspname || '.' || w.relname AS id, quote_ident(w.nspname) || '.' || quo
        coalesce((SELECT columns FROM indexed WHERE indrelid = w.oid AND indisreplident), '{}') AS identity_index,
        coalesce((SELECT json_agg(json_build_array(quote_ident(name), columns, nullable) ORDER BY name)
                  FROM indexed WHERE indrelid = w.oid AND NOT indisprimary), '[]') AS unique_indexes,
-       a.columns, a.generated,
+       a.columns,
        pg_has_role(w.relowner, 'USAGE') AS owned, has_schema_privilege(w.relnamespace, 'USAGE') AS schema_usage,
        has_table_privilege(w.oid, 'SELECT') AS may_select,
        w.relrowsecurity AND row_security_active(w.oid) AS row_security,
        coalesce((SELECT array_agg(h.inhrelid::regclass::text ORDER BY 1) FROM pg_inherits h
                  WHERE h.inhparent = w.oid AND w.relkind = 'r'), '{}') AS inherited_by
 FROM wanted w CROSS JOIN LATERAL (
-  SELECT coalesce(array_agg(quote_ident(attname) ORDER BY attnum), '{}') AS columns,
-         coalesce(array_agg(quote_ident(attname) ORDER BY attnum) FILTER (WHERE attgenerated <> ''), '{}') AS generated
+  SELECT coalesce(array_agg(quote_ident(attname) ORDER BY attnum), '{}') AS columns
   FROM pg_attribute WHERE attrelid = w.oid AND attnum > 0 AND NOT attisdropped
 ) a
 """
@@ -507,15 +506,6 @@ def _table_problems(table: TableFacts, facts: Facts) -> list[Problem]:
                 f"type: ALTER ROLE {role} BYPASSRLS",
             )
         )
-    if table.generated:
-        found.append(
-            Problem(
-                where,
-                f"the log does not carry generated columns ({', '.join(table.generated)})",
-                "nothing to do: each changed row is read by its key, which is slower",
-                fatal=False,
-            )
-        )
     return found
 
 
@@ -540,6 +530,8 @@ def _key_problems(where: str, table: TableFacts) -> list[Problem]:
     if table.primary_key or (table.replica_identity == "i" and table.identity_index):
         return []
     usable = [index for index in table.unique_indexes if not index.nullable]
+    if usable and table.replica_identity == "f":
+        return []  # the log holds whole old rows, so any key of the table is in it
     if usable:
         fix = f"type: ALTER TABLE {name} REPLICA IDENTITY USING INDEX {usable[0].name}"
     elif table.unique_indexes:
@@ -552,6 +544,23 @@ def _key_problems(where: str, table: TableFacts) -> list[Problem]:
             " (or the columns that identify a row)" if len(table.columns) > 1 else ""
         )
     return [Problem(where, "it has no primary key, so nothing says which row a change means", fix)]
+
+
+def column_notes(tables: Iterable[Table]) -> list[Problem]:
+    """Return what is slower than it could be, because the log does not carry some columns faithfully. Pure."""
+    found: list[Problem] = []
+    for table in tables:
+        columns = [f"{column.name} ({column.type})" for column in table.columns if not column.in_log]
+        if columns:
+            found.append(
+                Problem(
+                    f"table {table.id}",
+                    f"the log does not carry {', '.join(columns)} faithfully",
+                    "nothing to do: each changed row is read by its key, which is slower",
+                    fatal=False,
+                )
+            )
+    return found
 
 
 def _publication_problems(facts: Facts, spec: PipelineSpec, tables: Sequence[TableFacts]) -> list[Problem]:
