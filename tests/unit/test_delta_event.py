@@ -258,6 +258,12 @@ def test_damage_is_told_or_harmless(at: int, byte: int, cut: int) -> None:
         decode_event(bytes(data[: cut % len(data)]))
 
 
+def test_damage_within_a_value_is_told() -> None:
+    data = encode_event(event(row={"price": decimal.Decimal("1.10")}))
+    with pytest.raises(UndecodableChange, match="damaged"):
+        decode_event(data.replace(b"1.10", b"1,10"))
+
+
 def test_nothing_may_follow() -> None:
     with pytest.raises(UndecodableChange, match="follows"):
         decode_event(encode_event(event()) + b"\0")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,27 @@ def test_a_relative_path_is_relative_to_the_folder(tmp_path: Path) -> None:
 def test_those_who_only_look_leave_no_file(tmp_path: Path) -> None:
     assert StateStore.open("sqlite:///deep/state.db", tmp_path, create=False) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_file_is_no_store(tmp_path: Path) -> None:
+    """One may be left by a process that was killed before it could create the tables."""
+    (tmp_path / "state.db").touch()
+    assert StateStore.open("sqlite:///state.db", tmp_path, create=False) is None
+    StateStore.open("sqlite:///state.db", tmp_path).close()
+
+
+def test_threads_open_stores_at_once(tmp_path: Path) -> None:
+    """Alembic's environment is global to the process."""
+    start = threading.Barrier(4)
+
+    def work(number: int) -> int:
+        start.wait()
+        with StateStore.open(f"sqlite:///state{number}.db", tmp_path) as store:
+            store.add_dead_letters("movies", [letter()])
+            return store.count_dead_letters("movies")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [1] * 4
 
 
 def test_only_the_owner_reads_it(file: Path) -> None:
