@@ -2,7 +2,7 @@
 
 It holds how far each table's load is, the source's identity and epoch, dead letters and the last status. Losing it
 loses no data of any sink: a load can always be started again. The same code serves SQLite (one machine), PostgreSQL
-and MariaDB; only `_sqlite_engine` and `_migration_lock` know which.
+and MariaDB; only opening, the migrations' lock and the reading of errors know which.
 
 Every call is one short transaction, so a process may be killed at any instruction: a call has happened or it has not.
 Every call may be made again after StateBusy. Free text (errors, traces, reasons, key texts, the status) is stored as
@@ -118,7 +118,7 @@ class Instant(sa.types.TypeDecorator[dt.datetime]):
         """Return what is stored."""
         return None if value is None else (value - _EPOCH) // _MICROSECOND
 
-    def process_result_value(self, value: Any, dialect: sa.Dialect) -> dt.datetime | None:  # noqa: ARG002
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> dt.datetime | None:  # noqa: ARG002 -- SQLAlchemy's
         """Return what was given, in UTC."""
         return None if value is None else _EPOCH + value * _MICROSECOND
 
