@@ -1,0 +1,355 @@
+"""The MongoDB sink keeps the contract; and what is MongoDB's own."""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import math
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import pytest
+from bson.decimal128 import Decimal128
+from bson.int64 import Int64
+from pymongo import MongoClient
+from pymongo.database import Database
+
+from delta_sync.changes import APPLIED, STALE, Outcome, Write
+from delta_sync.errors import SinkBusy
+from delta_sync.sinks.base import Stored, Target
+from delta_sync.sinks.mongodb import CODEC, FLOOR_ID, TOMBSTONES, MongoOptions, MongoSink, MongoTargetOptions
+from delta_sync.tables import Column, Kind, Table
+from delta_sync.testing.contract import MOVIE, AnySink, SinkContract, apply, storm
+from delta_sync.testing.servers import MongoStandIn
+from delta_sync.values import Document, Interval
+
+TTL_S = 3600
+DATABASE = "delta_contract"
+
+
+def open_sink(url: str, cls: Callable[..., MongoSink] = MongoSink, query: str = "") -> MongoSink:
+    return cls("docs", f"{url}{DATABASE}{query}", MongoOptions(), TTL_S)
+
+
+@pytest.fixture
+def sink(mongodb: MongoStandIn) -> Iterator[MongoSink]:
+    sink = open_sink(mongodb.url)
+    yield sink
+    sink.close()
+
+
+@pytest.fixture
+def target(sink: MongoSink) -> Iterator[Target]:
+    target = sink.target(MOVIE, MongoTargetOptions())
+    sink.drop(target)
+    sink.prepare(target)
+    yield target
+    sink.drop(target)
+
+
+@pytest.fixture
+def database(mongodb: MongoStandIn) -> Iterator[Database[dict[str, Any]]]:
+    with MongoClient[dict[str, Any]](mongodb.url) as client:
+        yield client[DATABASE].with_options(CODEC)
+
+
+class _NotANumber:
+    """Equal to every NaN, which is equal to nothing."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and math.isnan(other)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def as_bson(value: object) -> Any:
+    """Return what MongoDB gives back for a value, as the module's table says."""
+    match value:
+        case float() if math.isnan(value):
+            return _NotANumber()
+        case decimal.Decimal():
+            return Decimal128(value)
+        case Interval():
+            return str(value)
+        case dt.datetime():
+            return value if value.tzinfo else value.replace(tzinfo=dt.UTC)
+        case dt.date():
+            return dt.datetime(value.year, value.month, value.day, tzinfo=dt.UTC)
+        case dt.time():
+            return value.isoformat()
+        case dict():
+            return {name: as_bson(part) for name, part in cast("dict[str, object]", value).items()}
+        case list():
+            return [as_bson(part) for part in cast("list[object]", value)]
+        case _:
+            return value
+
+
+class TestMongo(SinkContract):
+    reads_never_go_back = False
+    storm_seeds = range(6)
+
+    @pytest.fixture
+    def sink(self, mongodb: MongoStandIn) -> Iterator[AnySink]:
+        sink = open_sink(mongodb.url)
+        yield sink
+        sink.close()
+
+    @pytest.fixture
+    def unreachable(self) -> Iterator[AnySink]:
+        sink = open_sink("mongodb://127.0.0.1:1/", query="?serverSelectionTimeoutMS=100")
+        yield sink
+        sink.close()
+
+    def stored_form(self, document: Document) -> dict[str, Any]:
+        form: dict[str, Any] = as_bson(document)
+        return form
+
+    def test_keys_of_several_columns(self, sink: AnySink) -> None:
+        """On a server of its own: the stand-in loses documents whose `_id` is one once they leave its 16 MB cache."""
+        with MongoStandIn() as server:
+            own = open_sink(server.url)
+            super().test_keys_of_several_columns(own)
+            own.close()
+
+
+# ── the contract notices when the rules are broken ───────────────────────────────────────────────────────────────────
+
+
+class VersionsOff(MongoSink):
+    """The last write to arrive wins."""
+
+    def _not_newer(self, id_: object, version: int) -> dict[str, Any]:
+        return {"_id": id_}
+
+
+class TombstonesOff(MongoSink):
+    """An upsert does not look whether its row was deleted meanwhile."""
+
+    def _obey_tombstones(
+        self, target: Target, written: Sequence[int], ids: Sequence[object], writes: Sequence[Write]
+    ) -> dict[int, Outcome]:
+        return {}
+
+
+@pytest.mark.parametrize(("broken", "truncate"), [(VersionsOff, False), (TombstonesOff, False), (TombstonesOff, True)])
+def test_storms_find_a_sink_that_breaks_the_rule(
+    mongodb: MongoStandIn, broken: type[MongoSink], truncate: bool
+) -> None:
+    sink = open_sink(mongodb.url, broken)
+    target = sink.target(MOVIE, MongoTargetOptions())
+
+    def storms() -> None:
+        for seed in range(10):
+            storm(TestMongo(), sink, target, seed, truncate=truncate)
+
+    with pytest.raises(AssertionError, match=r"seed \d+"):
+        storms()
+    sink.drop(target)
+    sink.close()
+
+
+class Interrupted(MongoSink):
+    """Something happens between the first and the second step of an upsert."""
+
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
+
+    def _obey_tombstones(
+        self, target: Target, written: Sequence[int], ids: Sequence[object], writes: Sequence[Write]
+    ) -> dict[int, Outcome]:
+        self.meanwhile()
+        return super()._obey_tombstones(target, written, ids, writes)
+
+
+def test_a_delete_between_the_steps_of_an_older_upsert(mongodb: MongoStandIn, sink: MongoSink, target: Target) -> None:
+    slow = cast("Interrupted", open_sink(mongodb.url, Interrupted))
+    slow.meanwhile = lambda: apply(sink, target, (1,), 6, None)
+    assert apply(slow, target, (1,), 5, {"n": 5}) == STALE
+    assert sink.read(target, [(1,)]) == [Stored(6, None)]
+    slow.close()
+
+
+def test_a_newer_upsert_between_the_steps_of_an_older_one_stays(
+    mongodb: MongoStandIn, sink: MongoSink, target: Target
+) -> None:
+    slow = cast("Interrupted", open_sink(mongodb.url, Interrupted))
+
+    def meanwhile() -> None:
+        apply(sink, target, (1,), 6, None)
+        apply(sink, target, (1,), 7, {"n": 7})
+
+    slow.meanwhile = meanwhile
+    assert apply(slow, target, (1,), 5, {"n": 5}) == STALE
+    assert sink.read(target, [(1,)]) == [Stored(7, {"n": 7})]
+    slow.close()
+
+
+# ── what is stored ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_document_is_stored_between_its_id_and_its_version(
+    sink: MongoSink, target: Target, database: Database[dict[str, Any]]
+) -> None:
+    apply(sink, target, (1,), 5, {"title": "Casablanca", "_id": 1})
+    assert [list(document.items()) for document in database["movie"].find()] == [
+        [("_id", 1), ("title", "Casablanca"), ("_version", 5)]
+    ]
+
+
+def test_values_are_bson(sink: MongoSink, target: Target, database: Database[dict[str, Any]]) -> None:
+    too_long = "1234567890123456789012345678901234.5678"
+    document = {
+        "naive": dt.datetime(2024, 2, 29, 1, 2, 3, 456789),  # noqa: DTZ001 -- a timestamp without time zone
+        "offset": dt.datetime(2024, 2, 29, 1, tzinfo=dt.timezone(dt.timedelta(hours=1))),
+        "day": dt.date(2024, 2, 29),
+        "uuid": uuid.UUID(int=7),
+        "nan": decimal.Decimal("NaN"),
+        "inf": decimal.Decimal("-Infinity"),
+        "money": decimal.Decimal("10.50"),
+        "too_long": decimal.Decimal(too_long),
+        "large": 2**40,
+        "periods": (Interval(1, 2, 0), Interval(0, 0, 0)),
+        "set": {1},
+    }
+    assert apply(sink, target, (1,), 5, document) == APPLIED
+    # Decoded as a UUID, it was of subtype 4: CODEC gives other subtypes as Binary.
+    stored = database["movie"].find_one({}, {"_id": 0, "_version": 0})
+    assert stored is not None
+    assert stored.pop("nan").to_decimal().is_nan()
+    # The table has no column of intervals, so a list of them is not looked into: the documented limit.
+    assert stored == {
+        "naive": dt.datetime(2024, 2, 29, 1, 2, 3, 456000, tzinfo=dt.UTC),
+        "offset": dt.datetime(2024, 2, 29, tzinfo=dt.UTC),
+        "day": dt.datetime(2024, 2, 29, tzinfo=dt.UTC),
+        "uuid": uuid.UUID(int=7),
+        "inf": Decimal128("-Infinity"),
+        "money": Decimal128("10.50"),
+        "too_long": too_long,
+        "large": Int64(2**40),
+        "periods": [[1, 2, 0], [0, 0, 0]],
+        "set": [1],
+    }
+
+
+def test_intervals_of_a_column_are_text_at_any_depth(sink: MongoSink, database: Database[dict[str, Any]]) -> None:
+    columns = (Column("id", "integer", Kind.INTEGER), Column("period", "interval[]", Kind.INTERVAL, dimensions=1))
+    target = sink.target(Table(DATABASE, "lease", columns, ("id",)), MongoTargetOptions())
+    apply(sink, target, (1,), 5, {"a": [Interval(1, 2, 0)], "b": {"c": Interval(0, 0, 0)}, "d": Interval(0, 1, 0)})
+    assert database["lease"].find_one({}, {"_id": 0, "_version": 0}) == {
+        "a": ["P1M2D"],
+        "b": {"c": "PT0S"},
+        "d": "P1D",
+    }
+    sink.drop(target)
+
+
+def test_tombstones_expire_by_a_ttl_index_and_floors_do_not(
+    mongodb: MongoStandIn, target: Target, database: Database[dict[str, Any]]
+) -> None:
+    now = dt.datetime(2024, 2, 29, tzinfo=dt.UTC)
+    sink = MongoSink("docs", f"{mongodb.url}{DATABASE}", MongoOptions(), TTL_S, now=lambda: now)
+    apply(sink, target, (1,), 5, None)
+    sink.truncate(target, 3)
+    tombstones = database[f"movie{TOMBSTONES}"]
+    indexes: Mapping[str, Mapping[str, Any]] = tombstones.index_information()
+    assert indexes["at_1"]["expireAfterSeconds"] == TTL_S
+    assert sorted(tombstones.find(), key=lambda one: one["version"]) == [
+        {"_id": FLOOR_ID, "version": 3},
+        {"_id": 1, "version": 5, "at": now},
+    ]
+    now += dt.timedelta(seconds=7)
+    apply(sink, target, (1,), 4, None)  # stale, and may prolong the tombstone, but never lower it
+    assert tombstones.find_one({"_id": 1}) == {"_id": 1, "version": 5, "at": now}
+    sink.close()
+
+
+# ── what is rejected ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        ({"text": "x" * (16 << 20)}, "MongoDB's limit is 16777216"),
+        ({"n": 2**63}, "the number 9223372036854775808 needs more"),
+        ({"$set": {"n": 1}}, "cannot start with \\$"),
+        ({"_id": 8}, "_id is not the row's key"),
+        ({"a\0b": 1}, "null|NULL"),
+    ],
+    ids=["large", "int", "operator", "id", "zero"],
+)
+def test_rejected(sink: MongoSink, target: Target, document: Document, reason: str) -> None:
+    writes = [Write((1,), 5, {"n": 1}), Write((2,), 5, document), Write((3,), 5, None), Write((4,), 5, {"n": 4})]
+    outcomes = sink.apply(target, writes)
+    assert [outcome.kind for outcome in outcomes] == ["applied", "rejected", "applied", "applied"]
+    assert_matches(outcomes[1].reason, reason)
+    assert [found and found.version for found in sink.read(target, [(1,), (2,), (3,), (4,)])] == [5, None, 5, 5]
+
+
+def test_a_unique_index_of_the_users_rejects(
+    sink: MongoSink, target: Target, database: Database[dict[str, Any]]
+) -> None:
+    database["movie"].create_index("title", unique=True)
+    writes = [Write((1,), 5, {"title": "Notorious"}), Write((2,), 5, {"title": "Notorious"})]
+    outcomes = sink.apply(target, writes)
+    assert sorted(outcome.kind for outcome in outcomes) == ["applied", "rejected"]
+    assert_matches(next(outcome.reason for outcome in outcomes if outcome.reason), "unique index.*title")
+
+
+def test_a_key_that_cannot_be_encoded_is_rejected(sink: MongoSink) -> None:
+    columns = (Column("name", "text", Kind.TEXT),)
+    target = sink.target(Table(DATABASE, "by_name", columns, ("name",)), MongoTargetOptions())
+    writes = [Write(("\ud800",), 5, None), Write(("\udfff",), 5, {}), Write(("ok",), 5, None)]
+    assert [outcome.kind for outcome in sink.apply(target, writes)] == ["rejected", "rejected", "applied"]
+    sink.drop(target)
+
+
+# ── trouble ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tombstones_and_floors_survive_a_power_cut(mongodb: MongoStandIn, sink: MongoSink, target: Target) -> None:
+    apply(sink, target, (1,), 7, None)
+    apply(sink, target, (2,), 9, {"n": 9})
+    sink.truncate(target, 5)
+    mongodb.kill()
+    mongodb.start()
+    again = open_sink(mongodb.url)
+    writes = [Write((1,), 6, {"n": 6}), Write((2,), 8, {"n": 8}), Write((3,), 4, {"n": 4})]
+    assert again.apply(target, writes) == [STALE] * 3
+    assert again.read(target, [(1,), (2,), (3,)]) == [Stored(7, None), Stored(9, {"n": 9}), None]
+    again.close()
+
+
+def test_a_server_that_is_gone_or_hangs_is_busy(mongodb: MongoStandIn, target: Target) -> None:
+    sink = open_sink(mongodb.url, query="?serverSelectionTimeoutMS=500&socketTimeoutMS=500&connectTimeoutMS=500")
+    assert apply(sink, target, (1,), 5, {"n": 5}) == APPLIED
+    mongodb.freeze()
+    with pytest.raises(SinkBusy, match=f"MongoDB at 127.0.0.1:{mongodb.port} cannot be reached"):
+        apply(sink, target, (1,), 6, {"n": 6})
+    mongodb.kill()
+    for call in (
+        lambda: apply(sink, target, (1,), 6, {"n": 6}),
+        lambda: sink.read(target, [(1,)]),
+        lambda: list(sink.scan(target)),
+        lambda: sink.truncate(target, 3),
+        lambda: sink.prepare(target),
+        lambda: sink.drop(target),
+    ):
+        with pytest.raises(SinkBusy):
+            call()
+    mongodb.start()
+    assert apply(sink, target, (1,), 6, {"n": 6}) == APPLIED
+    sink.close()
+
+
+def test_documents_of_others_are_a_problem(sink: MongoSink, target: Target, database: Database[dict[str, Any]]) -> None:
+    database["movie"].insert_one({"_id": 1, "title": "Casablanca"})
+    (problem,) = sink.check([target])
+    assert problem.fatal
+    assert_matches(str(problem), "sink docs: .*delta_contract.movie holds documents that Delta did not write")
+
+
+def assert_matches(text: str, pattern: str) -> None:
+    assert re.search(pattern, text), text
