@@ -8,6 +8,7 @@ from deltactl.app import DeltaGroup, shared_options
 from deltactl.completion import completion
 from deltactl.dead import dead
 from deltactl.pipeline import pipeline
+from deltactl.run import run
 from deltactl.status import status
 
 
@@ -24,7 +25,7 @@ def main() -> None:
     """
 
 
-for command in (pipeline, status, dead, completion):
+for command in (pipeline, run, status, dead, completion):
     main.add_command(command)
 
 
