@@ -1,0 +1,293 @@
+"""The rendering of connector configuration: what the options are, what is refused, and how names are escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from delta_debezium import mysql
+from delta_debezium.options import quoted
+from delta_debezium.properties import expression_literal
+from delta_debezium.reference import reference_page
+from delta_debezium.render import (
+    KafkaSettings,
+    connector_config,
+    connector_json,
+    engine_properties,
+    server_environment,
+    server_properties,
+)
+from delta_sync.errors import UsageError
+from delta_sync.spec import PipelineSpec, spec_from
+from delta_sync.tables import Column, Kind, Table
+
+KAFKA = KafkaSettings("kafka:9092", "http://registry/apis/registry/v3")
+
+
+def table(
+    name: str = "movie", *, schema: str = "public", key: tuple[str, ...] = ("id",), primary: bool = True
+) -> Table:
+    columns = tuple(Column(column, "text", Kind.TEXT) for column in dict.fromkeys(("id", *key)))
+    return Table(schema, name, columns, key, primary)
+
+
+def pipeline(
+    url: str = "postgresql://delta@db/studio", *tables: Table, **changes: Any
+) -> tuple[PipelineSpec, dict[str, Table]]:
+    by_id = {each.id: each for each in tables or (table(),)}
+    source = {"url": url, "password": "${env:PW}", **changes.pop("source", {})}
+    data = {"name": "movies", "source": source, "tables": dict.fromkeys(by_id), "sinks": {"c": {"url": "redis://c"}}}
+    return spec_from({**data, **changes}, "test"), by_id
+
+
+def config(url: str = "postgresql://delta@db/studio", *tables: Table, **changes: Any) -> dict[str, str]:
+    return connector_config(*pipeline(url, *tables, **changes))
+
+
+def refusal(url: str = "postgresql://delta@db/studio", *tables: Table, **changes: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        config(url, *tables, **changes)
+    return str(caught.value)
+
+
+def test_the_connector_of_a_small_pipeline() -> None:
+    assert config() == {
+        "connector.class": "io.debezium.connector.postgresql.PostgresConnector",
+        "database.hostname": "db",
+        "database.port": "5432",
+        "database.user": "delta",
+        "database.dbname": "studio",
+        "database.password": "${env:PW}",
+        "plugin.name": "pgoutput",
+        "slot.name": "delta_movies",
+        "slot.drop.on.stop": "false",
+        "slot.max.retries": "10",
+        "slot.retry.delay.ms": "500",
+        "publication.name": "delta_movies",
+        "publication.autocreate.mode": "disabled",
+        "lsn.flush.mode": "connector",
+        "status.update.interval.ms": "5000",
+        "message.prefix.include.list": r"(?-i)delta\.movies",
+        "heartbeat.interval.ms": "0",
+        "schema.refresh.mode": "columns_diff",
+        "table.include.list": r"(?-i)public\.movie",
+        "table.ignore.builtin": "false",
+        "topic.prefix": "delta_movies",
+        "snapshot.mode": "no_data",
+        "skipped.operations": "none",
+        "tombstones.on.delete": "false",
+        "provide.transaction.metadata": "false",
+        "extended.headers.enabled": "false",
+        "event.processing.failure.handling.mode": "fail",
+        "errors.max.retries": "0",
+        "poll.interval.ms": "20",
+        "max.batch.size": "2048",
+        "max.queue.size": "8192",
+        "max.queue.size.in.bytes": "16777216",
+        "statistics.metrics.enabled": "false",
+        "time.precision.mode": "microseconds",
+        "decimal.handling.mode": "string",
+        "binary.handling.mode": "bytes",
+        "interval.handling.mode": "string",
+        "hstore.handling.mode": "json",
+        "include.unknown.datatypes": "false",
+        "unavailable.value.placeholder": "__debezium_unavailable_value",
+    }
+
+
+def test_the_engine_gets_the_same_connector_and_keeps_no_positions_of_its_own() -> None:
+    spec, tables = pipeline()
+    properties = engine_properties(spec, tables)
+    assert connector_config(spec, tables).items() <= properties.items()
+    assert properties["offset.storage"] == "org.apache.kafka.connect.storage.MemoryOffsetBackingStore"
+    assert properties["offset.flush.interval.ms"] == "0"
+    assert properties["converter.schemas.enable"] == "false"
+
+
+def test_connector_json_is_what_kafka_connect_takes_and_the_same_every_time() -> None:
+    spec, tables = pipeline("postgresql://delta@db/studio", table("größe"))
+    text = connector_json(spec, tables)
+    assert json.loads(text) == {"name": "movies", "config": connector_config(spec, tables)}
+    assert text == connector_json(spec, dict(reversed(tables.items())))
+    assert text.endswith("}\n")
+
+
+# ── the URL ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_url_is_percent_decoded_and_references_survive() -> None:
+    found = config("postgresql://a%40b:${file:/run/secrets/db pw}@Db.Example:6432/my%20db", source={"password": None})
+    assert (found["database.user"], found["database.password"]) == ("a@b", "${file:/run/secrets/db pw}")
+    assert (found["database.hostname"], found["database.port"]) == ("db.example", "6432")
+    assert found["database.dbname"] == "my db"
+    assert config("postgresql://${env:USER}@${env:HOST}/${env:DB}")["database.hostname"] == "${env:HOST}"
+    assert config("postgresql://${env:USER}@${env:HOST}/${env:DB}")["database.user"] == "${env:USER}"
+
+
+def test_a_url_without_a_database_means_the_users_own() -> None:
+    assert config("postgresql://delta@db")["database.dbname"] == "delta"
+
+
+def test_libpqs_parameters_reach_the_driver_by_its_names() -> None:
+    query = "sslmode=verify-full&sslrootcert=/etc/ca%20.pem&connect_timeout=3&target_session_attrs=read-write"
+    found = config(f"postgresql://delta@db/studio?{query}&application_name=x&channel_binding=require")
+    assert {name: value for name, value in found.items() if name.startswith(("driver.", "database.ssl"))} == {
+        "database.sslmode": "verify-full",
+        "database.sslrootcert": "/etc/ca .pem",
+        "driver.connectTimeout": "3",
+        "driver.targetServerType": "primary",
+        "driver.channelBinding": "require",
+    }
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql://delta@[::1]/studio", "host names and IPv4"),
+        ("postgresql://delta@dé/studio", "ASCII"),
+        ("postgresql://delta@a:1,b:2/studio", "several hosts"),
+        ("postgresql://delta@/studio", "names no host"),
+        ("postgresql://delta@%2Frun%2Fpostgresql/studio", "TCP only"),
+        ("postgresql://db/studio", "names no user"),
+        ("postgresql://delta@db:port/studio", "cannot be read"),
+        ("postgresql://delta@db/a%2Fb", "'/'"),
+        ("postgresql://delta@db/studio?host=/tmp", "host=/tmp"),
+        ("postgresql://delta@db/studio?target_session_attrs=prefer-standby", "target_session_attrs"),
+        ("postgresql://delta@db/studio?sslpassword=x", "spells out sslpassword"),
+        ("postgresql://delta:${env:A}@db/studio", "both hold a password"),
+        ("oracle://delta@db/studio", "no connector"),
+        ("mysql://delta@db/studio?ssl-mode=maybe", "verify_identity"),
+        ("mariadb://delta@db/studio?compress=1", "only ssl-mode"),
+    ],
+)
+def test_what_debezium_cannot_be_told_is_refused_in_words(url: str, words: str) -> None:
+    assert words in refusal(url)
+
+
+@pytest.mark.parametrize("name", ["Movies", "my pub", "o'clock", 'a"b', "a,b", "größe", "1st"])
+def test_a_publication_whose_name_would_mean_another_one_is_refused(name: str) -> None:
+    assert "source.publication" in refusal(source={"publication": name})
+
+
+# ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_names_become_regular_expressions_that_debezium_cannot_split() -> None:
+    odd = table("a.b,c;d:e f$", key=("k:1", "k,2"), primary=False)
+    found = config("postgresql://delta@db/studio", table("Movie"), odd)
+    name = r"(?-i)public\.a\.b\x{2c}c\x{3b}d\x{3a}e\x{20}f\x{24}"
+    assert found["table.include.list"] == rf"(?-i)public\.Movie,{name}"
+    assert found["message.key.columns"] == rf"{name}:k\x{{3a}}1,k\x{{2c}}2"
+
+
+@given(st.text(st.characters(exclude_characters="\0"), min_size=1))
+def test_an_escaped_name_has_no_character_with_a_meaning_and_loses_none(name: str) -> None:
+    pattern = quoted(name)
+    assert re.fullmatch(r"(?:[A-Za-z0-9_]|\\\.|\\x\{[0-9a-f]+\})*", pattern)
+    back = re.sub(r"\\x\{([0-9a-f]+)\}", lambda match: chr(int(match[1], 16)), pattern.replace("\\.", "\\x{2e}"))
+    assert back == name
+
+
+def test_columns_that_differ_by_case_only_are_refused() -> None:
+    assert "'id' and 'ID'" in refusal("postgresql://delta@db/studio", table(key=("id", "ID")))
+
+
+# ── overrides ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_override_wins_and_an_addition_comes_last() -> None:
+    found = config(connector={"slot.failover": True, "max.batch.size": 100})
+    assert found["max.batch.size"] == "100"
+    assert list(found.items())[-1] == ("slot.failover", "true")
+    assert list(found)[:-1] == list(config())
+
+
+def test_what_correctness_rests_on_can_be_repeated_but_not_changed() -> None:
+    assert config(connector={"snapshot.mode": "no_data"}) == config()
+    for name, value in {
+        "snapshot.mode": "initial",
+        "lsn.flush.mode": "connector_and_driver",
+        "errors.max.retries": -1,
+    }.items():
+        message = refusal(connector={name: value})
+        assert message.startswith(f"connector.{name} cannot be changed. ")
+        assert message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["transforms", "transforms.unwrap.type", "column.mask.with.5.chars", "signal.data.collection", "offset.storage"],
+)
+def test_what_would_break_delta_cannot_be_added(name: str) -> None:
+    assert re.match(rf"connector\.{re.escape(name)} cannot be set: .+\.$", refusal(connector={name: "x"}))
+
+
+def test_a_secret_among_the_overrides_must_be_a_reference() -> None:
+    message = refusal(connector={"database.sslpassword": "s3cret"})
+    assert "reference" in message
+    assert "s3cret" not in message
+    assert config(connector={"database.sslpassword": "${env:KEY}"})["database.sslpassword"] == "${env:KEY}"
+
+
+# ── MySQL and MariaDB ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_mysql_and_mariadb_keep_their_positions_in_files_and_register_under_an_id_of_their_own() -> None:
+    for kind in ("mysql", "mariadb"):
+        spec, tables = pipeline(f"{kind}://delta@db/studio", table(schema="studio"))
+        properties = engine_properties(spec, tables, "/var/lib/delta/movies")
+        assert properties["connector.class"] == mysql.CONNECTOR_CLASSES[kind]
+        assert properties["table.include.list"] == r"(?-i)studio\.movie"
+        assert properties["offset.storage.file.filename"] == "/var/lib/delta/movies/offsets.dat"
+        assert properties["schema.history.internal.file.filename"] == "/var/lib/delta/movies/schema_history.dat"
+        assert properties["snapshot.locking.mode"] == "none"
+        assert properties["heartbeat.interval.ms"] == "1000"
+    assert mysql.server_id("movies") == mysql.server_id("movies") == 1_323_915_568
+    assert mysql.server_id("movies") != mysql.server_id("films")
+
+
+# ── Debezium Server ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_server_gets_secrets_by_environment_and_never_in_its_file() -> None:
+    spec, tables = pipeline("postgresql://${env:USER}@db/studio", transport="kafka")
+    text = server_properties(spec, tables, KAFKA)
+    assert "debezium.source.database.user=${DELTA_SECRET_1}\n" in text
+    assert "debezium.source.database.password=${DELTA_SECRET_2}\n" in text
+    assert "env:" not in text
+    values = {"${env:USER}": "me", "${env:PW}": "pa$$wo${rd}"}
+    environment = server_environment(spec, tables, KAFKA, values.__getitem__)
+    assert environment == {"DELTA_SECRET_1": "me", "DELTA_SECRET_2": r"pa\$\$wo\${rd}"}
+
+
+def test_the_server_confirms_what_kafka_has_stored_for_good() -> None:
+    text = server_properties(*pipeline(transport="kafka"), KAFKA._replace(producer={"linger.ms": "50"}))
+    for line in ("acks=all", "enable.idempotence=true", "linger.ms=50"):
+        assert f"debezium.sink.kafka.producer.{line}\n" in text
+    assert "debezium.source.tombstones.on.delete=true\n" in text
+    assert text.isascii()
+
+
+def test_the_server_is_for_postgresql_so_far() -> None:
+    with pytest.raises(UsageError, match="PostgreSQL so far"):
+        server_properties(*pipeline("mysql://delta@db/studio", transport="kafka"), KAFKA)
+
+
+def test_an_expression_literal_keeps_other_characters() -> None:
+    assert expression_literal(r"a\b$c") == r"a\b\$c"
+
+
+# ── the reference page ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_reference_page_is_the_codes() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "connector.md"
+    assert page.read_text(encoding="utf-8") == reference_page(), (
+        "python -m delta_debezium.reference > docs/reference/connector.md"
+    )
