@@ -412,11 +412,13 @@ def _from_json(body: bytes) -> Stored | None:
 
 def _from_hash(flat: Sequence[bytes]) -> Stored | None:
     """Return what a hash holds; None if Delta did not write it."""
-    fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+    # What Delta wrote is text; somebody may have added a field that is not.
+    texts = [text.decode(errors="backslashreplace") for text in flat]
+    fields: dict[str, Any] = dict(zip(texts[::2], texts[1::2], strict=True))
     version = fields.pop(VERSION_FIELD, "")
     if len(version) != VERSION_DIGITS or not version.isdecimal():
         return None
-    return Stored(int(version), dict(fields))
+    return Stored(int(version), fields)
 
 
 # ── what the server says of itself ───────────────────────────────────────────────────────────────────────────────────
@@ -517,6 +519,7 @@ _BY_TYPE: tuple[tuple[type[Exception], str], ...] = (
     (errors.MovedError, "MOVED"),
     (errors.AskError, "ASK"),
 )
+NO_SELECT = "SELECT is not allowed in cluster mode"
 QUOTED_CHARS = 200  # of a server's own words: enough to search for, too little to hold a document
 
 
@@ -537,6 +540,10 @@ def explain(error: Exception) -> _Trouble:
         chain = chain.__cause__ or chain.__context__
     if isinstance(error, errors.TimeoutError):
         return _Trouble(True, "did not answer in time")
+    if NO_SELECT in text:
+        return _Trouble(False, "is a Redis Cluster, which has database 0 only; end the URL with /0, or nothing")
+    if "luster mode is not enabled" in text or "luster support disabled" in text:
+        return _Trouble(False, "is no cluster; leave out the option cluster")
     if isinstance(error, errors.ConnectionError | errors.RedisClusterException | OSError):
         return _Trouble(True, f"cannot be reached ({_quoted(text)})")
     found = _CODE.search(text)
@@ -599,6 +606,7 @@ class _Link:
             path = parts.path.strip("/")
             if path and not path.isdecimal():
                 raise UsageError(f"sink {name}: the path of the URL must be a database number, as in /0.")
+            self._database = int(path or 0)
             # One more attempt at once: a connection that idled may have been cut. The worker knows how to wait.
             self._single = _Redis.from_url(url, retry=Retry(NoBackoff(), 1), **self._settings)
         except ValueError:  # from None: its text may quote what stands before the @
@@ -624,6 +632,8 @@ class _Link:
                     cluster = self._wants_cluster
                     if cluster is None:
                         cluster = bool(self._single.info("cluster").get("cluster_enabled"))
+                    if cluster and self._database:
+                        raise errors.RedisClusterException(NO_SELECT)
                     if cluster:
                         # The URL's name stays the way in: the addresses behind it may all change while this runs.
                         self._cluster = _RedisCluster.from_url(self._url, dynamic_startup_nodes=False, **self._settings)
@@ -667,6 +677,7 @@ class _Link:
             by_node.setdefault(node_of_slot(slot_of(command[3])), []).append(place)
         replies: list[Any] = [None] * len(commands)
         for node, places in by_node.items():
+            some: list[Any]
             try:
                 some = _pipelined(client.get_redis_connection(node), [commands[place] for place in places])
             except (errors.ConnectionError, errors.TimeoutError) as error:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from binascii import crc_hqx
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
-from urllib.parse import quote
 
 from delta_sync.changes import Key
 from delta_sync.errors import UsageError
@@ -39,11 +38,10 @@ class KeyTemplate(NamedTuple):
             value = key[self.columns[0]]
             text = value if type(value) is str else str(value) if type(value) is int else scalar_text(value)
             return f"{self.literals[0]}{text}{self.literals[1]}"
-        special = {"%", *(literal[0] for literal in self.literals[1:-1])}
+        escapes = _escapes(self.literals[1:-1])
         texts = [self.literals[0]]
         for column, literal in zip(self.columns, self.literals[1:], strict=True):
-            text = scalar_text(key[column])
-            texts += ["".join(quote(c, safe="") if c in special else c for c in text), literal]
+            texts += (scalar_text(key[column]).translate(escapes), literal)
         return "".join(texts)
 
     def matches(self, redis_key: str) -> bool:
@@ -67,6 +65,13 @@ class KeyTemplate(NamedTuple):
         names = [f"{{{table.key[column]}}}" for column in self.columns]
         literals = [literal.replace("{", "{{").replace("}", "}}") for literal in self.literals]
         return literals[0] + "".join(name + literal for name, literal in zip(names, literals[1:], strict=True))
+
+
+@lru_cache(maxsize=1000)  # templates in one process: more than anybody has
+def _escapes(separators: tuple[str, ...]) -> Mapping[int, str]:
+    """Return what `str.translate` needs to percent-encode `%` and the separators' first characters."""
+    special = {"%", *(separator[0] for separator in separators)}
+    return {ord(c): "".join(f"%{byte:02X}" for byte in c.encode()) for c in special}
 
 
 def default_template(table: Table, prefix: str) -> KeyTemplate:

@@ -582,7 +582,7 @@ def plan_storm(seed: int, size: int, *, threads: int = 4, keys: int = 25, trunca
     deliveries: list[list[list[Write]]] = [[] for _ in range(threads)]
     floor = rng.choice(versions) if truncate else 0
     for write in writes:
-        for thread in rng.sample(range(threads), rng.choice((1, 2, 2, 3))):
+        for thread in rng.sample(range(threads), min(threads, rng.choice((1, 2, 2, 3)))):
             deliveries[thread].append([write])
     return Storm(writes, [_batched(rng, [write for batch in own for write in batch]) for own in deliveries], floor)
 
