@@ -254,7 +254,7 @@ def spec_from(data: Mapping[str, Any], where: str) -> PipelineSpec:
     try:
         return PipelineSpec.model_validate(data)
     except ValidationError as error:
-        raise UsageError(validation_sentences(error, where)) from error
+        raise UsageError(validation_sentences(error, where)) from None  # its own text quotes values
 
 
 def validation_sentences(error: ValidationError, where: str) -> str:

@@ -78,7 +78,7 @@ def open_sink(name: str, spec: SinkSpec, tombstone_ttl_s: float) -> AnySink:
     try:
         validated = cls.options_model.model_validate(options)
     except ValidationError as error:
-        raise UsageError(validation_sentences(error, f"sinks.{name}")) from error
+        raise UsageError(validation_sentences(error, f"sinks.{name}")) from None  # its own text quotes values
     return cls(name, resolve_url(spec.url), validated, round(tombstone_ttl_s))
 
 
@@ -93,7 +93,7 @@ def target_for(sink: AnySink, table: Table, spec: PipelineSpec) -> Target:
     try:
         options = sink.target_model.model_validate(given)
     except ValidationError as error:
-        raise UsageError(validation_sentences(error, f"tables.{table.id}.sinks.{sink.name}")) from error
+        raise UsageError(validation_sentences(error, f"tables.{table.id}.sinks.{sink.name}")) from None  # its own text quotes values
     return sink.target(table, options)
 
 
@@ -125,9 +125,10 @@ def refuse_shared_places(targets: Sequence[tuple[AnySink, Target]]) -> None:
                 f" {target.place}; give one of them a place of its own under tables.{target.table.id}.sinks.{sink.name}"
                 f" in pipeline.yaml."
             )
+        tables = " and ".join(dict.fromkeys([other.table.id, target.table.id]))
         raise UsageError(
             f"Sinks {other_sink.name} and {sink.name} are the same store, and both would write {target.place}"
-            f" (tables {other.table.id} and {target.table.id}); remove one of the sinks."
+            f" (for {tables}); remove one of the sinks."
         )
 
 
