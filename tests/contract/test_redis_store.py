@@ -375,6 +375,26 @@ def test_slots_are_the_clusters(redis_cluster: Redis) -> None:
                 assert ask(client, "CLUSTER KEYSLOT", name) == slot_of(key)
 
 
+class TruncatedMeanwhile(RedisSink):
+    """A sink to which a truncate happens just after it has read the floor."""
+
+    def _floor(self, target: Target) -> bytes:
+        floor = super()._floor(target)
+        self.truncate(target, 9)
+        return floor
+
+
+def test_in_a_cluster_a_write_obeys_a_floor_that_rises_meanwhile(redis_cluster: Redis) -> None:
+    sink = TruncatedMeanwhile("cache", redis_cluster.url, RedisOptions(), 3600)
+    target = target_of(sink)
+    writes = [Write((1,), 8, {"n": 8}), Write((2,), 9, {"n": 9}), Write((3,), 8, None), Write((4,), 10, None)]
+    assert sink.apply(target, writes) == [STALE, APPLIED, STALE, APPLIED]
+    assert scanned(sink, target) == {"movie:2": 9}
+    assert sink.read(target, [(1,), (4,)]) == [None, Stored(10, None)]
+    sink.drop(target)
+    sink.close()
+
+
 def give_slots(to: str, nodes: list[Any]) -> None:
     """Tell nodes, in this order, that every other slot is another one's. The slots must be empty."""
     for node in nodes:
@@ -390,6 +410,8 @@ def test_slots_that_move_to_another_node(redis_cluster: Redis) -> None:
     target = target_of(sink)
     assert sink.apply(target, [Write((n,), 5, {"n": n}) for n in range(10)]) == [APPLIED] * 10
     sink.drop(target)
+    watcher = RedisSink("cache", redis_cluster.url, RedisOptions(), 3600)  # scans first of all
+    assert scanned(watcher, target) == {}
     with Redis(cluster=True) as second:
         nodes = [redis.Redis(port=server.port, decode_responses=True) for server in (redis_cluster, second)]
         one, two = nodes
@@ -406,7 +428,7 @@ def test_slots_that_move_to_another_node(redis_cluster: Redis) -> None:
             assert sink.apply(target, writes) == [APPLIED] * 300
             assert min(node.dbsize() for node in nodes) > 50
             assert sink.apply(target, [write._replace(version=4) for write in writes]) == [STALE] * 300
-            assert len(scanned(sink, target)) == 300
+            assert len(scanned(sink, target)) == len(scanned(watcher, target)) == 300
             assert sink.read(target, [(n,) for n in range(300)]) == [Stored(5, {"n": n}) for n in range(300)]
             assert sink.truncate(target, 6) == 300
             assert sink.drop(target) == 0
@@ -416,6 +438,7 @@ def test_slots_that_move_to_another_node(redis_cluster: Redis) -> None:
             ask(one, "CLUSTER FORGET", ids[1])
             for node in nodes:
                 node.close()
+    watcher.close()
     sink.close()
 
 
