@@ -28,7 +28,7 @@ from delta_sync.spec import NAME_PATTERN, SPEC_FILE, PipelineSpec, load_spec
 DEFAULT_FOLDER = "pipelines"
 LOCK_FILE = "run.lock"
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
-PLAIN_WIDTH = 10_000  # a table that a program reads is never wrapped
+LOCK_PATIENCE_S = 1.0  # whoever only looks whether the lock is held holds it for an instant
 
 CommandT = TypeVar("CommandT", bound=Callable[..., object])
 
@@ -86,7 +86,7 @@ class App:
     def stopped(self, name: str) -> Generator[None]:
         """Keep the pipeline from starting meanwhile. Raises PipelineRunning when it runs."""
         try:
-            with FileLock(self.home(name) / LOCK_FILE, timeout=0):
+            with FileLock(self.home(name) / LOCK_FILE, timeout=LOCK_PATIENCE_S):
                 yield
         except Timeout:
             raise PipelineRunning(f"Pipeline {name} is running; stop it first (Ctrl-C where it runs).") from None
@@ -123,9 +123,7 @@ def shared_options(command: CommandT) -> CommandT:
 
 def complete_name(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete the name of a pipeline, in the folder that `--dir` names, if it does."""
-    root = context.find_root()
-    folder = context.params.get("dir") or root.params.get("dir")
-    app = App(Path(folder)) if folder else root.ensure_object(App)
+    app = context.ensure_object(App)
     return [CompletionItem(name) for name in app.names() if name.startswith(incomplete)]
 
 
@@ -259,6 +257,7 @@ def _report(error: Exception, app: App) -> int:
     else:
         message = f"deltactl has a defect: {type(error).__name__}: {error}."
         message += "" if app.debug else " Run it again with --debug to see where."
+    message += "" if message.endswith((".", "?", "!")) else "."
     if app.json:
         _print_error_json(message, problems)
     elif problems:

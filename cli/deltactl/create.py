@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import click
 import psycopg
 
+from delta_debezium.connection import connection as connection_parts
 from delta_debezium.render import connector_json
 from delta_sync.errors import UsageError
 from delta_sync.sinks import installed, kind_of, open_sinks, targets_of
 from delta_sync.sources.postgresql.catalogue import read_tables
 from delta_sync.sources.postgresql.checks import resolve_bare
-from delta_sync.sources.postgresql.connection import connect
+from delta_sync.sources.postgresql.connection import DEFAULT_PORT, connect
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec, dump_spec, spec_from
 from delta_sync.tables import Table
 from deltactl.app import (
@@ -101,6 +102,9 @@ def create(
     urls = split_sinks(sinks, installed().schemes)
     for sink, url in urls.items():
         kind_of(sink, url)
+    for table in tables:
+        if not all(table.split(".")):
+            raise UsageError(f"--table: {table!r} is no table's name; write it as public.movie.")
     source, secrets = source_from_url(source_url, f"{name}_SOURCE".upper())
     # Everything that can be wrong without asking anybody is wrong before anybody is asked.
     placeholder = [table if "." in table else f"public.{table}" for table in tables]
@@ -108,6 +112,8 @@ def create(
     secrets |= draft.secrets
     with environment(secrets):
         resolvable(draft.spec)
+        if draft.spec.source.kind == "postgresql":
+            connection_parts(draft.spec.source, DEFAULT_PORT)  # what the connector cannot be told, whoever answers
         plan = _plan(folder, draft.spec, tables, existing, check=not no_check)._replace(secrets=secrets)
     _carry_out(app, folder, plan, dry_run=dry_run, yes=yes)
 

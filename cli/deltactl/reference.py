@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -21,17 +22,18 @@ WIDTH = 100  # of the help texts, whatever terminal this runs in
 
 def reference() -> str:
     """Return the page."""
-    return HEAD + "".join(_sections(main, "deltactl"))
+    return HEAD + "".join(_sections(main, "deltactl", None))
 
 
-def _sections(command: click.Command, path: str) -> Iterator[str]:
-    context = click.Context(command, info_name=path, max_content_width=WIDTH, terminal_width=WIDTH)
-    yield f"\n## {path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
+def _sections(command: click.Command, name: str, parent: click.Context | None) -> Iterator[str]:
+    settings: dict[str, Any] = {**command.context_settings, "max_content_width": WIDTH, "terminal_width": WIDTH}
+    context = click.Context(command, info_name=name, parent=parent, **settings)
+    yield f"\n## {context.command_path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
     if isinstance(command, click.Group):
-        for name in command.list_commands(context):
-            child = command.get_command(context, name)
-            assert child is not None, name
-            yield from _sections(child, f"{path} {name}")
+        for child_name in command.list_commands(context):
+            child = command.get_command(context, child_name)
+            assert child is not None, child_name
+            yield from _sections(child, child_name, context)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,7 @@ def test_names_never_collide(pipeline: str, tables: list[tuple[str, str]]) -> No
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     ]
     assert len(names) == len(set(names)) == len(tables) + 1
+    assert not set(names) & (set(dir(builtins)) | {"Row", "Document", "Pipeline", "row"})
     exec(source, {})
 
 

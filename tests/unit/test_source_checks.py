@@ -201,7 +201,7 @@ def test_a_full_server_that_has_our_slot_already() -> None:
         ({"may_select": False}, "may not read it", "GRANT SELECT ON public.movie TO delta"),
         ({"schema_usage": False}, "may not use schema public", "GRANT USAGE ON SCHEMA public TO delta"),
         ({"row_security": True}, "row level security", "BYPASSRLS"),
-        ({"inherited_by": ("movie_old",)}, "movie_old inherit", "partitioned table"),
+        ({"inherited_by": ("movie_old",)}, "(movie_old)", "partitioned table"),
     ],
 )
 def test_a_table_that_cannot_be_followed(changes: dict[str, object], what: str, fix: str) -> None:

@@ -482,8 +482,8 @@ def _table_problems(table: TableFacts, facts: Facts) -> list[Problem]:
         found.append(
             Problem(
                 where,
-                f"{', '.join(table.inherited_by)} inherit from it: reading it reads their rows, but their changes are"
-                " not its own",
+                f"other tables inherit from it ({', '.join(table.inherited_by)}): reading it reads their rows, but"
+                " their changes are not its own",
                 "make it a partitioned table, or give the tables that inherit instead",
             )
         )

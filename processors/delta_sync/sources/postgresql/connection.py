@@ -44,9 +44,8 @@ def connect(source: SourceSpec, application_name: str = "delta") -> psycopg.Conn
     has to change something (password, database, TLS), and UsageError when the URL or a reference is wrong.
     """
     if source.kind != "postgresql":
-        raise UsageError(
-            f"source.url: {source.kind or 'no scheme'}:// is not a source that Delta knows; it reads postgresql://."
-        )
+        what = f"{source.kind}:// is not a source that Delta knows" if source.kind else "it has no scheme"
+        raise UsageError(f"source.url: {what}; write it as postgresql://user@host:port/database.")
     server = server_of(source)
     password = None if source.password is None else resolve(source.password)
     try:
@@ -98,7 +97,7 @@ _MEANINGS: tuple[tuple[str, str, str, bool], ...] = (
     (
         r"no password supplied",
         "{host}:{port} wants a password for role {user}, and none is given",
-        "set source.password to a reference such as ${{env:SOURCE_PASSWORD}}",
+        "give it in the URL, or as source.password in pipeline.yaml: a reference such as ${{env:SOURCE_PASSWORD}}",
         False,
     ),
     (r'role ".*" does not exist', "there is no role {user} on {host}:{port}", "correct the user in source.url", False),
@@ -147,7 +146,7 @@ _MEANINGS: tuple[tuple[str, str, str, bool], ...] = (
     (
         r"timeout expired|timed out|No route to host|Network is unreachable",
         "{host}:{port} does not answer",
-        "look whether the host is up and a firewall lets this machine through",
+        "look whether the host is up, is PostgreSQL, and whether a firewall lets this machine through",
         True,
     ),
     (

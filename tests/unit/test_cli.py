@@ -1,0 +1,163 @@
+"""The command line as a whole: reference, help, schema, completion, and how errors end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
+
+from delta_sync.secrets import remember
+from delta_sync.sinks import installed
+from deltactl.app import App
+from deltactl.main import main
+from deltactl.reference import PAGE, reference
+from deltactl.schema import schema
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from commands(child, (*path, name))
+    else:
+        yield path, command
+
+
+COMMANDS = list(commands(main))
+
+
+def test_the_reference_is_up_to_date() -> None:
+    written = (ROOT / PAGE).read_text(encoding="utf-8")
+    assert written == reference(), f"type: python -m deltactl.reference > {PAGE}"
+
+
+@pytest.mark.parametrize(("path", "command"), COMMANDS, ids=[" ".join(path) for path, _ in COMMANDS])
+def test_every_command_has_help_with_an_example_and_json(path: tuple[str, ...], command: click.Command) -> None:
+    result = CliRunner().invoke(main, [*path, "--help"])
+    assert result.exit_code == 0
+    assert f"deltactl {' '.join(path)} " in result.output.partition("Example")[2] or path == ("pipeline", "list")
+    assert {"--json", "--dir", "--debug"} <= {option for parameter in command.params for option in parameter.opts}
+    assert not result.output.partition("\n\n")[2].startswith("Options"), "it says what it does"
+
+
+def test_errors_end_as_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember("hunter2-secret")
+
+    def fail(_app: App) -> list[str]:
+        raise RuntimeError("could not use hunter2-secret")
+
+    monkeypatch.setattr(App, "names", fail)
+    short = CliRunner().invoke(main, ["pipeline", "list"])
+    assert short.exit_code == 1
+    assert short.stderr.count("\n") == 1
+    assert "RuntimeError: could not use ***." in short.stderr
+    long = CliRunner().invoke(main, ["pipeline", "list", "--debug"])
+    assert "Traceback" in long.stderr
+    assert "hunter2-secret" not in short.output + long.output
+
+
+def test_usage_errors_as_json() -> None:
+    result = CliRunner().invoke(main, ["pipeline", "show", "--json"])
+    assert result.exit_code == 2
+    assert "NAME" in json.loads(result.stderr)["error"]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, click.Abort])
+def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, interruption: type[BaseException]) -> None:
+    def interrupt(_app: App) -> list[str]:
+        raise interruption
+
+    monkeypatch.setattr(App, "names", interrupt)
+    result = CliRunner().invoke(main, ["pipeline", "list"])
+    assert result.exit_code == 130
+    assert result.output.strip() == ""
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m deltactl.main pipeline schema | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout == "{"
+
+
+def test_the_schema_knows_each_sinks_options() -> None:
+    found = schema(installed())
+    rules = {rule["then"]["title"]: rule for rule in found["definitions"]["SinkSpec"]["allOf"]}
+    for kind, cls in installed().classes.items():
+        rule = rules[f"Sink {kind}"]
+        assert set(rule["then"]["properties"]) == {"url", *cls.options_model.model_fields}
+        assert all(scheme in rule["if"]["properties"]["url"]["pattern"].replace("\\", "") for scheme in cls.schemes)
+
+    def references(value: object) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if key == "$ref":
+                    yield str(item)
+                else:
+                    yield from references(item)
+        elif isinstance(value, list):
+            for item in value:
+                yield from references(item)
+
+    assert {ref.removeprefix("#/definitions/") for ref in references(found)} <= set(found["definitions"])
+    assert json.loads(CliRunner().invoke(main, ["pipeline", "schema"]).stdout) == found
+
+
+@pytest.fixture
+def pipelines(tmp_path: Path) -> Path:
+    """A folder with two pipelines, and something else."""
+    for name in ("movies", "music", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pipeline.yaml").touch()
+    (tmp_path / "movie_notes").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["pipeline", "show"], ["pipeline", "delete"], ["dead", "list"], ["run"]]
+)
+def test_names_of_pipelines_are_completed(
+    pipelines: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("DELTA_PIPELINES", str(pipelines))
+    found = ShellComplete(main, {}, "deltactl", "_DELTACTL_COMPLETE").get_completions(arguments, "m")
+    assert [item.value for item in found] == ["movies", "music"]
+
+
+def test_names_are_completed_in_the_folder_of_the_option(
+    pipelines: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DELTA_PIPELINES", str(tmp_path / "nowhere"))
+    complete = ShellComplete(main, {}, "deltactl", "_DELTACTL_COMPLETE").get_completions
+    for arguments in (["status", "--dir", str(pipelines)], ["--dir", str(pipelines), "status"]):
+        assert [item.value for item in complete(arguments, "mu")] == ["music"]
+    assert complete(["status"], "m") == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell: str) -> None:
+    result = CliRunner().invoke(main, ["completion", shell])
+    assert result.exit_code == 0
+    assert "_DELTACTL_COMPLETE" in result.stdout
+
+
+def test_bash_completes_with_the_script(pipelines: Path) -> None:
+    script = CliRunner().invoke(main, ["completion", "bash"]).stdout
+    binary = Path(sys.executable).parent / "deltactl"
+    commands_ = f"{script}\nCOMP_WORDS=(deltactl status m); COMP_CWORD=2\n_deltactl_completion {binary}\n"
+    done = subprocess.run(
+        ["bash", "-c", commands_ + 'echo "${COMPREPLY[@]}"'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DELTA_PIPELINES": str(pipelines)},
+    )
+    assert done.stdout.split() == ["movies", "music"], done.stderr
