@@ -213,17 +213,18 @@ class Loader(threading.Thread):
     def _read_chunk(self, table: Table, after: Key | None, covered_from: int) -> tuple[Chunk, int]:
         """Read one chunk in a snapshot that can claim something, however long that takes."""
         waited_s = 0.0
+        claim: int | None = None
+
+        def usable(snapshot: Snapshot) -> bool:
+            """Make the claim, once: the samples that allow it may be forgotten or thinned out while rows are read."""
+            nonlocal claim
+            claim = self._samples.claim(snapshot, covered_from)
+            return claim is not None
+
         while True:
-            chunk = self._reader.read_chunk(
-                table,
-                after,
-                self._options.chunk_rows,
-                self._options.chunk_bytes,
-                lambda snapshot: self._samples.claim(snapshot, covered_from) is not None,
-            )
+            chunk = self._reader.read_chunk(table, after, self._options.chunk_rows, self._options.chunk_bytes, usable)
             if chunk is not None:
-                claim = self._samples.claim(chunk.snapshot, covered_from)
-                assert claim is not None, "claims only become easier to make"
+                assert claim is not None, "a chunk comes only of a snapshot that was usable"
                 self._progress.waits("load", None)
                 return chunk, claim
             if waited_s <= WAIT_NOTICE_S < waited_s + CLAIM_POLL_S:

@@ -17,7 +17,7 @@ import structlog
 from delta_sync.decoding import Lacking
 from delta_sync.errors import SourceBusy
 from delta_sync.load import SharedSamples
-from delta_sync.sources.postgresql.claims import Snapshot
+from delta_sync.sources.postgresql.claims import Snapshot, widen
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.tables import Table
 from delta_sync.values import Row
@@ -66,14 +66,19 @@ class Rereader:
         self._samples.add(sample)
         keys = [item.key for item in lacking]
         newest_lsn = max(position_of(item.version) for item in lacking)
-        xids = {item.xid for item in lacking}
+        xids = {item.xid for item in lacking}  # 32-bit, as in the log
         assert sample.lsn > newest_lsn, "an event is in the log before its successor's position"
         waited_s = 0.0
+        claim: int | None = None
         while True:
             patient = waited_s < CLAIM_WAIT_S
 
             def usable(snapshot: Snapshot, patient: bool = patient) -> bool:
-                if self._samples.claim(snapshot, newest_lsn + 1) is not None:
+                # Made here, once: the samples that allow a claim may be forgotten while rows are read, and without a
+                # claim the version rests on another condition.
+                nonlocal claim
+                claim = self._samples.claim(snapshot, newest_lsn + 1)
+                if claim is not None:
                     self._blocked_at = None
                     return True
                 if snapshot.xmin == self._blocked_at:
@@ -81,7 +86,7 @@ class Rereader:
                 if patient:
                     return False
                 self._blocked_at = snapshot.xmin
-                return all(snapshot.sees(xid) for xid in xids)
+                return all(snapshot.sees(widen(xid, snapshot.xmax)) for xid in xids)
 
             chunk = self._reader.read_keys(table, keys, usable)
             if chunk is not None:
@@ -89,7 +94,6 @@ class Rereader:
             if self._stopping.wait(POLL_S):
                 raise SourceBusy("Delta stops before the rows could be read.")
             waited_s += POLL_S
-        claim = self._samples.claim(chunk.snapshot, newest_lsn + 1)
         rows = dict(chunk.rows)
         if claim is not None:
             version = dump_version(self._epoch, claim)
