@@ -31,8 +31,9 @@ class Part(NamedTuple):
 
 
 class Applied(NamedTuple):
-    """The outcome of each write of a part."""
+    """What one sink made of a part: the outcome of each write."""
 
+    sink: str
     part: Part
     outcomes: list[Outcome]
 
@@ -86,7 +87,7 @@ class SinkWriter:
             removed = self._until_done(lambda: self.sink.truncate(part.target, version))
             log.info("truncated", sink=self.sink.name, place=part.target.place, documents=removed)
         if not part.writes:
-            return Applied(part, [])
+            return Applied(self.sink.name, part, [])
         outcomes = self._until_done(lambda: self.sink.apply(part.target, part.writes))
         assert len(outcomes) == len(part.writes), f"sink {self.sink.name} returned {len(outcomes)} outcomes"
         numbers = self.numbers
@@ -101,7 +102,7 @@ class SinkWriter:
             numbers.applied += len(outcomes) - stale - rejected
             numbers.stale += stale
             numbers.rejected += rejected
-        return Applied(part, outcomes)
+        return Applied(self.sink.name, part, outcomes)
 
     def _until_done(self, call: Callable[[], Any]) -> Any:
         """Repeat a call until it no longer raises SinkBusy. Says so once, then counts."""

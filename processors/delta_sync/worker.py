@@ -314,16 +314,12 @@ class Worker:
         """Collect what became of a job, and keep its failures as dead letters. Raises what a sink raised."""
         failures = list(job.failures)
         for result in job.results:
-            for part, outcomes in result.result():
+            for sink, part, outcomes in result.result():
                 for change, outcome in zip(part.changes, outcomes, strict=True):
                     if outcome.kind == "rejected":
-                        failures.append(Failure(change, "apply", outcome.reason, "", self._sink_of(part)))
+                        failures.append(Failure(change, "apply", outcome.reason, "", sink))
         if failures:
             self._bury(failures, "load" if job.slice is not None else "log")
-
-    def _sink_of(self, part: Part) -> str:
-        targets = self._tables[part.target.table.id].targets
-        return next(sink for sink, target in targets.items() if target.place == part.target.place)
 
     def _bury(self, failures: Sequence[Failure], origin: str) -> None:
         """Store dead letters, unless there are too many: then the pipeline stops, and nothing is lost or stored."""
