@@ -89,8 +89,8 @@ def decode(payloads: Iterable[bytes], codecs: Mapping[str, TableCodec], epoch: i
             if keys is None:
                 continue
             if op == "t":
-                keys.clear()  # what came before is gone; what follows is newer
-                truncates[table] = epoch << POSITION_BITS | source["lsn"]
+                _truncate(keys, source["lsn"])
+                truncates[table] = max(epoch << POSITION_BITS | source["lsn"], truncates.get(table, 0))
                 continue
             key = raw_keys[table](event["after"] or event["before"])
             known = keys.get(key)
@@ -109,6 +109,13 @@ def decode(payloads: Iterable[bytes], codecs: Mapping[str, TableCodec], epoch: i
             if not fits:
                 misfits.add(table)
     return Decoded(changes, lacking, truncates, undecodable, heartbeat_lsn, newest_ts_ms, count, frozenset(misfits))
+
+
+def _truncate(keys: dict[Hashable, Event], lsn: int) -> None:
+    """Drop what is older. What is newer stays: the connector may deliver a stretch of the log twice."""
+    newer = {key: event for key, event in keys.items() if event["source"]["lsn"] > lsn}
+    keys.clear()
+    keys.update(newer)
 
 
 def _decode_table(
