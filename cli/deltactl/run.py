@@ -20,7 +20,7 @@ from delta_sync.running import Running
 from delta_sync.secrets import resolve
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
-from deltactl.app import LOCK_FILE, App, name_argument, pass_app, shared_options
+from deltactl.app import LOCK_FILE, LOCK_PATIENCE_S, App, name_argument, pass_app, shared_options
 
 CAPTURE_LOG = "capture.log"
 
@@ -56,7 +56,7 @@ def run(
     folder = app.home(name)
     logs.configure(log_format)
     try:
-        with FileLock(folder / LOCK_FILE, timeout=0):
+        with FileLock(folder / LOCK_FILE, timeout=LOCK_PATIENCE_S):
             running = Running(
                 folder=folder,
                 spec=spec,
