@@ -8,7 +8,7 @@ import pytest
 
 from delta_sync.changes import APPLIED, STALE, Write
 from delta_sync.errors import UsageError
-from delta_sync.sinks.memory import MemorySink, MemoryStore, MemoryTargetOptions, Entry
+from delta_sync.sinks.memory import Entry, MemorySink, MemoryStore, MemoryTargetOptions
 from delta_sync.testing.contract import MOVIE, AnySink, SinkContract, apply, storm
 
 

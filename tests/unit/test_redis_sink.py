@@ -39,6 +39,13 @@ def test_a_url_that_cannot_be_meant(url: str) -> None:
     assert SECRET not in str(caught.value)
 
 
+def missing_file_error() -> Exception:
+    """Return what redis-py raises when `ca_file` names no file."""
+    error = errors.ConnectionError("Error 2 connecting")
+    error.__context__ = FileNotFoundError(2, "No such file or directory")
+    return error
+
+
 def certificate_error() -> Exception:
     """Return what redis-py raises when it does not trust a server."""
     cause = ssl.SSLCertVerificationError(1, "certificate verify failed")
@@ -73,6 +80,7 @@ def certificate_error() -> Exception:
         (errors.NoPermissionError("this user has no permissions to run the 'evalsha' command"), False, "ACL"),
         (errors.ResponseError("The user executing the script can't run this command or subcommand"), False, "ACL"),
         (errors.ResponseError("ACL failure in script: User a has no permissions"), False, "ACL"),
+        (missing_file_error(), False, "ca_file"),
         (certificate_error(), False, "not trusted (self-signed certificate)"),
         (errors.ResponseError("something new"), False, "answered: something new"),
     ],

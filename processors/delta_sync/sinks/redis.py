@@ -537,6 +537,8 @@ def explain(error: Exception) -> _Trouble:
             return _Trouble(
                 False, f"has a certificate that is not trusted ({chain.verify_message}); see the option ca_file"
             )
+        if isinstance(chain, FileNotFoundError | PermissionError):
+            return _Trouble(False, "cannot be asked: a file that ca_file, cert_file or key_file names cannot be read")
         chain = chain.__cause__ or chain.__context__
     if isinstance(error, errors.TimeoutError):
         return _Trouble(True, "did not answer in time")
