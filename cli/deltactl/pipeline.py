@@ -143,9 +143,9 @@ def check(app: App, name: str) -> None:
     if app.json:
         print_json({"ok": not fatal, "problems": [describe(problem) for problem in findings.problems]})
     else:
-        wrong = {problem.where for problem in findings.problems if problem.fatal}
+        mentioned = {problem.where for problem in findings.problems}
         for where in findings.looked_at:
-            if where not in wrong:
+            if where not in mentioned:
                 say(f"{click.style('✓', fg='green')} {where}")
         print_problems(findings.problems)
         if not fatal:
