@@ -11,6 +11,9 @@ every write: it is overwritten, and deleted with its row. A key of another type 
 
 In a cluster a script can touch one slot only. There each write is a call of its own, pipelined, and the floor is read
 before and after them: what slipped in below a floor that was raised meanwhile is deleted in a second step.
+
+What Redis acknowledges it can lose: by default a crash takes the last second or two of its append-only file with it,
+and a failover what the replica had not received. Nobody sends those writes again; a dump repairs what they changed.
 """
 
 from __future__ import annotations
