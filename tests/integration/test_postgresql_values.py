@@ -229,11 +229,11 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, dict):
-        return list(one) == list(other) and all(map(same, one.values(), other.values()))
+        return [*one] == [*other] and all(map(same, one.values(), other.values()))
     if isinstance(one, float):
         return struct.pack("d", one) == struct.pack("d", other) or (math.isnan(one) and math.isnan(other))
     if isinstance(one, Decimal):
-        return one.as_tuple() == other.as_tuple()
+        return bool(one.as_tuple() == other.as_tuple())
     if isinstance(one, dt.datetime):
         return bool(one == other) and one.tzinfo is other.tzinfo
     return bool(one == other)

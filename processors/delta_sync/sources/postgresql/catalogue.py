@@ -72,7 +72,6 @@ class Attribute(NamedTuple):
     domain: bool  # the column's type, or its element's
     not_null: bool
     generated: bool
-    storage: str  # pg_attribute.attstorage
     fixed_length: bool
     mistakable: bool  # another schema has a type of this name, and Debezium looks types up by name
 
@@ -84,12 +83,12 @@ class SourceTable(NamedTuple):
     relation_kind: str  # pg_class.relkind: r, p, v, m, f
     replica_identity: str  # pg_class.relreplident: d, i, f, n
     owned: bool  # by the current role, or by one it is a member of
-    attributes: tuple[Attribute, ...]
 
     @property
     def fingerprint(self) -> str:
-        """A text that changes whenever the columns or the key do."""
-        return hashlib.sha256(repr((self.table, self.attributes)).encode()).hexdigest()[:16]
+        """A text that changes whenever the names, the types or the key do: what documents are made of."""
+        columns = [(c.name, c.type, c.kind.value, c.dimensions, c.in_log) for c in self.table.columns]
+        return hashlib.sha256(repr((columns, self.table.key)).encode()).hexdigest()[:16]
 
 
 def read_tables(connection: psycopg.Connection, names: Sequence[str]) -> dict[str, Table]:
@@ -110,7 +109,7 @@ def read_catalogue(connection: psycopg.Connection, names: Sequence[str]) -> dict
             columns = tuple(Attribute(*fields) for fields in json.loads(attributes))
             key, primary = key_of(identity, json.loads(indexes))
             table = Table(schema, name, columns_of(columns), key, primary)
-            found[table.id] = SourceTable(table, kind, identity, owned, columns)
+            found[table.id] = SourceTable(table, kind, identity, owned)
     return found
 
 
@@ -205,8 +204,8 @@ NUMERIC_ALWAYS_INLINE_DIGITS = 28  # two bytes for four digits, two for a rest a
 
 
 def _may_be_toasted(attribute: Attribute, precision: int | None) -> bool:
-    if attribute.fixed_length or attribute.storage == "p":
-        return False
+    if attribute.fixed_length:
+        return False  # the storage of all others can be altered at any time
     if attribute.array or attribute.type_schema != "pg_catalog":
         return True
     match attribute.type_name:
@@ -275,7 +274,7 @@ WITH RECURSIVE domain (oid, base, modifier) AS (
   SELECT c.*, n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
   WHERE n.nspname || '.' || c.relname = ANY (%(names)s)
 ), columns AS (
-  SELECT w.oid AS relation, a.attnum, a.attname, a.attnotnull, a.attgenerated <> '' AS generated, a.attstorage,
+  SELECT w.oid AS relation, a.attnum, a.attname, a.attnotnull, a.attgenerated <> '' AS generated,
          t.typlen > 0 AS fixed_length, e.oid IS NOT NULL AS is_array, greatest(a.attndims, d.typndims) AS dimensions,
          coalesce(eb.base, e.oid, t.oid) AS type, b.oid IS NOT NULL OR eb.oid IS NOT NULL AS domain,
          coalesce(eb.modifier, b.modifier, a.atttypmod) AS modifier,
@@ -304,7 +303,7 @@ SELECT w.nspname AS schema, w.relname AS name, w.relkind::text AS kind, w.relrep
        pg_has_role(w.relowner, 'USAGE') AS owned,
        coalesce((SELECT json_agg(json_build_array(
            attname, sql_type || CASE WHEN is_array THEN '[]' ELSE '' END, typname, type_schema, typtype, modifier,
-           is_array, dimensions, domain, attnotnull, generated, attstorage, fixed_length, mistakable) ORDER BY attnum)
+           is_array, dimensions, domain, attnotnull, generated, fixed_length, mistakable) ORDER BY attnum)
          FROM described WHERE relation = w.oid), '[]')::text AS attributes,
        coalesce((SELECT json_agg(json_build_array(i.indisprimary, i.indisreplident, k.not_null, k.columns)
                                  ORDER BY x.relname)

@@ -14,7 +14,6 @@ import struct
 import typing
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
-from operator import itemgetter
 from typing import Any, Final
 from uuid import UUID, SafeUUID
 
@@ -146,6 +145,9 @@ def table_codec(table: Table) -> TableCodec:
     return TableCodec(table, log_decoder(table), key_decoder(table), lacks(table))
 
 
+_UNFIT = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)  # what converters raise
+
+
 def log_decoder(table: Table) -> Callable[[Image], Row]:
     """Return a function that turns an image into a row, in place. The image has all of the table's columns in the log.
 
@@ -161,7 +163,7 @@ def log_decoder(table: Table) -> Callable[[Image], Row]:
                 value = image[name]
                 if value is not None:
                     image[name] = convert(value)
-        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        except _UNFIT as error:
             raise _undecodable(table, name, error) from error
         return image
 
@@ -171,42 +173,38 @@ def log_decoder(table: Table) -> Callable[[Image], Row]:
 def key_decoder(table: Table) -> Callable[[Image], Key]:
     """Return a function that reads the key out of an image (not yet decoded), which may have nothing but the key.
 
-    Raises UndecodableChange.
+    Raises UndecodableChange, also for a key that is a placeholder: long ones can be stored out of line.
     """
-    columns = [table.column(name) for name in table.key]
-    steps = [(column.name, _converter(column)) for column in columns]
-    if all(convert is None for _, convert in steps):
-        if len(steps) == 1:
-            ((only, _),) = steps
+    steps = [(name, _converter(table.column(name)) or _itself) for name in table.key]
+    ((only, convert_only), *others) = steps or [("", _itself)]
 
-            def read_one(image: Image) -> Key:
-                try:
-                    return (image[only],)
-                except LookupError as error:
-                    raise _undecodable(table, only, error) from error
-
-            return read_one
-        getter = typing.cast(Callable[[Image], Key], itemgetter(*table.key))
-
-        def read_plain(image: Image) -> Key:
-            try:
-                return getter(image)
-            except LookupError as error:
-                raise _undecodable(table, str(error), error) from error
-
-        return read_plain
+    def read_one(image: Image) -> Key:
+        try:
+            value = image[only]
+            if value is None or value == PLACEHOLDER:
+                raise ValueError(value)
+            return (convert_only(value),)
+        except _UNFIT as error:
+            raise _undecodable(table, only, error) from error
 
     def read(image: Image) -> Key:
         name = ""
         key: list[Any] = []
         try:
             for name, convert in steps:
-                key.append(image[name] if convert is None else convert(image[name]))
-        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+                value = image[name]
+                if value is None or value == PLACEHOLDER:
+                    raise ValueError(value)
+                key.append(convert(value))
+        except _UNFIT as error:
             raise _undecodable(table, name, error) from error
         return tuple(key)
 
-    return read
+    return read if others else read_one
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def lacks(table: Table) -> Callable[[Image], bool]:
@@ -371,10 +369,11 @@ def _timestamp_tz(value: str) -> dt.datetime | str:
 
 # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Every run of digits and points that is this long looks like zeros in a row. Doubles hold any 15 digits exactly.
-_SAME_DIGITS = bytes.maketrans(b"123456789.E", b"0000000000e")
+# With these, a number of 17 characters looks like zeros in a row, and one with an exponent of three like 0e000; other
+# texts that do only take the slower way. Doubles hold any 15 digits exactly.
+_ALIKE = bytes.maketrans(b"123456789.+-E", b"000000000000e")
 _MANY_DIGITS = b"0" * 17
-_INEXACT_NUMBER = re.compile(rb"(?:^|[\[:,\s])-?(?:[\d.]{17,}|[\d.]+[eE][+-]?\d{3,})")
+_HUGE_EXPONENT = b"0e000"
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -383,9 +382,8 @@ def parse_json(text: str | bytes) -> Any:
     A text that is nested too deeply for Python is returned as it is. Raises ValueError for what is not JSON.
     """
     data = text.encode() if isinstance(text, str) else text
-    digits = data.translate(_SAME_DIGITS)
-    suspicious = _MANY_DIGITS in digits or b"0e0" in digits or b"0e-0" in digits or b"0e+0" in digits
-    if not suspicious or _INEXACT_NUMBER.search(data) is None:  # most suspicions are digits in a string
+    alike = data.translate(_ALIKE)
+    if _MANY_DIGITS not in alike and _HUGE_EXPONENT not in alike:
         try:
             return orjson.loads(data)
         except orjson.JSONDecodeError:
