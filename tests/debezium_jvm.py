@@ -168,6 +168,13 @@ class _Debezium:
         found = relation.primaryKeyColumns() if mapper is None else mapper.getKeyKolumns(relation)
         return [str(column.name()) for column in found]
 
+    def columns_included(
+        self, options: Mapping[str, str], schema: str, table: str, columns: Sequence[str]
+    ) -> list[bool]:
+        """Return for each column whether the connector keeps it."""
+        config = self._class(CONNECTORS[options["connector.class"]])(self._configuration(options))
+        return [bool(config.getColumnFilter().matches("db", schema, table, column)) for column in columns]
+
     def message_included(self, options: Mapping[str, str], prefixes: Sequence[str]) -> list[bool]:
         """Return for each prefix of a logical message whether the connector delivers it."""
         config = self._class(CONNECTORS[options["connector.class"]])(self._configuration(options))

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 from delta_debezium.connection import Connection, connection
-from delta_debezium.options import MYSQL_VALUE_MODES, Option, common_options, message_key_columns, table_include_list
+from delta_debezium.options import Option, common_options, message_key_columns, table_include_list
 from delta_sync.errors import UsageError
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
@@ -35,6 +35,20 @@ _SSL_MODES: Mapping[str, Mapping[str, str]] = {
     "mariadb": {m: m for m in ("disable", "trust", "verify-ca", "verify-full")},
 }
 
+# How the connector writes values; nothing decodes them yet.
+_VALUE_OPTIONS = (
+    Option("time.precision.mode", "microseconds", "One unit for every column.", fixed=True),
+    Option("decimal.handling.mode", "string", "Exact; the default is base64 of an unscaled integer.", fixed=True),
+    Option("binary.handling.mode", "bytes", "Base64 in JSON, and bytes as they are in Avro.", fixed=True),
+    Option("bigint.unsigned.handling.mode", "precise", "By default values above 2^63 become negative.", fixed=True),
+    Option(
+        "enable.time.adjuster",
+        "false",
+        "The server has expanded two-digit years already; doing it again moves real years.",
+        fixed=True,
+    ),
+)
+
 
 def server_id(name: str) -> int:
     """Return the id with which a pipeline registers as a replica: the same at every start, and its own."""
@@ -49,7 +63,7 @@ def options(spec: PipelineSpec, tables: Sequence[Table], state_dir: str) -> list
         *_log_options(spec, state_dir),
         *_table_options(tables),
         *common_options(spec.name, kafka=spec.transport == "kafka"),
-        *MYSQL_VALUE_MODES,
+        *_VALUE_OPTIONS,
     ]
 
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 
 from delta_debezium.connection import Connection, connection
 from delta_debezium.options import (
-    POSTGRESQL_VALUE_MODES,
     Option,
+    column_exclude_list,
     common_options,
     exactly,
     message_key_columns,
@@ -23,6 +23,7 @@ from delta_debezium.options import (
 )
 from delta_sync.errors import UsageError
 from delta_sync.secrets import has_reference
+from delta_sync.sources.postgresql.codec import CONNECTOR_OPTIONS
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
 
@@ -39,6 +40,24 @@ _PUBLICATION = re.compile(r"[a-z_][a-z0-9_$]*")
 # In a JDBC URL the database's name is text between `/` and `?`, percent-decoded; in Debezium's queries it is itself.
 _NOT_IN_DATABASE = re.compile(r"[/?%+\\#&]")
 
+SESSION_OPTION = "driver.options"
+CONVERTER_PREFIX = "converter."  # options of the format, which is the engine's
+
+# Why the decoders need what they need (`delta_sync.sources.postgresql.codec`).
+_REASONS: Mapping[str, str] = {
+    "decimal.handling.mode": "Exact, NaN included; the default is base64 of an unscaled integer.",
+    "time.precision.mode": "One unit for every column.",
+    "binary.handling.mode": "Base64 in JSON, and bytes as they are in Avro.",
+    "hstore.handling.mode": "A JSON object, with null apart from the empty string.",
+    "include.unknown.datatypes": "Values of other types are read from the table by key, as the server writes them.",
+    "unavailable.value.placeholder": "What an unchanged TOAST value looks like; a row that really holds it is read "
+    "by key, so nothing goes wrong.",
+    "event.converting.failure.handling.mode": "By default a value that cannot be converted becomes NULL.",
+    SESSION_OPTION: "How the server writes values, whatever a role or the database sets; `options` of source.url come "
+    "first.",
+    "converter.replace.null.with.default": "By default a NULL in a column with a default becomes that default.",
+}
+
 _FROM_THE_URL = "From source.url, which the checks and dumps use, too."
 
 
@@ -50,7 +69,7 @@ def options(spec: PipelineSpec, tables: Sequence[Table]) -> list[Option]:
         *_log_options(spec),
         *_table_options(tables),
         *common_options(spec.name, kafka=spec.transport == "kafka"),
-        *POSTGRESQL_VALUE_MODES,
+        *_value_options(),
     ]
 
 
@@ -83,7 +102,6 @@ _PARAMETERS: Mapping[str, str] = {
     "gssencmode": "driver.gssEncMode",
     "require_auth": "driver.requireAuth",
     "connect_timeout": "driver.connectTimeout",
-    "options": "driver.options",
 }
 # These change nothing that matters to the connector: it sets its own, or the driver has its own ways.
 _IGNORED_PARAMETERS = frozenset(
@@ -103,10 +121,13 @@ _TARGETS = {"any": None, "read-write": "primary", "primary": "primary", "standby
 
 def _parameter_options(parameters: Mapping[str, str]) -> list[Option]:
     found: list[Option] = []
+    session = CONNECTOR_OPTIONS[SESSION_OPTION]
     for name, value in parameters.items():
         if name == "sslpassword" and not has_reference(value):
             raise UsageError("source.url spells out sslpassword; write it as ${env:NAME} or ${file:/path}.")
-        if name in _PARAMETERS:
+        if name == "options":
+            session = f"{value} {session}"  # of two settings of one parameter the later counts
+        elif name in _PARAMETERS:
             found.append(Option(_PARAMETERS[name], value, f"{name} of source.url."))
         elif name == "target_session_attrs" and value in _TARGETS:
             target = _TARGETS[value]
@@ -116,7 +137,7 @@ def _parameter_options(parameters: Mapping[str, str]) -> list[Option]:
             raise UsageError(
                 f"source.url has the parameter {name}={value}, which Debezium's driver cannot be told; leave it out."
             )
-    return found
+    return [*found, Option(SESSION_OPTION, session, _REASONS[SESSION_OPTION], fixed=True)]
 
 
 def _log_options(spec: PipelineSpec) -> list[Option]:
@@ -185,6 +206,26 @@ def _table_options(tables: Sequence[Table]) -> list[Option]:
             fixed=True,
         ),
     ]
+    if columns := column_exclude_list(tables):
+        reason = "Columns whose values the log does not carry faithfully: they are read from the table by key."
+        found.append(Option("column.exclude.list", columns, reason, fixed=True))
     if keys := message_key_columns(tables):
         found.append(Option("message.key.columns", keys, "Tables whose key is a unique index.", fixed=True))
     return found
+
+
+def _value_options() -> list[Option]:
+    return [
+        Option(name, value, _REASONS[name], fixed=True)
+        for name, value in CONNECTOR_OPTIONS.items()
+        if name != SESSION_OPTION and not name.startswith(CONVERTER_PREFIX)
+    ]
+
+
+def converter_options() -> list[Option]:
+    """Return what the decoders need of the engine's JSON converter."""
+    return [
+        Option(name, value, _REASONS[name], fixed=True)
+        for name, value in CONNECTOR_OPTIONS.items()
+        if name.startswith(CONVERTER_PREFIX)
+    ]

@@ -68,6 +68,7 @@ def engine_options(spec: PipelineSpec, state_dir: str = ".") -> list[Option]:
             "false",
             "The default repeats the schema in every event, ten times the size of a row.",
         ),
+        *(postgresql.converter_options() if spec.source.kind == "postgresql" else ()),
         Option(
             "record.processing.threads",
             "AVAILABLE_CORES",

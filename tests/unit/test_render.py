@@ -24,6 +24,7 @@ from delta_debezium.render import (
     server_properties,
 )
 from delta_sync.errors import UsageError
+from delta_sync.sources.postgresql.codec import CONNECTOR_OPTIONS
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.tables import Column, Kind, Table
 
@@ -91,13 +92,14 @@ def test_the_connector_of_a_small_pipeline() -> None:
         "max.queue.size": "8192",
         "max.queue.size.in.bytes": "16777216",
         "statistics.metrics.enabled": "false",
-        "time.precision.mode": "microseconds",
+        "driver.options": CONNECTOR_OPTIONS["driver.options"],
         "decimal.handling.mode": "string",
+        "time.precision.mode": "microseconds",
         "binary.handling.mode": "bytes",
-        "interval.handling.mode": "string",
         "hstore.handling.mode": "json",
         "include.unknown.datatypes": "false",
         "unavailable.value.placeholder": "__debezium_unavailable_value",
+        "event.converting.failure.handling.mode": "fail",
     }
 
 
@@ -108,6 +110,7 @@ def test_the_engine_gets_the_same_connector_and_keeps_no_positions_of_its_own() 
     assert properties["offset.storage"] == "org.apache.kafka.connect.storage.MemoryOffsetBackingStore"
     assert properties["offset.flush.interval.ms"] == "0"
     assert properties["converter.schemas.enable"] == "false"
+    assert CONNECTOR_OPTIONS.items() <= properties.items()
 
 
 def test_connector_json_is_what_kafka_connect_takes_and_the_same_every_time() -> None:
@@ -143,7 +146,13 @@ def test_libpqs_parameters_reach_the_driver_by_its_names() -> None:
         "driver.connectTimeout": "3",
         "driver.targetServerType": "primary",
         "driver.channelBinding": "require",
+        "driver.options": CONNECTOR_OPTIONS["driver.options"],
     }
+
+
+def test_what_the_decoders_need_of_the_session_counts_more_than_the_urls_options() -> None:
+    found = config("postgresql://delta@db/studio?options=-c%20IntervalStyle%3Diso_8601")
+    assert found["driver.options"] == f"-c IntervalStyle=iso_8601 {CONNECTOR_OPTIONS['driver.options']}"
 
 
 @pytest.mark.parametrize(
@@ -192,6 +201,12 @@ def test_an_escaped_name_has_no_character_with_a_meaning_and_loses_none(name: st
     assert re.fullmatch(r"(?:[A-Za-z0-9_]|\\\.|\\x\{[0-9a-f]+\})*", pattern)
     back = re.sub(r"\\x\{([0-9a-f]+)\}", lambda match: chr(int(match[1], 16)), pattern.replace("\\.", "\\x{2e}"))
     assert back == name
+
+
+def test_columns_that_the_log_does_not_carry_are_left_out() -> None:
+    columns = (Column("id", "int", Kind.INTEGER), Column("Area, m2", "box", Kind.TEXT, in_log=False))
+    found = config("postgresql://delta@db/studio", Table("public", "movie", columns, ("id",)))
+    assert found["column.exclude.list"] == r"(?-i)public\.movie\.Area\x{2c}\x{20}m2"
 
 
 def test_columns_that_differ_by_case_only_are_refused() -> None:
