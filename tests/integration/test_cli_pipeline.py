@@ -427,6 +427,7 @@ def test_delete_drops_what_it_says(
             running = deltactl("pipeline", "delete", "movies", "--yes")
             assert running.exit_code == 1
             assert "is running" in running.stderr
+            assert deltactl("pipeline", "delete", "movies", "--dry-run").exit_code == 1
             assert json.loads(deltactl("pipeline", "list", "--json").stdout)[0]["running"]
         monkeypatch.setenv("MOVIES_SOURCE_PASSWORD", "not-it")
         unreachable = deltactl("pipeline", "delete", "movies", "--yes")
@@ -441,6 +442,19 @@ def test_delete_drops_what_it_says(
         assert (folder / "movies" / "processor.py").exists()
         assert deltactl("pipeline", "delete", "movies", "--yes", "--documents", "--files").exit_code == 0
         assert not (folder / "movies").exists()
+
+
+def test_delete_leaves_a_publication_that_somebody_made(
+    create: Callable[..., Result], folder: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create()
+    monkeypatch.setenv("MOVIES_SOURCE_PASSWORD", PASSWORD)
+    path = folder / "movies" / "pipeline.yaml"
+    path.write_text(path.read_text().replace("source:\n", "source:\n  publication: filtered\n"))
+    result = deltactl("pipeline", "delete", "movies", "--yes", "--json")
+    assert json.loads(result.stdout)["publication"] is None
+    with psycopg.connect(f"postgresql://cli_owner:{PASSWORD}@{database}") as connection:
+        assert connection.execute("SELECT 1 FROM pg_publication WHERE pubname = 'filtered'").fetchone()
 
 
 def test_delete_without_the_source(

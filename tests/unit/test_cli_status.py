@@ -176,6 +176,12 @@ def test_dead_letters_are_listed_and_filtered(letters: list[int]) -> None:
     assert "1 of 5" in text.stderr
 
 
+def test_filters_look_at_every_page(letters: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltactl.dead.PAGE", 2)
+    assert ids_of() == letters
+    assert ids_of("--table", "public.movie", "--limit", "4") == [*letters[:3], letters[4]]
+
+
 def test_a_dead_letter_is_shown_whole(letters: list[int]) -> None:
     found = json.loads(deltactl("dead", "show", "movies", str(letters[0]), "--json").stdout)
     assert found["event"]["row"] == {"id": 1, "title": "A"}
