@@ -49,6 +49,7 @@ FLOOR_ID = "floor"
 
 MAX_ID_BYTES = 512  # the stores' limit; one longer id fails a whole bulk
 MAX_INDEX_BYTES = 255 - len(FLOORS)  # the stores' limit for the name of an index
+MAX_VERSION = (1 << 63) - 1  # the stores' limit
 BULK_BYTES = 8 << 20  # more gains nothing, and a node may have several in memory at once
 PAGE = 2_000  # documents of one search or get: below the stores' limit of 10,000
 READ_PAGE = 500  # documents with their content in one reply
@@ -129,8 +130,9 @@ class _Reply(NamedTuple):
 
     @property
     def reason(self) -> str:
-        body = cast("dict[str, Any]", self.body) if isinstance(self.body, dict) else {}
-        return reason_of(body["error"]) if "error" in body else f"status {self.status}"
+        body: object = self.body
+        error = cast("dict[str, Any]", body).get("error") if isinstance(body, dict) else None
+        return f"status {self.status}" if error is None else reason_of(error)
 
 
 class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
@@ -693,7 +695,7 @@ def field_of(column: Column) -> dict[str, Any]:
 
 
 def _decimal_field(precision: int | None, scale: int | None) -> dict[str, Any]:
-    """Exact where 64 bits can be: whole numbers as long, others as a long of the last digit; else the nearest double."""
+    """Exact where 64 bits suffice: whole numbers as they are, others counted in their last digit; else a double."""
     if precision is None or scale is None:
         return {"type": "double"}
     if scale <= 0 and precision - scale <= MAX_LONG_DIGITS:
@@ -721,10 +723,11 @@ def bulk_entry(write: Write, now_ms: int) -> bytes | Outcome:
     id_ = key_text(write.key)
     if problem := id_problem(id_):
         return rejected(problem)
+    if not 0 <= write.version <= MAX_VERSION:  # like a long id, it would fail its whole bulk
+        return rejected(f"version {write.version} is not a positive number of 63 bits")
     if write.document is None:
         own = b'"_delta_deleted":true,"_delta_deleted_at":%d' % now_ms
         return _index_lines(id_, write.version, b"{}", own)
-    # `isdisjoint` looks at each field of the document, in C.
     if not _METADATA.isdisjoint(write.document):
         name = next(name for name in write.document if name in _METADATA)
         return rejected(f"the field {name} is the store's own; give the document's field another name")
@@ -732,14 +735,14 @@ def bulk_entry(write: Write, now_ms: int) -> bytes | Outcome:
         body = to_json(write.document)
     except (TypeError, RecursionError) as error:
         return rejected(f"the document cannot be written as JSON: {error}")
-    if OWN_PREFIX_JSON in body:
+    if _OWN_PREFIX_JSON in body:  # no document at all, as a rule, so that its fields need not be looked at
         for name in write.document:
             if name.startswith(OWN_PREFIX):
                 return rejected(f"fields whose names begin with {OWN_PREFIX} are Delta's own, and {name} does")
     return _index_lines(id_, write.version, body)
 
 
-OWN_PREFIX_JSON = f'"{OWN_PREFIX}'.encode()
+_OWN_PREFIX_JSON = f'"{OWN_PREFIX}'.encode()
 
 
 def _index_lines(id_: str, version: int, body: bytes, own: bytes = b"") -> bytes:
@@ -775,7 +778,7 @@ def parts_of(entries: Mapping[int, bytes], max_bytes: int) -> Iterator[dict[int,
 
 
 def verdict(status: int, error: Any) -> Outcome | SinkBusy | SinkRefused | None:
-    """Return what an item of a bulk's reply means (None: applied), or the error to raise for the whole store."""
+    """Return what an item of a bulk's reply means (None: applied), or the error that concerns the whole store."""
     if status < 300 or (status == 404 and not error):  # 404: a delete of what is not there, whose version counts
         return None
     if status == 409:
