@@ -48,10 +48,12 @@ def environment(values: Mapping[str, str]) -> Generator[None]:
                 os.environ[name] = old
 
 
-def check_source(connection: psycopg.Connection, spec: PipelineSpec, *, running: bool = False) -> Findings:
-    """Look at the source and its tables."""
+def check_source(
+    connection: psycopg.Connection, spec: PipelineSpec, *, running: bool = False, fresh: bool = False
+) -> Findings:
+    """Look at the source and its tables; `running` and `fresh` are as in `problems`."""
     facts = read_facts(connection, spec)
-    found = list(problems(facts, spec, running=running))
+    found = list(problems(facts, spec, running=running, fresh=fresh))
     bad = {problem.where for problem in found if problem.fatal}
     sound = [name for name in spec.tables if f"table {name}" not in bad] if facts.tables else []
     catalogue = read_catalogue(connection, sound)

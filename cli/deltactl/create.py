@@ -114,18 +114,26 @@ def create(
         resolvable(draft.spec)
         if draft.spec.source.kind == "postgresql":
             connection_parts(draft.spec.source, DEFAULT_PORT)  # what the connector cannot be told, whoever answers
-        plan = _plan(folder, draft.spec, tables, existing, check=not no_check)._replace(secrets=secrets)
+        plan = _plan(folder, draft.spec, tables, existing, check=not no_check, running=app.is_running(name))._replace(
+            secrets=secrets
+        )
     _carry_out(app, folder, plan, dry_run=dry_run, yes=yes)
 
 
 def _plan(
-    folder: Path, draft: PipelineSpec, given: Sequence[str], existing: PipelineSpec | None, *, check: bool
+    folder: Path,
+    draft: PipelineSpec,
+    given: Sequence[str],
+    existing: PipelineSpec | None,
+    *,
+    check: bool,
+    running: bool,
 ) -> _Plan:
     with connect(draft.source, "deltactl") as connection:
         spec = _with_schemas(connection, draft, given)
         parts: list[Findings] = []
         if check:
-            parts.append(check_source(connection, spec))
+            parts.append(check_source(connection, spec, running=running, fresh=existing is None))
             tables = parts[0].tables
             parts.append(check_sinks(spec, tables.values()))
             merge(parts).refuse_fatal()

@@ -324,6 +324,21 @@ def test_again_with_other_options_shows_a_diff_and_asks(create: Callable[..., Re
     assert "def genre" in (folder / "movies" / "processor.py").read_text()
 
 
+def test_a_slot_of_that_name_is_pointed_out_once(create: Callable[..., Result], folder: Path, database: str) -> None:
+    create()
+    with psycopg.connect(f"postgresql://cli_owner:{PASSWORD}@{database}", autocommit=True) as connection:
+        connection.execute("SELECT pg_create_logical_replication_slot('delta_movies', 'pgoutput')")
+        try:
+            again = create("--yes", tables=("movie", "genre"))
+            fresh = create("--dry-run", "--dir", str(folder / "elsewhere"))
+        finally:
+            connection.execute("SELECT pg_drop_replication_slot('delta_movies')")
+    assert again.exit_code == 0
+    assert "another pipeline" not in again.stderr
+    assert fresh.exit_code == 0
+    assert "another pipeline" in fresh.stderr
+
+
 def test_an_edited_processor_is_never_overwritten(create: Callable[..., Result], folder: Path) -> None:
     create()
     path = folder / "movies" / "processor.py"

@@ -173,6 +173,12 @@ def test_a_slot_may_be_active_while_its_pipeline_runs() -> None:
     assert problems(active, spec_of()) != []
 
 
+def test_a_slot_that_is_there_before_the_pipeline_is_pointed_out() -> None:
+    problem = one(problems(SOUND._replace(slot=SLOT), spec_of(), fresh=True))
+    assert not problem.fatal
+    assert "another pipeline may be of that name" in problem.what
+
+
 def test_a_full_server_that_has_our_slot_already() -> None:
     assert problems(SOUND._replace(slot=SLOT, used_slots=10), spec_of()) == []
 

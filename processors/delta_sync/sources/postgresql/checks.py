@@ -292,10 +292,11 @@ ORDER BY wanted.name, c.relname <> wanted.name, path.place
 # ── decisions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def problems(facts: Facts, spec: PipelineSpec, *, running: bool = False) -> list[Problem]:
+def problems(facts: Facts, spec: PipelineSpec, *, running: bool = False, fresh: bool = False) -> list[Problem]:
     """Return what has to change, the server's findings first. Pure.
 
-    `running`: this pipeline runs at the moment, so that its own slot is expected to be active.
+    `running`: this pipeline runs at the moment, so that its own slot is expected to be active. `fresh`: it is about to
+    be created, so that a slot of its name is somebody else's, or left over.
     """
     if facts.version < MINIMUM_VERSION:
         return [
@@ -306,7 +307,7 @@ def problems(facts: Facts, spec: PipelineSpec, *, running: bool = False) -> list
             )
         ]
     found = _server_problems(facts)
-    found += _slot_problems(facts, spec, running)
+    found += _slot_problems(facts, spec, running=running, fresh=fresh)
     tables = {table.id: table for table in facts.tables}
     for name in spec.tables:
         found += _table_problems(tables[name], facts) if name in tables else [_no_table(name, facts.candidates)]
@@ -410,7 +411,7 @@ def _replication_problem(facts: Facts, said: str) -> Problem:
     )
 
 
-def _slot_problems(facts: Facts, spec: PipelineSpec, running: bool) -> list[Problem]:
+def _slot_problems(facts: Facts, spec: PipelineSpec, *, running: bool, fresh: bool) -> list[Problem]:
     slot = facts.slot
     if slot is None:
         return []
@@ -435,6 +436,16 @@ def _slot_problems(facts: Facts, spec: PipelineSpec, running: bool) -> list[Prob
                 "source",
                 f"slot {spec.slot} is being read by another process (pid {slot.active_pid} on the server)",
                 f"stop it, or {rename}: a slot has one reader",
+            )
+        ]
+    if fresh:
+        return [
+            Problem(
+                "source",
+                f"slot {spec.slot} exists already, so another pipeline may be of that name, and this one would take its"
+                " changes",
+                f"choose another name; or, if it is left over, type: {drop}",
+                fatal=False,
             )
         ]
     return []
