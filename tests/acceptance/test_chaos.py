@@ -165,9 +165,8 @@ class Reader(Actor):
                         with self._lock:
                             stored = self._stores.read(self._sink, shape, [shape.key(number) for number in numbers])
                             for number, one in zip(numbers, stored, strict=True):
-                                if one is not None:
-                                    rev = one.document["rev"] if one.document is not None else 0
-                                    self._look(shape, number, Seen(one.version, rev))
+                                if one is not None and one.document is not None:
+                                    self._look(shape, number, Seen(one.version, one.document["rev"]))
                     except SinkBusy:
                         self._stopping.wait(0.2)
                     except SinkRefused:  # no such index: right before the pipeline has made it, and never after
@@ -177,13 +176,13 @@ class Reader(Actor):
             self.failure = error
 
     def _look(self, shape: Shape, number: int, now: Seen) -> None:
+        """Compare a document with what was there before, also with what was there before the row was deleted."""
         self.looks += 1
         before = self._seen.get((shape.name, number), Seen(0, 0))
-        rev = now.rev or before.rev  # a deleted row: what comes after it must still be newer than what was before
-        if now.version < before.version or rev < before.rev:
+        if now.version < before.version or now.rev < before.rev:
             self.complaints.append(f"{self._sink} {shape.name} {shape.key(number)} went from {before} to {now}")
         self.advances += now.version > before.version
-        self._seen[shape.name, number] = Seen(now.version, rev)
+        self._seen[shape.name, number] = now
 
 
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────────────────────
