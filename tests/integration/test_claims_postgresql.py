@@ -220,6 +220,9 @@ class Source:
         return History(logged(messages))
 
     def _drop(self) -> None:
+        with psycopg.connect(self.server.url_of(self._name), autocommit=True) as connection:
+            for (name,) in connection.execute("SELECT gid FROM pg_prepared_xacts").fetchall():
+                connection.execute(named("ROLLBACK PREPARED {}", name))  # of a test that failed
         with psycopg.connect(self.server.url, autocommit=True) as connection:
             connection.execute(
                 "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
