@@ -124,6 +124,7 @@ def main() -> None:
             progress=progress,
             reread=lambda _table, _lacking: [],
             refresh=lambda _names: {},
+            check_slot=lambda: None,
             stopping=stopping,
             giving_up=giving_up,
         )

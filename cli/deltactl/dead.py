@@ -11,6 +11,9 @@ import orjson
 
 from delta_sync.delta_event import decode_event
 from delta_sync.errors import UndecodableChange, UsageError
+from delta_sync.replaying import Replayed
+from delta_sync.replaying import replay as replay_letters
+from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.values import to_json
 from delta_sync.versions import epoch_of, format_lsn, position_of
@@ -36,7 +39,7 @@ STAGES = ("decode", "process", "lookup", "apply")
 
 @click.group(cls=DeltaGroup, short_help="Look at changes that could not be processed.")
 def dead() -> None:
-    """Look at changes that could not be processed, and discard them."""
+    """Look at changes that could not be processed; replay or discard them."""
 
 
 table_option = click.option("--table", help="Only those of this table, as public.movie.")
@@ -160,17 +163,9 @@ def discard(
       deltactl dead discard movies 17 18
       deltactl dead discard movies --all --table public.movie
     """
-    filtered = table is not None or sink is not None or stage is not None
-    if bool(ids) == all_ or (ids and filtered):
-        raise UsageError("Give either the ids of dead letters, or --all (with --table, --sink, --stage if you like).")
+    _one_way_to_choose(ids, all_, table, sink, stage)
     with _store(app, name) as store:
-        chosen = list(ids)
-        if all_:
-            chosen = [] if store is None else [letter.id for letter in _matching(store, name, table, sink, stage)]
-        else:
-            unknown = [str(id_) for id_ in ids if store is None or store.dead_letter(name, id_) is None]
-            if unknown:
-                raise UsageError(f"Pipeline {name} has no dead letter {', '.join(unknown)}; nothing was discarded.")
+        chosen = [letter.id for letter in _chosen(store, name, ids, table, sink, stage)]
         gone = 0
         if chosen and store is not None and not dry_run:
             confirm(f"Discard {len(chosen)} dead letter{'s' if len(chosen) > 1 else ''} of pipeline {name}?", yes=yes)
@@ -181,6 +176,91 @@ def discard(
         say(f"Would discard {len(chosen)} dead letters.")
     else:
         say(f"Discarded {gone} dead letters.")
+
+
+@dead.command()
+@name_argument
+@click.argument("ids", metavar="[ID]...", type=int, nargs=-1)
+@click.option("--all", "all_", is_flag=True, help="All that the filters leave.")
+@table_option
+@sink_option
+@stage_option
+@dry_run_option
+@shared_options
+@pass_app
+def replay(
+    app: App,
+    name: str,
+    ids: tuple[int, ...],
+    all_: bool,
+    table: str | None,
+    sink: str | None,
+    stage: str | None,
+    dry_run: bool,
+) -> None:
+    """Process dead letters again, with processor.py as it is now. Those that succeed are gone; the others stay.
+
+    A store cannot become older by it: where something newer is, that stays. The pipeline may run meanwhile.
+
+    \b
+    Examples:
+      deltactl dead replay movies 17
+      deltactl dead replay movies --all --stage process
+    """
+    _one_way_to_choose(ids, all_, table, sink, stage)
+    spec = app.load(name)
+    with _store(app, name) as store:
+        letters = list(_chosen(store, name, ids, table, sink, stage))
+        letters.reverse()  # the oldest first, as they happened
+        done: list[Replayed] = []
+        if letters and store is not None and not dry_run:
+            reader = PostgresReader(spec.source, f"delta {name} replay")
+            try:
+                tables = reader.tables(list(spec.tables))
+            finally:
+                reader.close()
+            done = replay_letters(app.home(name), spec, store, tables, letters)
+    failed = [one for one in done if one.error is not None]
+    if app.json:
+        print_json(
+            {
+                "pipeline": name,
+                "chosen": [letter.id for letter in letters],
+                "replayed": [one.letter.id for one in done if one.error is None],
+                "failed": [{"id": one.letter.id, "error": one.error} for one in failed],
+            }
+        )
+    elif dry_run:
+        say(f"Would replay {len(letters)} dead letters.")
+    else:
+        for one in failed:
+            warn(f"Dead letter {one.letter.id} ({one.letter.table} {one.letter.key_text}) fails again: {one.error}")
+        say(f"Replayed {len(done) - len(failed)} dead letters; {len(failed)} failed again and stay.")
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def _one_way_to_choose(
+    ids: tuple[int, ...], all_: bool, table: str | None, sink: str | None, stage: str | None
+) -> None:
+    filtered = table is not None or sink is not None or stage is not None
+    if bool(ids) == all_ or (ids and filtered):
+        raise UsageError("Give either the ids of dead letters, or --all (with --table, --sink, --stage if you like).")
+
+
+def _chosen(
+    store: StateStore | None, name: str, ids: tuple[int, ...], table: str | None, sink: str | None, stage: str | None
+) -> Iterator[DeadLetter]:
+    """Yield the dead letters of these ids, or all that the filters leave. Raises UsageError for an unknown id."""
+    if not ids:
+        if store is not None:
+            yield from _matching(store, name, table, sink, stage)
+        return
+    found = {id_: store.dead_letter(name, id_) if store is not None else None for id_ in sorted(ids, reverse=True)}
+    unknown = [str(id_) for id_ in ids if found[id_] is None]
+    if unknown:
+        raise UsageError(f"Pipeline {name} has no dead letter {', '.join(unknown)}; nothing was changed.")
+    yield from (letter for letter in found.values() if letter is not None)
 
 
 @contextlib.contextmanager

@@ -114,6 +114,7 @@ def _start_jvm(heap_mb: int) -> None:
             "-XX:TieredStopAtLevel=1",  # starts in half the time; the steady rate is the same
             "-XX:+ExitOnOutOfMemoryError",  # a JVM that lost a thread to it would hang; the worker starts a new one
             "--enable-native-access=ALL-UNNAMED",
+            "-Duser.language=en",  # Debezium lower-cases names by the locale, and Turkish has another i
             "-Duser.timezone=UTC",  # a range of timestamps arrives as text, in the session's time zone
             f"-Dlog4j2.configurationFile={log_configuration.as_uri()}",
             classpath=[str(libraries / "*")],
@@ -130,7 +131,11 @@ def _build_engine(properties: dict[str, str], bridge: Bridge) -> Any:
     jvm: Any = jpype
     consumer = jvm.JProxy("io.debezium.engine.DebeziumEngine$ChangeConsumer", dict={"handleBatch": bridge.handle_batch})
     completion = jvm.JProxy("io.debezium.engine.DebeziumEngine$CompletionCallback", dict={"handle": bridge.completed})
-    return engine_class.create(json_format).using(settings).notifying(consumer).using(completion).build()
+    at_once = _java(
+        "io.debezium.engine.spi.OffsetCommitPolicy"
+    ).always()  # a wall clock set back would stop a timed one
+    builder = engine_class.create(json_format).using(settings).using(at_once)
+    return builder.notifying(consumer).using(completion).build()
 
 
 def _read_exactly(stream: BinaryIO, length: int) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import gc
 import importlib.util
 import sys
@@ -15,7 +16,7 @@ import structlog
 
 from delta_sync.applying import SinkWriter
 from delta_sync.capture import Capture
-from delta_sync.errors import DeltaError, SlotMissing, SourceBusy, StateBusy, UsageError
+from delta_sync.errors import DeltaError, SlotMissing, SourceBusy, StateBusy, Transient, UsageError
 from delta_sync.load import Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, check_complete
@@ -24,7 +25,7 @@ from delta_sync.rereads import Rereader
 from delta_sync.secrets import redact
 from delta_sync.sinks import AnySink, open_sinks, target_for, targets_of
 from delta_sync.sources.postgresql import codec
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources.postgresql.reader import PostgresReader, SlotState, SourceIdentity
 from delta_sync.spec import PROCESSOR_FILE, PipelineSpec
 from delta_sync.state import PipelineState, StateStore
 from delta_sync.tables import Table
@@ -37,6 +38,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 COLLECT_EVERY = 200_000  # allocations: events are trees that reference counts free; at the default, 700, the search for
 # cycles among them took a third of the worker's CPU time
 REPORT_S = 1.0  # how often the status is saved
+HOUSEKEEPING_S = 600.0  # what expires after days may stay for minutes more
 STOP_BUDGET_S = 15.0  # for the threads that only read
 
 
@@ -111,18 +113,9 @@ def prepare_source(
         known = PipelineState(spec.name, epoch, identity.system_identifier, identity.timeline, None)
         state.save_pipeline(known)
     else:
-        wrong = None
-        if (known.system_identifier, known.timeline) != identity:
-            wrong = "the source is another server, or was promoted or restored"
-        elif known.slot_lsn is not None and slot is None:
-            wrong = f"replication slot {spec.slot} is gone"
-        elif slot is not None and slot.wal_status == "lost":
-            wrong = f"the source removed log that replication slot {spec.slot} still needed"
+        wrong = _lost(spec, known, identity, slot)
         if wrong is not None and not new_slot:
-            raise SlotMissing(
-                f"Changes may have been lost: {wrong}. Type `deltactl run {spec.name} --new-slot` to begin a new epoch:"
-                " every table is loaded again, and documents of rows that are gone are removed."
-            )
+            raise _slot_missing(spec, wrong)
         if wrong is not None:
             log.warning("epoch_rises", reason=wrong, epoch=known.epoch + 1)
             if slot is not None:
@@ -142,6 +135,33 @@ def prepare_source(
             spec.name, name
         )  # added again later, it must be loaded again: its changes are not captured now
     return Source(known.epoch, tables)
+
+
+def _lost(spec: PipelineSpec, known: PipelineState, identity: SourceIdentity, slot: SlotState | None) -> str | None:
+    """Return why changes may have been lost since the pipeline's state was saved; None: they were not."""
+    if (known.system_identifier, known.timeline) != identity:
+        return "the source is another server, or was promoted or restored"
+    if known.slot_lsn is not None and slot is None:
+        return f"replication slot {spec.slot} is gone"
+    if slot is not None and slot.wal_status == "lost":
+        return f"the source removed log that replication slot {spec.slot} still needed"
+    return None
+
+
+def _slot_missing(spec: PipelineSpec, why: str) -> SlotMissing:
+    return SlotMissing(
+        f"Changes may have been lost: {why}. Type `deltactl run {spec.name} --new-slot` to begin a new epoch:"
+        " every table is loaded again, and documents of rows that are gone are removed."
+    )
+
+
+def check_slot(spec: PipelineSpec, reader: PostgresReader, state: StateStore) -> None:
+    """Raise SlotMissing unless the slot is there and goes on where the pipeline's state was."""
+    known = state.pipeline(spec.name)
+    assert known is not None, "prepare_source saved it"
+    wrong = _lost(spec, known, reader.identity(), reader.slot(spec.slot))
+    if wrong is not None:
+        raise _slot_missing(spec, wrong)
 
 
 def _epoch_above(spec: PipelineSpec, sinks: Mapping[str, AnySink], tables: Mapping[str, Table]) -> int:
@@ -254,6 +274,7 @@ class Running:
                 progress=self.progress,
                 reread=Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping),
                 refresh=refresh,
+                check_slot=lambda: check_slot(spec, key_reader, state),
                 stopping=self._stopping,
                 giving_up=self._giving_up,
             )
@@ -290,13 +311,18 @@ class Running:
             )
             worker.use({name: runtime(table) for name, table in source.tables.items()})
             self._worker = worker
+            housekeeping = threading.Thread(
+                target=self._keep_house, args=(state, sinks, worker), name="housekeeping", daemon=True
+            )
             watch.start()
             loader.start()
+            housekeeping.start()
             try:
                 worker.run()
             finally:
                 self._stopping.set()
                 loader.wake()
+                housekeeping.join(STOP_BUDGET_S)
                 loader.join(STOP_BUDGET_S)
                 watch.join(STOP_BUDGET_S)
         finally:
@@ -329,6 +355,22 @@ class Running:
             for sink, target in worker.targets(table).items():
                 removed = sinks[sink].truncate(target, epoch_floor(epoch))
                 log.info("swept", table=table, sink=sink, documents=removed)
+
+    def _keep_house(self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker) -> None:
+        """Remove dead letters and tombstones that have expired, now and then."""
+        while not self._stopping.wait(HOUSEKEEPING_S):
+            try:
+                oldest = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=self._spec.dead_letter_ttl)
+                pruned = state.prune(self._spec.name, oldest)
+                if pruned:
+                    log.warning("dead_letters_expired", letters=pruned)
+                for table in self._spec.tables:
+                    for sink, target in worker.targets(table).items():
+                        sinks[sink].sweep(target)
+            except Transient as error:
+                log.warning("housekeeping_waits", reason=str(error))
+            except Exception as error:  # noqa: BLE001 -- a defect in what only tidies up must not stop the stream
+                log.error("housekeeping_failed", reason=str(error), exc_info=True)
 
     def _lookup_waits(self, name: str) -> Callable[[str | None], None]:
         def note(reason: str | None) -> None:

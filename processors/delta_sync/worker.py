@@ -82,7 +82,8 @@ class Worker:
     """Applies a pipeline's changes until `stopping` is set. `run` returns when it has drained, or raises why it stops.
 
     `reread` reads rows by key (`rereads.Rereader`). `refresh` is asked about tables whose columns may have changed and
-    returns those of which that is so, with their new codecs and targets.
+    returns those of which that is so, with their new codecs and targets. `check_slot` is called before each start of
+    the capture, because a connector that finds no slot creates one, and the changes between the two are lost.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Worker:
         progress: Progress,
         reread: Read,
         refresh: Callable[[Iterable[str]], Mapping[str, TableRuntime]],
+        check_slot: Callable[[], None],
         stopping: threading.Event,
         giving_up: threading.Event,
         clock: Callable[[], float] = time.monotonic,
@@ -114,6 +116,7 @@ class Worker:
         self._progress = progress
         self._reread = reread
         self._refresh = refresh
+        self._check_slot = check_slot
         self._stopping = stopping
         self._giving_up = giving_up
         self._clock = clock
@@ -383,6 +386,7 @@ class Worker:
         failed = 0
         while not self._stopping.is_set():
             try:
+                self._check_slot()
                 self._capture.start()
                 while not self._stopping.is_set():
                     batch = self._capture.poll(0.5)
@@ -392,7 +396,7 @@ class Worker:
                     with self._news:
                         self._batches.append(batch)
                         self._news.notify_all()
-            except CaptureDied as error:
+            except (CaptureDied, SourceBusy) as error:
                 if self._stopping.is_set():
                     return
                 failed += 1

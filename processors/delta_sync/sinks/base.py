@@ -128,5 +128,13 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
     def drop(self, target: Target) -> int:
         """Delete all that Delta put there, what `prepare` created included. Return how many documents there were."""
 
+    def sweep(self, target: Target) -> int:
+        """Remove tombstones that have expired, where the store does not do so itself; return how many went.
+
+        Called now and then. A write that races it must win.
+        """
+        del target
+        return 0
+
     def close(self) -> None:
         """Release connections. Idempotent."""
