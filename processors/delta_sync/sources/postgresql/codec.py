@@ -394,7 +394,7 @@ def parse_json(text: str | bytes) -> Any:
         return data.decode()
 
 
-SMALLEST_INTEGER, LARGEST_INTEGER = -(1 << 63), (1 << 64) - 1  # of orjson, which writes documents
+SMALLEST_INTEGER, LARGEST_INTEGER = -(1 << 63), (1 << 63) - 1  # of every store
 LARGEST_EXPONENT = 200_000  # more than numeric, and so jsonb, has; plain digits of what json allows would fill memory
 
 
