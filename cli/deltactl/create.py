@@ -112,6 +112,7 @@ def create(
     secrets |= draft.secrets
     with environment(secrets):
         resolvable(draft.spec)
+        open_sinks(draft.spec)
         if draft.spec.source.kind == "postgresql":
             connection_parts(draft.spec.source, DEFAULT_PORT)  # what the connector cannot be told, whoever answers
         plan = _plan(folder, draft.spec, tables, existing, check=not no_check, running=app.is_running(name))._replace(

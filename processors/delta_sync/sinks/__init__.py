@@ -93,7 +93,9 @@ def target_for(sink: AnySink, table: Table, spec: PipelineSpec) -> Target:
     try:
         options = sink.target_model.model_validate(given)
     except ValidationError as error:
-        raise UsageError(validation_sentences(error, f"tables.{table.id}.sinks.{sink.name}")) from None  # its own text quotes values
+        raise UsageError(
+            validation_sentences(error, f"tables.{table.id}.sinks.{sink.name}")
+        ) from None  # its own text quotes values
     return sink.target(table, options)
 
 
@@ -122,8 +124,8 @@ def refuse_shared_places(targets: Sequence[tuple[AnySink, Target]]) -> None:
         if other_sink is sink:
             raise UsageError(
                 f"Sink {sink.name}: tables {other.table.id} and {target.table.id} would both be written to"
-                f" {target.place}; give one of them a place of its own under tables.{target.table.id}.sinks.{sink.name}"
-                f" in pipeline.yaml."
+                f" {target.place}; leave that name out of the sink's url, so that each table has a place of its own, or"
+                f" name one in pipeline.yaml under tables.{target.table.id}.sinks.{sink.name}."
             )
         tables = " and ".join(dict.fromkeys([other.table.id, target.table.id]))
         raise UsageError(
