@@ -8,15 +8,15 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import structlog
 
 from delta_sync.applying import SinkWriter
 from delta_sync.capture import Capture
-from delta_sync.errors import DeltaError, SlotMissing, SourceBusy, StateBusy, Transient, UsageError
+from delta_sync.errors import DeltaError, SlotMissing, StateBusy, Transient, UsageError
 from delta_sync.load import Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, check_complete
@@ -37,6 +37,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 COLLECT_EVERY = 200_000  # allocations: events are trees that reference counts free; at the default, 700, the search for
 # cycles among them took a third of the worker's CPU time
+T = TypeVar("T")
+
 REPORT_S = 1.0  # how often the status is saved
 HOUSEKEEPING_S = 600.0  # what expires after days may stay for minutes more
 STOP_BUDGET_S = 15.0  # for the threads that only read
@@ -242,15 +244,17 @@ class Running:
             )
             if source is None:
                 return
-            fingerprints = key_reader.fingerprints(list(spec.tables))
+            found = self._until_reached(lambda: key_reader.fingerprints(list(spec.tables)))
+            if found is None:
+                return
+            fingerprints = found
 
             def runtime(table: Table) -> TableRuntime:
                 to = pipeline.tables[table.id].to or tuple(sinks)
                 return TableRuntime(codec.table_codec(table), {n: target_for(sinks[n], table, spec) for n in to})
 
-            def refresh(names: Iterable[str]) -> Mapping[str, TableRuntime]:
+            def refresh(wanted: list[str]) -> Mapping[str, TableRuntime]:
                 """Read tables again; those that changed are loaded again, because old documents have old columns."""
-                wanted = list(names)
                 current = key_reader.fingerprints(wanted)
                 changed = [name for name in wanted if current.get(name, fingerprints[name]) != fingerprints[name]]
                 if not changed:
@@ -273,7 +277,7 @@ class Running:
                 position=self.position,
                 progress=self.progress,
                 reread=Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping),
-                refresh=refresh,
+                refresh=lambda names: self._until_reached(lambda: refresh(list(names))) or {},
                 check_slot=lambda: check_slot(spec, key_reader, state),
                 stopping=self._stopping,
                 giving_up=self._giving_up,
@@ -335,18 +339,18 @@ class Running:
             for reader in readers:
                 reader.close()
 
-    def _until_reached(self, call: Callable[[], Source]) -> Source | None:
-        """Repeat a call until the source answers; None when Delta is stopped before."""
+    def _until_reached(self, call: Callable[[], T]) -> T | None:
+        """Repeat a call until source, sinks and state store answer; None when Delta is stopped before."""
         while True:
             try:
                 found = call()
-            except SourceBusy as error:
-                self.progress.waits("source", str(error))
-                log.warning("source_busy", reason=str(error))
+            except Transient as error:
+                self.progress.waits("start", str(error))
+                log.warning("start_waits", reason=redact(str(error)))
                 if self._stopping.wait(REPORT_S):
                     return None
             else:
-                self.progress.waits("source", None)
+                self.progress.waits("start", None)
                 return found
 
     def _sweep(self, table: str, epoch: int, sinks: Mapping[str, AnySink], worker: Worker) -> None:
@@ -369,7 +373,7 @@ class Running:
                         sinks[sink].sweep(target)
             except Transient as error:
                 log.warning("housekeeping_waits", reason=str(error))
-            except Exception as error:  # noqa: BLE001 -- a defect in what only tidies up must not stop the stream
+            except Exception as error:  # a defect in what only tidies up must not stop the stream
                 log.error("housekeeping_failed", reason=str(error), exc_info=True)
 
     def _lookup_waits(self, name: str) -> Callable[[str | None], None]:

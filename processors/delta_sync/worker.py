@@ -20,7 +20,7 @@ import structlog
 import tenacity
 
 from delta_sync.applying import Applied, Part, SinkWriter
-from delta_sync.capture import Batch, Capture, CaptureDied
+from delta_sync.capture import Batch, Capture
 from delta_sync.changes import Change
 from delta_sync.decoding import Decoded, Lacking, TableCodec, decode
 from delta_sync.delta_event import DeltaEvent, encode_event
@@ -32,6 +32,7 @@ from delta_sync.errors import (
     SourceBusy,
     StateBusy,
     TooManyDeadLetters,
+    Transient,
 )
 from delta_sync.load import Slice
 from delta_sync.lookups import LookupCaller
@@ -396,7 +397,7 @@ class Worker:
                     with self._news:
                         self._batches.append(batch)
                         self._news.notify_all()
-            except (CaptureDied, SourceBusy) as error:
+            except Transient as error:  # it died, or source or state store could not be asked about the slot
                 if self._stopping.is_set():
                     return
                 failed += 1
