@@ -34,7 +34,8 @@ SELECT i, 'Movie title number ' || i || ' ' || substr(md5(i::text), 1, 12), 1950
        round((1 + (i * 7919 % 90) / 10.0)::numeric, 1), i % 5000, clock_timestamp(),
        jsonb_build_object('tagline', md5((i * 3)::text) || md5((i * 5)::text), 'country',
                           (ARRAY['DE', 'FR', 'US', 'JP'])[1 + i % 4], 'budget', i * 13,
-                          'genres', jsonb_build_array('drama', 'g' || i % 17, 'g' || i % 23), 'note', md5((i * 7)::text))
+                          'genres', jsonb_build_array('drama', 'g' || i % 17, 'g' || i % 23),
+                          'note', md5((i * 7)::text))
 FROM generate_series({first}, {last}) i
 """
 UPDATE = (
@@ -42,7 +43,7 @@ UPDATE = (
     " WHERE id BETWEEN {first} AND {last}"
 )
 
-PROCESSOR = '''from delta_sync import Document, Pipeline, Row
+PROCESSOR = """from delta_sync import Document, Pipeline, Row
 
 bench = Pipeline("bench")
 
@@ -57,7 +58,7 @@ def movie(row: Row) -> Document | None:
         "studio_id": row["studio_id"],
         "updated_at": row["updated_at"],
     }
-'''
+"""
 
 
 @contextmanager

@@ -124,7 +124,9 @@ def main() -> None:
                         fingerprint = reader.fingerprints([table.id])[table.id]
                         state.save_load(
                             "bench",
-                            TableLoad(table.id, state="done", covered_from=lsn, fingerprint=fingerprint, epoch=number + 1),
+                            TableLoad(
+                                table.id, state="done", covered_from=lsn, fingerprint=fingerprint, epoch=number + 1
+                            ),
                         )
                     piped.append(whole_pipeline(folder, changes))
                 reader.drop_slot(spec.slot)

@@ -103,7 +103,9 @@ def main() -> None:
         reader.publish(spec.publication, list(tables.values()))
         reader.create_slot(spec.slot)
         changes = fill(source, arguments.events // 2, updates=True)
-        batches = record(source, {name: resolve(value) for name, value in engine_properties(spec, tables).items()}, changes, folder)
+        batches = record(
+            source, {name: resolve(value) for name, value in engine_properties(spec, tables).items()}, changes, folder
+        )
         reader.drop_slot(spec.slot)
         reader.close()
 
