@@ -409,7 +409,8 @@ def test_in_a_cluster_a_write_obeys_a_floor_that_rises_meanwhile(redis_cluster: 
 
 
 def give_slots(to: str, nodes: list[Any]) -> None:
-    """Tell nodes, in this order, that every other slot is another one's. The slots must be empty."""
+    """Tell nodes, the new owner first, that every other slot is its own. The slots must be empty."""
+    ask(nodes[0], "CLUSTER BUMPEPOCH")  # or the old owner's gossip, arriving between the two, would take them back
     for node in nodes:
         with node.pipeline(transaction=False) as pipeline:
             for slot in range(0, 16384, 2):
