@@ -31,6 +31,6 @@ def completion(context: click.Context, shell: str) -> None:
     cls = get_completion_class(shell)
     assert cls is not None, shell
     root = context.find_root()
-    say(cls(root.command, {}, "deltactl", VARIABLE).source().rstrip("\n"))
+    say(cls(root.command, {}, "deltactl", VARIABLE).source().rstrip("\n"), has_secrets=False)
     if sys.stdout.isatty():
         warn(f"\nPut this into {PLACES[shell]}, and start a new shell.")

@@ -189,4 +189,4 @@ def schema_(app: App) -> None:  # noqa: ARG001 -- the schema is the same for eve
     Example:
       deltactl pipeline schema > pipelines/pipeline.schema.json
     """
-    say(json_of(schema(installed())).rstrip("\n"))
+    say(json_of(schema(installed())).rstrip("\n"), has_secrets=False)
