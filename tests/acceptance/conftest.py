@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from acceptance.harness import Pipeline, Scene, Shop
+from acceptance.harness import Pipeline, Scene, Shop, Source, Stage
 from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis
 
 _numbers = itertools.count(1)
@@ -23,33 +23,67 @@ def scene(postgresql: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path
     with contextlib.ExitStack() as exits:
 
         def make(rows: int, sinks: tuple[str, ...] = ("cache",), **options: Any) -> Scene:
-            number = next(_numbers)
-            name = f"shop_{number}"
-            with psycopg.connect(postgresql.url, autocommit=True) as connection:
-                connection.execute(f"CREATE DATABASE {name}")
-
-            def drop() -> None:
-                postgresql.start()
-                with psycopg.connect(postgresql.url, autocommit=True) as connection:
-                    connection.execute(
-                        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
-                        " WHERE database = %s AND active",
-                        [name],
-                    )
-                    connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-                    connection.execute(
-                        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s",
-                        [name],
-                    )
-                    connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-            exits.callback(drop)
+            name = _database(postgresql, exits)
             shop = Shop(postgresql.url_of(name), name)
             shop.create(rows)
             urls = {sink: _url(request, sink, name) for sink in sinks}
-            return Scene(Pipeline(shop, tmp_path, urls, name, **options), exits)
+            return Scene(shop, Pipeline(shop, tmp_path, urls, name, **options), exits)
 
         yield make
+
+
+@pytest.fixture
+def stage(postgresql: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Stage]]:
+    """Return a function that makes a stage: these tables, made by this SQL in a schema of their own, with these sinks.
+
+    Every row is its own document, unless `processor` has another body for the function that makes one of a `row`;
+    None: what `deltactl pipeline create` writes.
+    """
+    with contextlib.ExitStack() as exits:
+
+        def make(
+            setup: str,
+            tables: Sequence[str],
+            sinks: tuple[str, ...] = ("cache",),
+            *,
+            processor: str | None = "return dict(row)",
+            schema: str | None = None,
+            server: PostgreSQL = postgresql,
+            **options: Any,
+        ) -> Stage:
+            name = _database(server, exits)
+            source = Source(server.url_of(name), schema or name)
+            source.execute(f"CREATE SCHEMA IF NOT EXISTS {source.schema}", setup)
+            urls = {sink: _url(request, sink, name) for sink in sinks}
+            pipeline = Pipeline(source, tmp_path, urls, name, tables, **options)
+            if processor is not None:
+                pipeline.write_processor(processor)
+            return Stage(pipeline, exits)
+
+        yield make
+
+
+def _database(postgresql: PostgreSQL, exits: contextlib.ExitStack) -> str:
+    """Create a database and return its name; it is dropped at the end, with all that would prevent that."""
+    name = f"shop_{next(_numbers)}"
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+
+    def drop() -> None:
+        postgresql.start()
+        with psycopg.connect(postgresql.url, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE database = %s AND active",
+                [name],
+            )
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            connection.execute(
+                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", [name]
+            )
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    exits.callback(drop)
+    return name
 
 
 def _url(request: pytest.FixtureRequest, sink: str, name: str) -> str:
@@ -57,6 +91,9 @@ def _url(request: pytest.FixtureRequest, sink: str, name: str) -> str:
         case "cache":
             redis: Redis = request.getfixturevalue("redis_server")
             return redis.url
+        case "hash":  # where no other sink of the same pipeline is
+            redis = request.getfixturevalue("redis_server")
+            return redis.url.rstrip("/").removesuffix("/0") + "/1"
         case "docs":
             mongodb: MongoStandIn = request.getfixturevalue("mongodb")
             return f"{mongodb.url}{name}"

@@ -111,17 +111,48 @@ SHAPES = (
 )
 
 
-class Shop:
-    """The source: a database of its own within a server, which may be killed and started again meanwhile."""
+class Source:
+    """A database of its own within a server, which may be killed and started again meanwhile."""
 
     def __init__(self, url: str, schema: str) -> None:
         self.url = url
         self.schema = schema
 
     def connect(self) -> psycopg.Connection:
-        """Connect as a writer does: autocommit, the shop's schema."""
+        """Connect as a writer does: autocommit, the source's schema."""
         options = f"-c search_path={self.schema} -c deadlock_timeout=50ms -c lock_timeout=10s -c timezone=UTC"
         return psycopg.connect(self.url, autocommit=True, options=options, connect_timeout=5)
+
+    def execute(self, *statements: str) -> None:
+        """Execute statements (each may be several), each in a transaction of its own."""
+        with self.connect() as connection:
+            for statement in statements:
+                connection.execute(statement.encode())
+
+    def rows_of(self, table: Table) -> dict[Key, Row]:
+        """Return all rows of a table by key."""
+        with self.connect() as connection, connection.cursor(row_factory=dict_row) as cursor:
+            cursor.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier(table.schema, table.name)))
+            return {tuple(row[column] for column in table.key): row for row in cursor}
+
+    def insert_lsn(self) -> int:
+        """Return the position at which the log ends now."""
+        with self.connect() as connection:
+            return parse_lsn(_one(connection.execute("SELECT pg_current_wal_insert_lsn()::text"))[0])
+
+    def confirmed_lsn(self, slot: str) -> int:
+        """Return what a slot has confirmed; 0 while it, or the server, is not there."""
+        try:
+            with self.connect() as connection:
+                query = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
+                row = connection.execute(query, [slot]).fetchone()
+        except psycopg.OperationalError:
+            return 0
+        return parse_lsn(row[0]) if row is not None and row[0] is not None else 0
+
+
+class Shop(Source):
+    """The source of most tests: tables of several shapes, whose rows have a `rev` that tells old from new."""
 
     def create(self, rows: int) -> None:
         """Create the schema and its tables, each with so many rows."""
@@ -177,21 +208,6 @@ class Shop:
         with self.connect() as connection, connection.cursor(row_factory=dict_row) as cursor:
             cursor.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier(shape.name)))
             return {tuple(row[column] for column in shape.key_columns): row for row in cursor}
-
-    def insert_lsn(self) -> int:
-        """Return the position at which the log ends now."""
-        with self.connect() as connection:
-            return parse_lsn(_one(connection.execute("SELECT pg_current_wal_insert_lsn()::text"))[0])
-
-    def confirmed_lsn(self, slot: str) -> int:
-        """Return what a slot has confirmed; 0 while it, or the server, is not there."""
-        try:
-            with self.connect() as connection:
-                query = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
-                row = connection.execute(query, [slot]).fetchone()
-        except psycopg.OperationalError:
-            return 0
-        return parse_lsn(row[0]) if row is not None and row[0] is not None else 0
 
 
 def _one(cursor: psycopg.Cursor[Any]) -> tuple[Any, ...]:
@@ -293,11 +309,24 @@ def _executes(pid: int) -> bool:
 
 
 class Pipeline:
-    """A pipeline over the shop's tables, made by `deltactl pipeline create`."""
+    """A pipeline, by default over the shop's tables, made by `deltactl pipeline create`."""
 
-    def __init__(self, shop: Shop, folder: Path, sinks: Mapping[str, str], name: str, **options: Any) -> None:
-        """Create it. `options` are added to `pipeline.yaml`, as a user would do with an editor."""
+    def __init__(
+        self,
+        shop: Source,
+        folder: Path,
+        sinks: Mapping[str, str],
+        name: str,
+        tables: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        """Create it, over `tables` (without their schema) if there are any given.
+
+        `options` are added to `pipeline.yaml`, as a user would do with an editor; those of a sink (`sinks={"cache":
+        {"format": "hash"}}`) to what is there.
+        """
         self.shop = shop
+        self.tables = [f"{shop.schema}.{table}" for table in tables or [shape.name for shape in SHAPES]]
         self.name = name
         self.folder = folder
         self.home = folder / "pipelines" / name
@@ -306,14 +335,25 @@ class Pipeline:
         password = folder / "password"
         password.write_text("postgres\n")
         source = shop.url.replace("postgres:postgres@", f"postgres:${{file:{password}}}@")
-        tables = [argument for shape in SHAPES for argument in ("--table", f"{shop.schema}.{shape.name}")]
+        listed = [argument for table in self.tables for argument in ("--table", table)]
         stores = [argument for sink, url in sinks.items() for argument in ("--sink", f"{sink}={url}")]
-        created = self.deltactl("pipeline", "create", name, "--source", source, *tables, *stores)
+        created = self.deltactl("pipeline", "create", name, "--source", source, *listed, *stores)
         assert created.returncode == 0, created.stderr
         file = self.home / "pipeline.yaml"
         head, _, text = file.read_text().partition("\n")
         written = yaml.safe_load(text)
+        for sink, more in options.pop("sinks", {}).items():
+            written["sinks"][sink] |= more
         file.write_text(head + "\n" + yaml.safe_dump(written | options, sort_keys=False))
+
+    def write_processor(self, body: str) -> None:
+        """Replace `processor.py`: every table's rows go through a function with this body, whose argument is `row`."""
+        functions = [
+            f"@pipeline.table({table!r})\ndef table_{number}(row):\n    {body}\n"
+            for number, table in enumerate(self.tables)
+        ]
+        head = f"from delta_sync import Pipeline\n\npipeline = Pipeline({self.name!r})\n"
+        (self.home / "processor.py").write_text("\n\n".join([head, *functions]))
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "deltactl.main", *arguments, "--dir", str(self.folder / "pipelines")]
@@ -339,7 +379,7 @@ class Pipeline:
     def loaded(self) -> bool:
         """Whether every table is loaded."""
         loads = self.loads()
-        return len(loads) == len(SHAPES) and all(load.state == "done" for load in loads.values())
+        return len(loads) == len(self.tables) and all(load.state == "done" for load in loads.values())
 
     def dead_letters(self) -> list[dict[str, Any]]:
         """Return the dead letters, as the command shows them."""
@@ -409,9 +449,15 @@ class Stores:
         with pipeline.shop.connect() as connection:
             self.tables: dict[str, Table] = read_tables(connection, list(self._spec.tables))
 
-    def target(self, sink: str, shape: Shape) -> Target:
-        """Return where a table's documents are in a sink."""
-        return target_for(self.sinks[sink], self.tables[f"{self._shop.schema}.{shape.name}"], self._spec)
+    def target(self, sink: str, shape: Shape | str) -> Target:
+        """Return where a table's documents are in a sink. A table is given by its shape or its name."""
+        name = shape if isinstance(shape, str) else shape.name
+        return target_for(self.sinks[sink], self.tables[f"{self._shop.schema}.{name}"], self._spec)
+
+    def document(self, sink: str, table: str, key: Key) -> dict[str, Any] | None:
+        """Return a key's document as a sink has it; None when there is none. Raises SinkBusy."""
+        (stored,) = self.sinks[sink].read(self.target(sink, table), [key])
+        return None if stored is None else stored.document
 
     def read(self, sink: str, shape: Shape, keys: Sequence[Key]) -> list[Stored | None]:
         """Return what a sink has for these keys. Raises SinkBusy while it does not answer."""
@@ -426,19 +472,26 @@ class Stores:
         return int(stored.document["rev"]) if stored is not None and stored.document is not None else None
 
     def differences(self) -> list[str]:
-        """Compare every row with its document in every store, and return a line for each that is not as it must be."""
-        return [line for sink in self.sinks for shape in SHAPES for line in self._differences(sink, shape)]
+        """Compare every row with its document in every store, and return a line for each that is not as it must be.
 
-    def _differences(self, sink: str, shape: Shape) -> Iterator[str]:
-        store, target = self.sinks[sink], self.target(sink, shape)
-        rows = self._shop.rows(shape)
-        where = f"{sink} {shape.name}"
+        With the tables as they are now; those that are gone are left out.
+        """
+        with self._shop.connect() as connection:
+            self.tables = read_tables(connection, list(self._spec.tables))
+        return [
+            line for sink in self.sinks for table in self.tables.values() for line in self._differences(sink, table)
+        ]
+
+    def _differences(self, sink: str, table: Table) -> Iterator[str]:
+        store, target = self.sinks[sink], self.target(sink, table.name)
+        rows = self._shop.rows_of(table)
+        where = f"{sink} {table.name}"
         ids = {store.id_of(target, key): key for key in rows}
         found = {id_: version for batch in store.scan(target) for id_, version in batch}
         for id_ in found.keys() - ids.keys():
             yield f"{where} {id_}: the source has no such row, the store has version {found[id_]:#x}"
         for id_ in ids.keys() - found.keys():
-            yield f"{where} {id_}: missing, rev {rows[ids[id_]]['rev']}"
+            yield f"{where} {id_}: missing, row {str(rows[ids[id_]])[:60]}"
         encode, plain = (as_bson, _plain_bson) if store.schemes[0] == "mongodb" else (as_json, lambda value: value)
         keys = list(rows)
         for start in range(0, len(keys), 500):
@@ -470,12 +523,12 @@ def all_sinks() -> tuple[str, ...]:
 # ── all of it ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Scene:
+class Stage:
     """A pipeline with its source and stores; runs that a test starts here end with it."""
 
     def __init__(self, pipeline: Pipeline, exits: contextlib.ExitStack) -> None:
         self.pipeline = pipeline
-        self.shop = pipeline.shop
+        self.source = pipeline.shop
         self._exits = exits
         self.stores = self.new_stores()
 
@@ -490,3 +543,17 @@ class Scene:
         stores = Stores(self.pipeline)
         self._exits.callback(stores.close)
         return stores
+
+    def in_step(self, run: Run) -> None:
+        """Wait until everything that was written is in the stores, and compare every row."""
+        self.pipeline.wait_until_confirmed(self.source.insert_lsn(), run)
+        differences = self.stores.differences()
+        assert differences[:10] == [], f"{len(differences)} differ; {run.tail()}"
+
+
+class Scene(Stage):
+    """A stage with the shop on it."""
+
+    def __init__(self, shop: Shop, pipeline: Pipeline, exits: contextlib.ExitStack) -> None:
+        super().__init__(pipeline, exits)
+        self.shop = shop
