@@ -37,7 +37,8 @@ DEADLINE_S = 600.0
 def engine_alone(spec: PipelineSpec, table: Table, events: int, folder: Path) -> dict[str, float]:
     """Return the rate at which the engine delivers to a consumer that does nothing."""
     rendered = engine_properties(spec, {table.id: table})
-    capture = EmbeddedCapture({name: resolve(value) for name, value in rendered.items()}, folder / "alone.log")
+    properties = {name: resolve(value) for name, value in rendered.items()}
+    capture = EmbeddedCapture(lambda: properties, folder / "alone.log")
     capture.start()
     total, first = 0, 0.0
     cpu_before = 0.0

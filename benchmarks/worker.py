@@ -23,7 +23,7 @@ from delta_debezium.render import engine_properties
 from delta_sync.applying import SinkWriter
 from delta_sync.capture import Batch
 from delta_sync.progress import LogPosition, Progress
-from delta_sync.running import load_processor
+from delta_sync.running import load_processor, settle_memory
 from delta_sync.secrets import resolve
 from delta_sync.sinks import open_sinks, target_for
 from delta_sync.sources.postgresql import codec
@@ -59,13 +59,16 @@ class Recorded:
         if batch.sequence == self._last:
             self._finished.set()
 
+    def reconfigure(self) -> None:
+        """Nothing to reconfigure."""
+
     def stop(self) -> None:
         """Nothing to stop."""
 
 
 def record(source: PostgreSQL, properties: dict[str, str], events: int, folder: Path) -> list[Batch]:
     """Return the engine's batches until it has delivered so many events."""
-    capture = EmbeddedCapture(properties, folder / "capture.log")
+    capture = EmbeddedCapture(lambda: properties, folder / "capture.log")
     capture.start()
     batches: list[Batch] = []
     total = 0
@@ -109,6 +112,7 @@ def main() -> None:
         reader.drop_slot(spec.slot)
         reader.close()
 
+        settle_memory()
         stopping, giving_up, finished = threading.Event(), threading.Event(), threading.Event()
         sinks = open_sinks(spec)
         writers = {name: SinkWriter(sink, giving_up) for name, sink in sinks.items()}
@@ -126,6 +130,7 @@ def main() -> None:
             progress=progress,
             reread=lambda _table, _lacking: [],
             refresh=lambda _names: {},
+            columns_changed=lambda _names: None,
             check_slot=lambda: None,
             stopping=stopping,
             giving_up=giving_up,

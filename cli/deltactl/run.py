@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -25,10 +25,14 @@ from deltactl.app import LOCK_FILE, LOCK_PATIENCE_S, App, name_argument, pass_ap
 CAPTURE_LOG = "capture.log"
 
 
-def embedded_capture(spec: PipelineSpec, folder: Path, tables: Mapping[str, Table]) -> Capture:
-    """Return the capture of a pipeline that runs on this machine, with the secrets resolved."""
-    rendered = engine_properties(spec, tables, str(folder))
-    return EmbeddedCapture({name: resolve(value) for name, value in rendered.items()}, folder / CAPTURE_LOG)
+def embedded_capture(spec: PipelineSpec, folder: Path, tables: Callable[[], Mapping[str, Table]]) -> Capture:
+    """Return the capture of a pipeline that runs on this machine, for the tables as they are at each of its starts."""
+
+    def properties() -> Mapping[str, str]:
+        rendered = engine_properties(spec, tables(), str(folder))
+        return {name: resolve(value) for name, value in rendered.items()}
+
+    return EmbeddedCapture(properties, folder / CAPTURE_LOG)
 
 
 @click.command()

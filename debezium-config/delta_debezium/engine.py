@@ -21,7 +21,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from delta_sync.capture import Batch, CaptureDied
@@ -37,13 +37,15 @@ LAST_WORDS_BYTES = 4000  # of the log, when the child ended without a failure fr
 
 
 class EmbeddedCapture:
-    """Runs the Debezium Engine in a child process with `properties` (Debezium's names, secrets resolved).
+    """Runs the Debezium Engine in a child process, which ends when this process does, however it ends.
 
-    `log_file` receives what the JVM prints. The child ends when this process does, however it ends.
+    `properties` renders its configuration (Debezium's names, secrets resolved) at each start. `log_file` receives what
+    the JVM prints.
     """
 
-    def __init__(self, properties: Mapping[str, str], log_file: Path, heap_mb: int = 256) -> None:
-        self._properties = dict(properties)
+    def __init__(self, properties: Callable[[], Mapping[str, str]], log_file: Path, heap_mb: int = 256) -> None:
+        self._properties = properties
+        self._configuration: Mapping[str, str] = {}
         self._log_file = log_file
         self._heap_mb = heap_mb
         self._generation = 0
@@ -68,6 +70,7 @@ class EmbeddedCapture:
         self.stop()
         self._generation += 1
         self._confirmed = 0
+        self._configuration = dict(self._properties())
         read_end, write_end = os.pipe()
         try:
             with self._log_file.open("wb") as log:
@@ -85,7 +88,7 @@ class EmbeddedCapture:
         finally:
             os.close(write_end)
         self._frames = io.FileIO(read_end, "rb")
-        configuration = json.dumps(self._properties).encode()
+        configuration = json.dumps(self._configuration).encode()
         self._send(LENGTH.pack(len(configuration)) + configuration)
 
     def poll(self, timeout_s: float) -> Batch | None:
@@ -108,6 +111,12 @@ class EmbeddedCapture:
                 return
             self._confirmed = batch.sequence
             self._send(CONFIRMATION.pack(batch.sequence))
+
+    def reconfigure(self) -> None:
+        """End the child if its configuration would be another one now; `poll` then raises CaptureDied."""
+        child = self._child
+        if child is not None and dict(self._properties()) != self._configuration:
+            child.kill()  # nothing is lost: what was not confirmed is delivered again
 
     def stop(self) -> None:
         """End the child, by force if it does not end within STOP_BUDGET_S."""

@@ -73,6 +73,11 @@ class SinkWriter:
         for target in targets:
             self._until_done(lambda target=target: self.sink.prepare(target))  # type: ignore[misc]  # mypy: lambda with a default
 
+    def sweep(self, targets: Sequence[Target]) -> None:
+        """Finish what a killed process left half done, for as long as it takes. Raises SinkBusy as `prepare` does."""
+        for target in targets:
+            self._until_done(lambda target=target: self.sink.sweep(target))  # type: ignore[misc]  # a default binds it now
+
     def close(self) -> None:
         """Wait for what is under way, then close the sink."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -52,6 +52,10 @@ class Capture(Protocol):
         """Confirm this batch and all before it: every sink has acknowledged them. Of an older generation: ignored."""
         ...
 
+    def reconfigure(self) -> None:
+        """Make the connector end, to be started again, if the tables as they are now need another configuration."""
+        ...
+
     def stop(self) -> None:
         """End the connector; what was confirmed stays so. Idempotent."""
         ...

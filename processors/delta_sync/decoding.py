@@ -50,7 +50,7 @@ class Undecodable(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What some batches hold: by table, the newest change per key; truncates; the newest heartbeat; how many events."""
+    """What some batches hold: by table, the newest change per key; truncates; the newest heartbeat; row events."""
 
     changes: dict[str, list[Change]]
     lacking: dict[str, list[Lacking]]
@@ -81,6 +81,7 @@ def decode(payloads: Iterable[bytes], codecs: Mapping[str, TableCodec], epoch: i
             source = event["source"]
             op = event["op"]
             if op == "m":
+                count -= 1
                 if event["message"]["prefix"] == heartbeat_prefix:
                     heartbeat_lsn = max(source["lsn"], heartbeat_lsn or 0)
                 continue

@@ -71,6 +71,10 @@ class SourceBusy(Transient):
     """The source is unreachable, starting up or shutting down."""
 
 
+class SchemaChanged(SourceBusy):
+    """A table no longer has the columns that were asked for, or is gone: read the catalogue again."""
+
+
 class StateBusy(Transient):
     """The state store is locked by another process for too long, unreachable, or restarting."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from delta_sync.decoding import Lacking
-from delta_sync.errors import SourceBusy
+from delta_sync.errors import SchemaChanged, SourceBusy
 from delta_sync.load import SharedSamples
 from delta_sync.sources.postgresql.claims import Snapshot, widen
 from delta_sync.sources.postgresql.reader import PostgresReader
@@ -51,11 +51,13 @@ class Rereader:
     def __call__(self, table: str, lacking: Sequence[Lacking]) -> list[tuple[Lacking, Row | None, int]]:
         """Return each change with its row (None: it is gone) and the version to write it with.
 
-        Raises SourceBusy only when Delta stops before the source answers.
+        Raises SchemaChanged, and SourceBusy only when Delta stops before the source answers.
         """
         while True:
             try:
                 return self._read(self._table(table), lacking)
+            except SchemaChanged:
+                raise
             except SourceBusy as error:
                 log.warning("reread_waits", table=table, reason=str(error))
                 if self._stopping.wait(RETRY_S):

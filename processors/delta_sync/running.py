@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -177,6 +177,12 @@ def _epoch_above(spec: PipelineSpec, sinks: Mapping[str, AnySink], tables: Mappi
     return newest + 1
 
 
+def settle_memory() -> None:
+    """Make the collector of cycles look seldom, and never at what was imported. For the process that runs a worker."""
+    gc.freeze()
+    gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
+
+
 class Running:
     """One run of a pipeline. `run` blocks until `stop` is called, or raises why the pipeline had to stop."""
 
@@ -185,7 +191,7 @@ class Running:
         *,
         folder: Path,
         spec: PipelineSpec,
-        capture: Callable[[Mapping[str, Table]], Capture],
+        capture: Callable[[Callable[[], Mapping[str, Table]]], Capture],
         new_slot: bool = False,
     ) -> None:
         self._folder = folder
@@ -209,8 +215,7 @@ class Running:
         spec = self._spec
         pipeline = load_processor(self._folder, spec)
         sinks = open_sinks(spec)
-        gc.freeze()  # what was imported stays
-        gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
+        settle_memory()
         with StateStore.open(spec.state, self._folder) as state:
             reporter = threading.Thread(target=self._report, args=(state,), name="report", daemon=True)
             ended = threading.Event()
@@ -260,17 +265,22 @@ class Running:
                 if not changed:
                     return {}
                 tables = key_reader.tables(changed)
+                # A table that was dropped and made again is another one to the publication.
+                key_reader.publish(spec.publication, [tables.get(n, t) for n, t in worker.tables.items()])
                 for name in changed:
                     fingerprints[name] = current[name]
                     log.warning("schema_changed", table=name)
-                    loader.reload(name, "its columns changed")
                 return {name: runtime(table) for name, table in tables.items()}
+
+            def reload(names: Iterable[str]) -> None:
+                for name in names:
+                    loader.reload(name, "its columns changed")
 
             worker = Worker(
                 spec=spec,
                 pipeline=pipeline,
                 epoch=source.epoch,
-                capture=self._make_capture(source.tables),
+                capture=self._make_capture(lambda: worker.tables),
                 writers=writers,
                 lookups=lookups,
                 state=state,
@@ -278,6 +288,7 @@ class Running:
                 progress=self.progress,
                 reread=Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping),
                 refresh=lambda names: self._until_reached(lambda: refresh(list(names))) or {},
+                columns_changed=reload,
                 check_slot=lambda: check_slot(spec, key_reader, state),
                 stopping=self._stopping,
                 giving_up=self._giving_up,
@@ -300,7 +311,7 @@ class Running:
             )
             for name, load in state.loads(spec.name).items():
                 if load.fingerprint != fingerprints[name]:
-                    loader.reload(name, "its columns changed")
+                    reload([name])
             watch = Watch(
                 reader=watch_reader,
                 samples=samples,
@@ -314,6 +325,9 @@ class Running:
                 stopping=self._stopping,
             )
             worker.use({name: runtime(table) for name, table in source.tables.items()})
+            for name in spec.tables:
+                for sink, target in worker.targets(name).items():
+                    writers[sink].sweep([target])
             self._worker = worker
             housekeeping = threading.Thread(
                 target=self._keep_house, args=(state, sinks, worker), name="housekeeping", daemon=True
@@ -370,7 +384,7 @@ class Running:
                     log.warning("dead_letters_expired", letters=pruned)
                 for table in self._spec.tables:
                     for sink, target in worker.targets(table).items():
-                        sinks[sink].sweep(target)
+                        sinks[sink].sweep(target, recent_s=2 * HOUSEKEEPING_S)
             except Transient as error:
                 log.warning("housekeeping_waits", reason=str(error))
             except Exception as error:  # a defect in what only tidies up must not stop the stream

@@ -62,7 +62,9 @@ def remember(secret: str) -> None:
 def redact(text: str) -> str:
     """Return the text with every secret that was resolved in this process, and every URL's password, as `***`."""
     for secret in sorted(_resolved, key=len, reverse=True):
-        text = text.replace(secret, "***")
+        if secret in text:
+            # As a whole word: a password may be a word like any other, or a part of one (`postgres`).
+            text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", "***", text)
     return _URL_PASSWORD.sub(r"\1***@", text)
 
 

@@ -12,7 +12,7 @@ import datetime as dt
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from delta_sync.errors import (
     DeltaError,
     LookupBusy,
     PipelineStopped,
+    SchemaChanged,
     SinkBusy,
     SourceBusy,
     StateBusy,
@@ -54,6 +55,7 @@ LOG_BEFORE_SLICE = 4  # log batches that go before a waiting slice: the log has 
 DRAIN_BUDGET_S = 10.0  # after SIGTERM, for what is in flight; container runtimes kill after 10 to 30 s
 RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # of the capture
 DEAD_LETTER_WINDOW_S = 60.0
+SCHEMA_RETRY_S = 0.5  # a table that is replaced by another is away for a moment
 
 Read = Callable[[str, Sequence[Lacking]], Sequence[tuple[Lacking, Row | None, int]]]
 
@@ -83,7 +85,8 @@ class Worker:
     """Applies a pipeline's changes until `stopping` is set. `run` returns when it has drained, or raises why it stops.
 
     `reread` reads rows by key (`rereads.Rereader`). `refresh` is asked about tables whose columns may have changed and
-    returns those of which that is so, with their new codecs and targets. `check_slot` is called before each start of
+    returns those of which that is so, with their new codecs and targets; `columns_changed` is called with them once
+    they are in use. `check_slot` is called before each start of
     the capture, because a connector that finds no slot creates one, and the changes between the two are lost.
     """
 
@@ -101,6 +104,7 @@ class Worker:
         progress: Progress,
         reread: Read,
         refresh: Callable[[Iterable[str]], Mapping[str, TableRuntime]],
+        columns_changed: Callable[[Collection[str]], None],
         check_slot: Callable[[], None],
         stopping: threading.Event,
         giving_up: threading.Event,
@@ -117,6 +121,7 @@ class Worker:
         self._progress = progress
         self._reread = reread
         self._refresh = refresh
+        self._columns_changed = columns_changed
         self._check_slot = check_slot
         self._stopping = stopping
         self._giving_up = giving_up
@@ -131,7 +136,8 @@ class Worker:
         self._since_slice = 0
         self._dead_letter_times: deque[float] = deque()
         self._fatal: BaseException | None = None
-        self._capture_thread = threading.Thread(target=self._feed, name="capture", daemon=True)
+        self._drained = threading.Event()
+        self._capture_thread = threading.Thread(target=self._capture_until_drained, name="capture", daemon=True)
 
     # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
 
@@ -176,6 +182,14 @@ class Worker:
                 self._writers[sink].prepare([target])
         self._tables.update(tables)
 
+    def _refresh_tables(self, names: Iterable[str]) -> None:
+        """Take over what has changed of these tables; only then may they be read anew."""
+        changed = self._refresh(names)
+        if changed:
+            self.use(changed)
+            self._columns_changed(list(changed))
+            self._capture.reconfigure()
+
     def run(self) -> None:
         """Work until `stopping` is set, then drain. Raises what the pipeline must stop with."""
         self._capture_thread.start()
@@ -191,8 +205,8 @@ class Worker:
         finally:
             self._stopping.set()
             self._giving_up.set()
+            self._drained.set()
             self._capture_thread.join()
-            self._capture.stop()
             for slice_ in self._slices:
                 slice_.done.cancel()
 
@@ -204,7 +218,7 @@ class Worker:
                 raise self._fatal
             changed, self._changed_tables = self._changed_tables, set()
         if changed:
-            self.use(self._refresh(changed))
+            self._refresh_tables(changed)
         self._finish_jobs()
         batches, slice_ = self._take()
         if batches:
@@ -247,7 +261,7 @@ class Worker:
         payloads = [batch.payload for batch in batches]
         decoded = decode(payloads, codecs, self._epoch, self._spec.heartbeat_prefix)
         if decoded.misfits:
-            self.use(self._refresh(decoded.misfits))
+            self._refresh_tables(decoded.misfits)
         failures = [_undecodable(item.table, item.version, item.event, item.error) for item in decoded.undecodable]
         changes = dict(decoded.changes)
         for table, lacking in decoded.lacking.items():
@@ -266,9 +280,17 @@ class Worker:
 
     def _read_again(self, table: str, lacking: Sequence[Lacking]) -> list[Change]:
         """Return the changes whose events lack a value, with the rows read by key."""
-        changes = [Change(table, item.key, version, row) for item, row, version in self._reread(table, lacking)]
-        self._progress.reread_rows += len(lacking)
-        return changes
+        while True:
+            try:
+                found = self._reread(table, lacking)
+            except SchemaChanged as error:
+                log.warning("reread_waits", table=table, reason=str(error))
+                self._refresh_tables([table])
+                if self._stopping.wait(SCHEMA_RETRY_S):
+                    raise
+            else:
+                self._progress.reread_rows += len(lacking)
+                return [Change(table, item.key, version, row) for item, row, version in found]
 
     def _submit(
         self, changes: Mapping[str, Sequence[Change]], truncates: Mapping[str, int], failures: list[Failure]
@@ -381,6 +403,15 @@ class Worker:
             timer.cancel()
 
     # ── the capture's thread ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _capture_until_drained(self) -> None:
+        """Feed the worker, then keep the capture for the last confirmations.
+
+        It starts and ends in this thread: a capture that is a child process may die with the thread that started it.
+        """
+        self._feed()
+        self._drained.wait()
+        self._capture.stop()
 
     def _feed(self) -> None:
         """Keep the capture running and queue what it delivers."""

@@ -81,7 +81,7 @@ def postgres_log(url: str, folder: Path, options: Mapping[str, str]) -> Iterator
         **CONNECTOR_OPTIONS,
         **options,
     }
-    capture = EmbeddedCapture(properties, folder / "engine.log")
+    capture = EmbeddedCapture(lambda: properties, folder / "engine.log")
     capture.start()
     try:
         _wait_for_slot(url, name)

@@ -253,9 +253,8 @@ class Source:
         tables = (table("rendered"), table("Odd.Näme, x", ("K:1",), primary=False))
         spec, by_id = pipeline(server.url_of(DATABASE).replace(":postgres@", "@"), *tables, name="rendered")
         properties = engine_properties(spec, by_id)
-        self.capture = EmbeddedCapture(
-            {name: resolve(value, {"PW": "postgres"}) for name, value in properties.items()}, log_file
-        )
+        resolved = {name: resolve(value, {"PW": "postgres"}) for name, value in properties.items()}
+        self.capture = EmbeddedCapture(lambda: resolved, log_file)
         self.last: Batch | None = None
 
     def events(self, enough: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:

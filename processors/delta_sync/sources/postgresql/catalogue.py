@@ -83,12 +83,16 @@ class SourceTable(NamedTuple):
     relation_kind: str  # pg_class.relkind: r, p, v, m, f
     replica_identity: str  # pg_class.relreplident: d, i, f, n
     owned: bool  # by the current role, or by one it is a member of
+    relation: int  # pg_class.oid
 
     @property
     def fingerprint(self) -> str:
-        """A text that changes whenever the names, the types or the key do: what documents are made of."""
+        """A text that changes whenever the names, the types or the key do: what documents are made of.
+
+        And when the table is another one of the same name: the publication does not have that one.
+        """
         columns = [(c.name, c.type, c.kind.value, c.dimensions, c.in_log) for c in self.table.columns]
-        return hashlib.sha256(repr((columns, self.table.key)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((self.relation, columns, self.table.key)).encode()).hexdigest()[:16]
 
 
 def read_tables(connection: psycopg.Connection, names: Sequence[str]) -> dict[str, Table]:
@@ -105,11 +109,12 @@ def read_catalogue(connection: psycopg.Connection, names: Sequence[str]) -> dict
     """Return the relations that exist, by `schema.table`. Raises psycopg.Error."""
     found: dict[str, SourceTable] = {}
     with connection.cursor(row_factory=tuple_row) as cursor:
-        for schema, name, kind, identity, owned, attributes, indexes in cursor.execute(_TABLES, {"names": list(names)}):
+        for row in cursor.execute(_TABLES, {"names": list(names)}):
+            schema, name, kind, identity, owned, relation, attributes, indexes = row
             columns = tuple(Attribute(*fields) for fields in json.loads(attributes))
             key, primary = key_of(identity, json.loads(indexes))
             table = Table(schema, name, columns_of(columns), key, primary)
-            found[table.id] = SourceTable(table, kind, identity, owned)
+            found[table.id] = SourceTable(table, kind, identity, owned, relation)
     return found
 
 
@@ -300,7 +305,7 @@ WITH RECURSIVE domain (oid, base, modifier) AS (
   FROM columns c JOIN pg_type t ON t.oid = c.type JOIN pg_namespace n ON n.oid = t.typnamespace
 )
 SELECT w.nspname AS schema, w.relname AS name, w.relkind::text AS kind, w.relreplident::text AS replica_identity,
-       pg_has_role(w.relowner, 'USAGE') AS owned,
+       pg_has_role(w.relowner, 'USAGE') AS owned, w.oid::bigint AS relation,
        coalesce((SELECT json_agg(json_build_array(
            attname, sql_type || CASE WHEN is_array THEN '[]' ELSE '' END, typname, type_schema, typtype, modifier,
            is_array, dimensions, domain, attnotnull, generated, fixed_length, mistakable) ORDER BY attnum)

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from delta_sync.changes import Key
-from delta_sync.errors import SourceBusy
+from delta_sync.errors import SchemaChanged, SourceBusy
 from delta_sync.secrets import redact
 from delta_sync.sources.postgresql import codec
 from delta_sync.sources.postgresql.catalogue import read_fingerprints, read_tables
@@ -92,8 +92,13 @@ class PostgresReader:
             try:
                 if self._connection is None or self._connection.closed:
                     self._connection = connect(self._source, self._application_name)
+                    self._connection.prepare_threshold = (
+                        None  # a prepared plan would outlive the columns it was made for
+                    )
                     codec.configure(self._connection)
                 yield self._connection
+            except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable) as error:
+                raise SchemaChanged(f"The source says: {error.diag.message_primary}.") from error
             except psycopg.OperationalError as error:
                 broken, self._connection = self._connection, None
                 if broken is not None:

@@ -9,21 +9,24 @@ import java.util.concurrent.CountDownLatch;
 
 /** MongoDB's wire protocol on 127.0.0.1. Arguments: port, data file. */
 public class MongoLauncher {
-    /** H2 writes once a second by itself, which would lose acknowledged writes when the server is killed. */
+    /**
+     * H2 writes once a second by itself, which would lose acknowledged writes when the server is killed. And one
+     * command at a time: two that delete the same documents fail here ("No document with key"), which MongoDB's do not.
+     */
     static class DurableBackend extends H2Backend {
         DurableBackend(String file) {
             super(file);
         }
 
         @Override
-        public Document handleMessage(MongoMessage message) {
+        public synchronized Document handleMessage(MongoMessage message) {
             Document reply = super.handleMessage(message);
             commit();
             return reply;
         }
 
         @Override
-        public Document handleCommand(Channel channel, String database, String command, Document query) {
+        public synchronized Document handleCommand(Channel channel, String database, String command, Document query) {
             Document reply = super.handleCommand(channel, database, command, query);
             commit();
             return reply;
