@@ -11,7 +11,7 @@ export DELTA_JARS ?= $(CURDIR)/.cache/jars
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## the virtual environment, with exactly the packages of requirements/dev.txt
 
@@ -25,6 +25,7 @@ $(READY): requirements/dev.txt pyproject.toml tests/servers/install.sh
 	touch $@
 
 jars: $(READY) ## the jars of the test servers that run on the JVM
+	tests/servers/install.sh $(PYTHON) maven
 	$(BIN)/python -m delta_sync.testing.jars
 
 test: setup jars lint types ## everything that must be clean before a commit
@@ -47,9 +48,23 @@ format: setup ## rewrite the code as ruff has it
 
 # ── demo ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+.PHONY: demo playground
+
+demo: setup ## a pipeline from nothing to a proof, with real servers, in half a minute
+	@$(BIN)/python -m examples.demo
+
+playground: setup ## the demo's servers, and a shell to type at them: docs/tutorial.md
+	@$(BIN)/python -m examples.demo.playground
+
 # ── bench ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # ── docs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+.PHONY: docs
+
+docs: setup ## write the pages that are generated
+	$(BIN)/python -m deltactl.reference > docs/reference/cli.md
+	$(BIN)/python -m delta_debezium.reference > docs/reference/connector.md
 
 # ── end of them ──────────────────────────────────────────────────────────────────────────────────────────────────
 

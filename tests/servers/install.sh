@@ -1,5 +1,6 @@
 #!/bin/sh
-# What the tests need of the machine beside Python and make: `venv`, and Maven to fetch the jars of test servers.
+# What is needed of the machine beside Python and make: `venv`; with `maven` as second argument also Maven, which
+# fetches the jars of test servers (the demo needs none of them).
 # Installs it where it may (root on Debian or Ubuntu), says what to install elsewhere. Quick when nothing is missing.
 set -eu
 
@@ -7,7 +8,7 @@ python=${1:-python3}
 missing=
 
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing="python3-venv"
-command -v mvn >/dev/null || missing="$missing maven"
+[ "${2-}" != maven ] || command -v mvn >/dev/null || missing="$missing maven"
 
 [ -n "$missing" ] || exit 0
 

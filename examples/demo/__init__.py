@@ -1,0 +1,1 @@
+"""The demo (`make demo`) and the servers of the tutorial (`make playground`)."""
