@@ -6,6 +6,7 @@ import base64
 import datetime as dt
 import decimal
 import enum
+import json
 import math
 import uuid
 from typing import Any, NamedTuple
@@ -99,3 +100,27 @@ JSON_OPTIONS = orjson.OPT_UTC_Z | orjson.OPT_PASSTHROUGH_SUBCLASS
 def to_json(value: object) -> bytes:
     """Return a value as JSON: exact decimals, ISO 8601 dates (`Z` for UTC), base64 bytes; NaN and infinity: null."""
     return orjson.dumps(value, json_default, JSON_OPTIONS)
+
+
+def from_json(data: bytes) -> Any:
+    """Return a JSON text's value as orjson has it, with a Decimal for a number that no double can hold (`1e400`).
+
+    Of other numbers with many digits only a double is left: for looking at what a store has, not for copying it.
+    Raises ValueError for what is not JSON, or nested too deeply for Python.
+    """
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(data, parse_int=_number, parse_float=_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _number(text: str) -> int | float | decimal.Decimal:
+    try:
+        number = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return decimal.Decimal(text)
+    return number  # type: ignore[no-any-return]  # of a number it is one

@@ -53,7 +53,7 @@ from delta_sync.sinks.redis_keys import (
 from delta_sync.sinks.redis_scripts import ABOVE_ALL, HASH, JSON, PROBE, RAISE_FLOOR, ZERO
 from delta_sync.spec import Duration
 from delta_sync.tables import Table
-from delta_sync.values import Document, to_json
+from delta_sync.values import Document, from_json, to_json
 from delta_sync.versions import VERSION_DIGITS
 
 CALL_KEYS = 500  # writes in one script call: some milliseconds, in which Redis serves nobody else
@@ -406,8 +406,8 @@ def _from_json(body: bytes) -> Stored | None:
     if not body.startswith(b'{"_version":"') or len(version) != VERSION_DIGITS or not version.isdigit():
         return None
     try:
-        document: dict[str, Any] = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        document: dict[str, Any] = from_json(body)
+    except ValueError:
         return None
     del document[VERSION_FIELD]
     return Stored(int(version), document)

@@ -38,7 +38,7 @@ from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import DeltaError, Problem, SinkBusy, SinkRefused, UsageError
 from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.tables import Column, Kind, Table, key_text
-from delta_sync.values import to_json
+from delta_sync.values import from_json, to_json
 
 OWN_PREFIX = "_delta_"  # of the fields that are Delta's
 VERSION = "_delta_version"  # `_version` again, in a form that can be searched
@@ -541,8 +541,8 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
         except requests.exceptions.RequestException as error:
             raise SinkBusy(f"{self._who} cannot be reached: {brief(error)}") from error
         try:
-            parsed = orjson.loads(response.content) if response.content else None
-        except orjson.JSONDecodeError:
+            parsed = from_json(response.content) if response.content else None
+        except ValueError:
             parsed = None
         reply = _Reply(response.status_code, parsed)
         if reply.status < 300 or reply.status in (400, 404, 409, 413):
