@@ -318,12 +318,12 @@ class Pipeline:
         sinks: Mapping[str, str],
         name: str,
         tables: Sequence[str] = (),
+        sink_options: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> None:
         """Create it, over `tables` (without their schema) if there are any given.
 
-        `options` are added to `pipeline.yaml`, as a user would do with an editor; those of a sink (`sinks={"cache":
-        {"format": "hash"}}`) to what is there.
+        `options` are added to `pipeline.yaml`, as a user would do with an editor, and `sink_options` to its sinks.
         """
         self.shop = shop
         self.tables = [f"{shop.schema}.{table}" for table in tables or [shape.name for shape in SHAPES]]
@@ -342,7 +342,7 @@ class Pipeline:
         file = self.home / "pipeline.yaml"
         head, _, text = file.read_text().partition("\n")
         written = yaml.safe_load(text)
-        for sink, more in options.pop("sinks", {}).items():
+        for sink, more in (sink_options or {}).items():
             written["sinks"][sink] |= more
         file.write_text(head + "\n" + yaml.safe_dump(written | options, sort_keys=False))
 
