@@ -27,7 +27,12 @@ def scene(postgresql: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path
             shop = Shop(postgresql.url_of(name), name)
             shop.create(rows)
             urls = {sink: _url(request, sink, name) for sink in sinks}
-            return Scene(shop, Pipeline(shop, tmp_path, urls, name, **options), exits)
+            pipeline = Pipeline(shop, tmp_path, urls, name, **options)
+            if "docs" in sinks:
+                # MongoDB's stand-in loses its way among ids that are documents, after some deletes ("No document with
+                # key"): it orders them by their serialized form, in which equal ones differ.
+                pipeline.leave_out("docs", "item")
+            return Scene(shop, pipeline, exits)
 
         yield make
 

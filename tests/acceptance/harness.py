@@ -11,6 +11,7 @@ import contextlib
 import datetime as dt
 import decimal
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -332,6 +333,7 @@ class Pipeline:
         self.home = folder / "pipelines" / name
         self.slot = f"delta_{name}"
         self.log = folder / f"{name}.log"
+        self.left_out: set[tuple[str, str]] = set()
         password = folder / "password"
         password.write_text("postgres\n")
         source = shop.url.replace("postgres:postgres@", f"postgres:${{file:{password}}}@")
@@ -345,6 +347,15 @@ class Pipeline:
         for sink, more in (sink_options or {}).items():
             written["sinks"][sink] |= more
         file.write_text(head + "\n" + yaml.safe_dump(written | options, sort_keys=False))
+
+    def leave_out(self, sink: str, table: str) -> None:
+        """Do not write a table (without its schema) to a sink, by an edit of the processor that `create` wrote."""
+        id_ = f"{self.shop.schema}.{table}"
+        file = self.home / "processor.py"
+        edited = re.sub(rf'("{id_}",\s*to=\[.*)"{sink}"(, )?', r"\1", file.read_text())
+        assert edited != file.read_text(), f"{file} does not have {id_} for {sink}"
+        file.write_text(edited)
+        self.left_out.add((sink, id_))
 
     def write_processor(self, body: str) -> None:
         """Replace `processor.py`: every table's rows go through a function with this body, whose argument is `row`."""
@@ -446,6 +457,7 @@ class Stores:
         self._spec = load_spec(pipeline.home)
         self.sinks: dict[str, AnySink] = open_sinks(self._spec)
         self._shop = pipeline.shop
+        self._left_out = pipeline.left_out
         with pipeline.shop.connect() as connection:
             self.tables: dict[str, Table] = read_tables(connection, list(self._spec.tables))
 
@@ -463,6 +475,10 @@ class Stores:
         """Return what a sink has for these keys. Raises SinkBusy while it does not answer."""
         return self.sinks[sink].read(self.target(sink, shape), keys)
 
+    def shapes(self, sink: str) -> list[Shape]:
+        """Return the tables that a sink is to have."""
+        return [shape for shape in SHAPES if (sink, f"{self._shop.schema}.{shape.name}") not in self._left_out]
+
     def revision(self, sink: str, shape: Shape, number: int) -> int | None:
         """Return the `rev` of a key's document; None when there is none, or the sink does not answer."""
         try:
@@ -479,7 +495,11 @@ class Stores:
         with self._shop.connect() as connection:
             self.tables = read_tables(connection, list(self._spec.tables))
         return [
-            line for sink in self.sinks for table in self.tables.values() for line in self._differences(sink, table)
+            line
+            for sink in self.sinks
+            for table in self.tables.values()
+            if (sink, table.id) not in self._left_out
+            for line in self._differences(sink, table)
         ]
 
     def _differences(self, sink: str, table: Table) -> Iterator[str]:

@@ -160,7 +160,7 @@ class Reader(Actor):
         numbers = range(HOT_KEYS)
         try:
             while not self._stopping.wait(PAUSE_S):
-                for shape in SHAPES:
+                for shape in self._stores.shapes(self._sink):
                     try:
                         with self._lock:
                             stored = self._stores.read(self._sink, shape, [shape.key(number) for number in numbers])
