@@ -8,7 +8,7 @@ In the shell `deltactl`, `psql` and `redis-cli` are found; SOURCE, CACHE and RAT
 from __future__ import annotations
 
 import argparse
-import os
+import shutil
 import subprocess
 import sys
 
@@ -31,7 +31,7 @@ def main() -> int:
             out.print(f"  $SOURCE       {stage.source_url}")
             out.print(f"  $CACHE        {stage.redis.url}")
             out.print(f"  $RATINGS_URL  {stage.ratings_url}")
-            shell = subprocess.Popen([_shell()], cwd=stage.folder, env=stage.environment | {"PS1": "playground$ "})
+            shell = subprocess.Popen(_shell(), cwd=stage.folder, env=stage.environment | {"PS1": "playground$ "})
             while True:
                 try:
                     return shell.wait()
@@ -42,8 +42,10 @@ def main() -> int:
         return 1
 
 
-def _shell() -> str:
-    return os.environ.get("SHELL") or "/bin/sh"
+def _shell() -> list[str]:
+    """Return the command of a shell that leaves the environment as it is given."""
+    bash = shutil.which("bash")
+    return [bash, "--norc"] if bash else ["/bin/sh"]
 
 
 if __name__ == "__main__":
