@@ -51,6 +51,7 @@ class EmbeddedCapture:
         self._generation = 0
         self._child: subprocess.Popen[bytes] | None = None
         self._frames: io.FileIO | None = None
+        self._ended_for: str | None = None  # why we ended it ourselves
         self._confirm_lock = threading.Lock()
         self._confirmed = 0
 
@@ -70,6 +71,7 @@ class EmbeddedCapture:
         self.stop()
         self._generation += 1
         self._confirmed = 0
+        self._ended_for = None
         self._configuration = dict(self._properties())
         read_end, write_end = os.pipe()
         try:
@@ -116,6 +118,7 @@ class EmbeddedCapture:
         """End the child if its configuration would be another one now; `poll` then raises CaptureDied."""
         child = self._child
         if child is not None and dict(self._properties()) != self._configuration:
+            self._ended_for = "The tables have other columns now, so the connector is configured anew."
             child.kill()  # nothing is lost: what was not confirmed is delivered again
 
     def stop(self) -> None:
@@ -158,6 +161,8 @@ class EmbeddedCapture:
     def _died(self, reason: str) -> CaptureDied:
         child = self._child
         status = child.wait() if child is not None else None
+        if self._ended_for is not None:
+            return CaptureDied(self._ended_for)
         return CaptureDied(redact(f"The capture process ended (status {status}): {reason.strip()}"))
 
     def _last_words(self) -> str:

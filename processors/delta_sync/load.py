@@ -32,6 +32,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 SLICE_ROWS = 2000  # handed to the worker at once, so that changes of the log wait for no more than that
 CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
 WAIT_NOTICE_S = 2.0  # then one wants to know for whom a load waits
+FIRST_LOAD = "first load"
 RETRY_S = 1.0  # after the source or the state store did not answer
 
 
@@ -76,7 +77,7 @@ class Reload(NamedTuple):
 class Loader(threading.Thread):
     """Loads the tables that are not loaded yet. `hand_over` gives a slice to the worker.
 
-    `finished` is called when a table is complete; it removes what older epochs left.
+    `finished` is called when a table is complete; it removes documents of rows that went without a change event.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Loader(threading.Thread):
         heartbeat_prefix: str,
         tables: Callable[[], Mapping[str, Table]],
         hand_over: Callable[[Slice], None],
-        finished: Callable[[str], None],
+        finished: Callable[[TableLoad], None],
         failed: Callable[[BaseException], None],
         stopping: threading.Event,
     ) -> None:
@@ -163,7 +164,7 @@ class Loader(threading.Thread):
                 if load.state == "done":
                     continue
             else:
-                reason = reload.reason if reload else "first load" if load is None else "the epoch rose"
+                reason = reload.reason if reload else FIRST_LOAD if load is None else "the epoch rose"
                 load = self._begin(name, reason)
                 with self._wake:
                     if self._reloads.get(name) is reload:
@@ -202,7 +203,7 @@ class Loader(threading.Thread):
             self._write(table, chunk.rows, dump_version(self._epoch, claim))
             load = load._replace(after_key=chunk.last_key or load.after_key, rows=load.rows + len(chunk.rows))
             if chunk.last_key is None:
-                self._finished(load.table)
+                self._finished(load)
                 load = load._replace(state="done", finished_at=dt.datetime.now(dt.UTC))
             self._state.save_load(self._pipeline, load)
             self._show(load)

@@ -17,7 +17,7 @@ import structlog
 from delta_sync.applying import SinkWriter
 from delta_sync.capture import Capture
 from delta_sync.errors import DeltaError, SlotMissing, StateBusy, Transient, UsageError
-from delta_sync.load import Loader, SharedSamples
+from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, check_complete
 from delta_sync.progress import LogPosition, Progress
@@ -27,9 +27,9 @@ from delta_sync.sinks import AnySink, open_sinks, target_for, targets_of
 from delta_sync.sources.postgresql import codec
 from delta_sync.sources.postgresql.reader import PostgresReader, SlotState, SourceIdentity
 from delta_sync.spec import PROCESSOR_FILE, PipelineSpec
-from delta_sync.state import PipelineState, StateStore
+from delta_sync.state import PipelineState, StateStore, TableLoad
 from delta_sync.tables import Table
-from delta_sync.versions import epoch_floor, epoch_of
+from delta_sync.versions import dump_version, epoch_of
 from delta_sync.watch import Watch
 from delta_sync.worker import TableRuntime, Worker
 
@@ -305,7 +305,7 @@ class Running:
                 heartbeat_prefix=spec.heartbeat_prefix,
                 tables=lambda: worker.tables,
                 hand_over=worker.hand_over,
-                finished=lambda name: self._sweep(name, source.epoch, sinks, worker),
+                finished=lambda load: self._remove_unmet(load, sinks, worker),
                 failed=worker.fail,
                 stopping=self._stopping,
             )
@@ -367,12 +367,18 @@ class Running:
                 self.progress.waits("start", None)
                 return found
 
-    def _sweep(self, table: str, epoch: int, sinks: Mapping[str, AnySink], worker: Worker) -> None:
-        """Remove what is left of older epochs once a table is loaded in this one: the source no longer has it."""
-        if epoch > 1:
-            for sink, target in worker.targets(table).items():
-                removed = sinks[sink].truncate(target, epoch_floor(epoch))
-                log.info("swept", table=table, sink=sink, documents=removed)
+    def _remove_unmet(self, load: TableLoad, sinks: Mapping[str, AnySink], worker: Worker) -> None:
+        """Remove documents that a load did not meet: their rows went without a change event.
+
+        That happens in an epoch that is over, and to a table that was replaced by another. Every row that is there has
+        been written with a version at or above the load's beginning, or has a newer one.
+        """
+        if load.reason == FIRST_LOAD and load.epoch == 1:
+            return  # nothing was there before
+        assert load.covered_from is not None
+        for sink, target in worker.targets(load.table).items():
+            removed = sinks[sink].truncate(target, dump_version(load.epoch, load.covered_from))
+            log.info("unmet_removed", table=load.table, sink=sink, documents=removed)
 
     def _keep_house(self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker) -> None:
         """Remove dead letters and tombstones that have expired, now and then."""

@@ -98,7 +98,8 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
 
         A write is applied when its version is at or above both the stored one (a document's or a tombstone's) and
         the target's floor (`truncate`), else it is stale. When it returns, the store has acknowledged every write as
-        durably as it is configured to. When it raises, any of them may have been applied.
+        durably as it is configured to. When it raises, or the process dies in it, any of them may have been applied,
+        and a document that is too old may be there: the same call again or `sweep` removes it.
         """
 
     @abstractmethod
@@ -128,12 +129,20 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
     def drop(self, target: Target) -> int:
         """Delete all that Delta put there, what `prepare` created included. Return how many documents there were."""
 
-    def sweep(self, target: Target) -> int:
-        """Remove tombstones that have expired, where the store does not do so itself; return how many went.
+    def sweep(self, target: Target, recent_s: float | None = None) -> int:
+        """Finish what killed processes left half done, and remove expired tombstones; return how much was removed.
 
-        Called now and then. A write that races it must win.
+        Where a document and what outranks it (its tombstone, the floor) cannot be written and compared in one step, an
+        upsert writes the document first and then looks whether it may stay. A process that dies between the two may
+        leave a document that is older than its tombstone or the floor. Repeating the very same write would remove it,
+        but perhaps nobody will: a row that is read again has changed or is gone by then. This removes it.
+
+        Called without `recent_s` when a run starts, before it writes anything: look at everything. Then now and then
+        with it, for processes that die beside this one: what was deleted or truncated more than so many seconds ago
+        may be left out. Harmless at any time, and a write at or above the tombstone or floor that races it must win.
+        A sink that writes in one step, and whose store removes tombstones itself, has nothing to do.
         """
-        del target
+        del target, recent_s
         return 0
 
     def close(self) -> None:

@@ -1,11 +1,14 @@
 """The MongoDB sink: one document per row, its version beside it, deletes' versions in a companion collection.
 
 A document is `{"_id": key, …, "_version": version}`. `<collection>.delta_tombstones` holds `{"_id": key, "version",
-"at"}` for each delete, until a TTL index on `at` removes it, and the target's floor (`truncate`) without `at`, so that
-it stays. There is no transaction across the two, and none is needed (`docs/guarantees.md`, "Two places, no
-transaction"): an upsert writes the document and then reads the tombstone; a delete writes the tombstone and then
-removes the document. Whichever came second sees the other. For the moment between its two steps, a late upsert of a
-deleted row can be seen by readers; a worker that dies right there repairs it when it applies the same writes again.
+"at"}` for each delete, until a TTL index on `at` removes it, and the target's floor (`truncate`) with `raised_at` and
+`swept_at` in place of `at`, so that it stays. There is no transaction across the two, and none is needed
+(`docs/guarantees.md`, "Two places, no transaction"): an upsert writes the document and then reads the tombstone; a
+delete writes the tombstone and then removes the document. Whichever came second sees the other. An upsert reads the
+tombstone before it writes, too, so that a row that is deleted already does not come back for the moment in between.
+
+A process that dies there leaves a document that is older than its tombstone or the floor, if these came while it was
+writing. Nothing need ever write that key again, so `sweep` looks for such documents.
 
 What BSON makes of a document's values:
 
@@ -42,6 +45,7 @@ from bson.errors import BSONError
 from pydantic import Field
 from pymongo import DeleteOne, MongoClient, ReplaceOne, UpdateOne
 from pymongo.collection import Collection as MongoCollection
+from pymongo.cursor import Cursor
 from pymongo.errors import (
     BulkWriteError,
     ConfigurationError,
@@ -65,6 +69,7 @@ FLOOR_ID: Mapping[str, str] = {"_delta": "floor"}  # no key's id is a document o
 MAX_DOCUMENT_BYTES = 16 << 20  # MongoDB's limit
 MAX_NAMESPACE_BYTES = 255  # MongoDB's limit for `database.collection` since 4.4 (120 before)
 SCAN_BATCH = 5000  # ids and versions are some 60 bytes each: far below a reply's 16 MB
+FLOOR_SETTLES = dt.timedelta(days=1)  # no writer stands still for so long between reading the floor and writing
 
 SERVER_SELECTION_TIMEOUT_MS = 5_000  # an election takes 2–12 s; the worker asks again, and says meanwhile why it waits
 CONNECT_TIMEOUT_MS = 5_000  # two lost SYNs
@@ -200,7 +205,7 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def apply(self, target: Target, writes: Sequence[Write]) -> list[Outcome]:
-        """Apply the writes: two round trips for upserts, up to four more when there are deletes or stale ones."""
+        """Apply the writes: three round trips for upserts, up to four more when there are deletes or stale ones."""
         table, place = target.table, cast("Place", target.settings)
         ids = [bson_id(table, write.key) for write in writes]
         tombstones: dict[int, _Operation] = {}
@@ -223,6 +228,8 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
 
         with self._typed_errors():
             # The rules in the module's text ask for this order.
+            upserts = [index for index in operations if index not in tombstones]
+            outcomes |= dict.fromkeys(self._outranked(target, upserts, ids, writes), STALE)
             outcomes |= self._send(self._tombstones(target), tombstones, content)
             operations = {index: one for index, one in operations.items() if index not in outcomes}
             outcomes |= self._send(self._documents(target), operations, content)
@@ -302,28 +309,34 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
             raise self._typed(code, text)
         return rejected(text)
 
-    def _obey_tombstones(
+    def _outranked(
         self, target: Target, written: Sequence[int], ids: Sequence[object], writes: Sequence[Write]
-    ) -> dict[int, Outcome]:
-        """Return which of the writes a tombstone or the floor outranks, their documents deleted."""
+    ) -> dict[int, int]:
+        """Return which of the writes a tombstone or the floor outranks, and its version."""
         if not written:
             return {}
         among = {"_id": {"$in": [*(ids[index] for index in written), FLOOR_ID]}}
         floor, deleted = _versions(target.table, self._tombstones(target).find(among, {"version": 1}))
         if not floor and not deleted:
             return {}
-        outcomes: dict[int, Outcome] = {}
-        removals: list[DeleteOne] = []
-        for index in written:
-            write = writes[index]
-            least = max(floor, deleted.get(key_text(write.key), 0))
-            if write.version < least:
-                outcomes[index] = STALE
-                if write.document is not None:
-                    removals.append(DeleteOne({"_id": ids[index], VERSION_FIELD: {"$lt": least}}))
-        if removals:
-            self._documents(target).bulk_write(removals, ordered=False)
-        return outcomes
+        least = {index: max(floor, deleted.get(key_text(writes[index].key), 0)) for index in written}
+        return {index: version for index, version in least.items() if writes[index].version < version}
+
+    def _obey_tombstones(
+        self, target: Target, written: Sequence[int], ids: Sequence[object], writes: Sequence[Write]
+    ) -> dict[int, Outcome]:
+        """Return as stale the writes that a tombstone or the floor outranks, their documents deleted."""
+        outranked = self._outranked(target, written, ids, writes)
+        self._remove(
+            target,
+            [(ids[index], least) for index, least in outranked.items() if writes[index].document is not None],
+        )
+        return dict.fromkeys(outranked, STALE)
+
+    def _remove(self, target: Target, outranked: Iterable[tuple[object, int]]) -> int:
+        """Delete documents, given by `_id`, that are still older than what outranks them; return how many went."""
+        removals = [DeleteOne({"_id": id_, VERSION_FIELD: {"$lt": least}}) for id_, least in outranked]
+        return self._documents(target).bulk_write(removals, ordered=False).deleted_count if removals else 0
 
     def _find_survivors(
         self, target: Target, deleted: Sequence[int], ids: Sequence[object], writes: Sequence[Write]
@@ -336,16 +349,54 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
         return {index: STALE for index in deleted if there.get(key_text(writes[index].key), 0) > writes[index].version}
 
     def truncate(self, target: Target, version: int) -> int:
-        documents = self._documents(target)
         with self._typed_errors():
-            raised = {0: UpdateOne({"_id": FLOOR_ID}, {"$max": {"version": version}}, upsert=True)}
+            newest = {"$max": {"version": version, "raised_at": self._now()}}
+            raised = {0: UpdateOne({"_id": FLOOR_ID}, newest, upsert=True)}
             self._send(self._tombstones(target), raised, lambda _: {"_id": FLOOR_ID})
-            older = {VERSION_FIELD: {"$lt": version}}
-            gone = 0
-            # In parts, so that no command outlasts its timeout; one pass, because what comes later obeys the floor.
-            with contextlib.closing(documents.find(older, {"_id": 1}).batch_size(SCAN_BATCH)) as cursor:
-                while ids := [one["_id"] for one in itertools.islice(cursor, SCAN_BATCH)]:
-                    gone += documents.delete_many({"_id": {"$in": ids}, **older}).deleted_count
+            return self._remove_older(target, version)
+
+    def _remove_older(self, target: Target, version: int) -> int:
+        """Delete all documents below a floor; return how many went. One pass, because what comes later obeys the floor.
+
+        All versions are read: a server that was to find the older ones by itself, without an index, could look for
+        longer than a command may take when there are few.
+        """
+        documents, gone = self._documents(target), 0
+        for batch in _batches(documents.find({}, {VERSION_FIELD: 1})):
+            ids = [one["_id"] for one in batch if int(one.get(VERSION_FIELD, version)) < version]
+            if ids:
+                gone += documents.delete_many({"_id": {"$in": ids}, VERSION_FIELD: {"$lt": version}}).deleted_count
+        return gone
+
+    def sweep(self, target: Target, recent_s: float | None = None) -> int:
+        """Delete what is older than its tombstone or the floor; return how many went. Tombstones expire by themselves.
+
+        Because an upsert reads both before it writes, too, these cannot be much older than what is to be found.
+        """
+        now = self._now()
+        since = None if recent_s is None else now - dt.timedelta(seconds=recent_s)
+        with self._typed_errors():
+            return self._sweep_deleted(target, since) + self._sweep_floor(target, since, now)
+
+    def _sweep_deleted(self, target: Target, since: dt.datetime | None) -> int:
+        gone = 0
+        wanted = {} if since is None else {"at": {"$gte": since}}
+        for batch in _batches(self._tombstones(target).find(wanted, {"version": 1})):
+            _, deleted = _versions(target.table, batch)
+            among = {"_id": {"$in": [one["_id"] for one in batch]}}
+            found = list(self._documents(target).find(among, {VERSION_FIELD: 1}))
+            pairs = [(one, deleted[_text_of(target.table, one["_id"])]) for one in found]
+            gone += self._remove(
+                target, [(one["_id"], least) for one, least in pairs if int(one.get(VERSION_FIELD, least)) < least]
+            )
+        return gone
+
+    def _sweep_floor(self, target: Target, since: dt.datetime | None, now: dt.datetime) -> int:
+        floor = self._tombstones(target).find_one({"_id": FLOOR_ID})
+        if floor is None or not _is_unsettled(floor, since):
+            return 0
+        gone = self._remove_older(target, int(floor["version"]))
+        self._tombstones(target).update_one({"_id": FLOOR_ID}, {"$max": {"swept_at": now}})
         return gone
 
     def drop(self, target: Target) -> int:
@@ -374,10 +425,8 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
 
     def scan(self, target: Target) -> Iterator[list[tuple[str, int]]]:
         with self._typed_errors():
-            found = self._documents(target).find({}, {VERSION_FIELD: 1}).batch_size(SCAN_BATCH)
-            with contextlib.closing(found) as cursor:
-                while batch := list(itertools.islice(cursor, SCAN_BATCH)):
-                    yield [(_text_of(target.table, one["_id"]), int(one.get(VERSION_FIELD, 0))) for one in batch]
+            for batch in _batches(self._documents(target).find({}, {VERSION_FIELD: 1})):
+                yield [(_text_of(target.table, one["_id"]), int(one.get(VERSION_FIELD, 0))) for one in batch]
 
     def id_of(self, target: Target, key: Key) -> str:
         del target
@@ -576,6 +625,25 @@ def _versions(table: Table, found: Iterable[Mapping[str, Any]]) -> tuple[int, di
         else:
             versions[_text_of(table, one["_id"])] = version
     return floor, versions
+
+
+def _is_unsettled(floor: Mapping[str, Any], since: dt.datetime | None) -> bool:
+    """Tell whether documents below a floor may be there: written while it was raised, by a process that then died.
+
+    Such a process wrote soon after, if ever: a look at all documents long after the floor was raised is the last one.
+    """
+    raised_at: dt.datetime = floor["raised_at"]
+    if since is not None:
+        return raised_at >= since
+    swept_at: dt.datetime | None = floor.get("swept_at")
+    return swept_at is None or swept_at < raised_at + FLOOR_SETTLES
+
+
+def _batches(cursor: Cursor[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield what a cursor finds, as many at once as one command brings, and close it in the end."""
+    with contextlib.closing(cursor.batch_size(SCAN_BATCH)):
+        while batch := list(itertools.islice(cursor, SCAN_BATCH)):
+            yield batch
 
 
 def _whole(place: Place, id_: object, write: Write) -> Document:
