@@ -32,6 +32,9 @@ class Store(ABC):
     def truncate(self, version: int) -> Steps: ...
 
     @abstractmethod
+    def sweep(self) -> Steps: ...
+
+    @abstractmethod
     def see(self, key: int) -> Seen: ...
 
 
@@ -49,6 +52,10 @@ class AtomicStore(Store):
 
     def truncate(self, version: int) -> Steps:
         self.sink.truncate(self.target, version)
+        yield
+
+    def sweep(self) -> Steps:
+        self.sink.sweep(self.target)
         yield
 
     def see(self, key: int) -> Seen:
@@ -120,6 +127,14 @@ class TwoStepStore(Store):
     def _raise_floor(self, version: int) -> Steps:
         self.floor = max(self.floor, version)
         yield
+
+    def sweep(self) -> Steps:
+        outranked = [key for key, stored in self.documents.items() if stored.version < self._least(key)]
+        yield
+        for key in outranked:
+            if key in self.documents and self.documents[key].version < self._least(key):
+                del self.documents[key]
+            yield
 
     def see(self, key: int) -> Seen:
         stored, least = self.documents.get(key), self._least(key)

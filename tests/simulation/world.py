@@ -103,15 +103,14 @@ class World:
         faults: Faults,
         *,
         toast: bool = False,
-        zombies_finish_calls: bool = True,
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
         self.faults = faults
         self.toast = toast
-        self.zombies_finish_calls = zombies_finish_calls
-        self.source = Source(self.rng, KEYS, toast=toast)
+        self.source = Source(self.rng, self.rng.choice([2, KEYS]), toast=toast)
         self.store = make_store()
+        self.crashes = self.rng.choice([0.003, 0.01])  # per step
         self.broken = True  # the processor, until somebody corrects it
         self.pipeline = Pipeline("simulated")
         self.pipeline.table("public.item")(self.processor)
@@ -124,6 +123,8 @@ class World:
         self.least_revs = dict.fromkeys(range(KEYS), 0)
         self.visible: dict[int, int] = {}  # key → rev of the document that a reader sees
         self.happened: deque[str] = deque(maxlen=25)
+        self.killed = 0
+        self.swept_behind = 0  # so many had been killed when the last sweep began that has ended
         self.active = Process(self)
         self.zombies: list[Process] = []
 
@@ -155,6 +156,9 @@ class World:
             for _ in range(steps):
                 self._step()
             self._drain()
+            if self.swept_behind == self.killed:
+                self._compare()  # nobody has left anything half done
+            self._sweep()
             self._compare()
         except Violation as error:
             history = "\n".join(self.happened)
@@ -179,29 +183,25 @@ class World:
             self.rng.choice(self.zombies).step()
         elif choice < 0.95:
             self._replay()
-        elif choice < 0.955:
+        elif choice < 0.95 + self.crashes:
             self.tell("crash")
+            self.killed += 1
             self.active = Process(self)
-        elif choice < 0.965:
+        elif 0.96 <= choice < 0.965:
             self.tell("lost its place, goes on")
             self.zombies.append(self.active)
             self.active = Process(self)
         elif choice < 0.97 and self.zombies:
-            self._end_zombie(self.rng.choice(self.zombies))
+            self._kill_zombie()
         elif choice < 0.975:
             self.active.restart_capture()
         elif choice < 0.98:
             self.broken = not self.broken
         self.step_job(self.replays)
 
-    def _end_zombie(self, zombie: Process) -> None:
-        """A process that lost its place is killed; `zombies_finish_calls`: not while it talks to the store."""
-        if self.zombies_finish_calls:
-            for job in (*zombie.jobs, *zombie.load_jobs):
-                while not job.done:
-                    job.step()
-                    self.look()
-        self.zombies.remove(zombie)
+    def _kill_zombie(self) -> None:
+        self.zombies.remove(self.rng.choice(self.zombies))
+        self.killed += 1
 
     def _drain(self) -> None:
         self.source.settle()
@@ -210,7 +210,7 @@ class World:
             if self.zombies and self.rng.random() < 0.5:
                 self.rng.choice(self.zombies).step()
             elif self.rng.random() < 0.02 and self.zombies:
-                self._end_zombie(self.rng.choice(self.zombies))
+                self._kill_zombie()
             self.active.step()
             self.step_job(self.replays)
             if self.load.done and self.active.idle and not self.replays and not self.zombies:
@@ -218,6 +218,11 @@ class World:
                     return
                 self._replay()
         raise Violation("it does not come to an end")
+
+    def _sweep(self) -> None:
+        """Sweep, as is done now and then, also after the last process that was killed."""
+        for _ in self.store.sweep():
+            self.look()
 
     def _replay(self) -> None:
         """Replay a dead letter, as `replaying.py` does. Two people may do so at once."""
@@ -289,6 +294,8 @@ class Process:
         self.samples = SharedSamples()
         self.sampling = Sampling(self.source, with_locks=not world.faults.claim_without_locks)
         self.loading = self._load()
+        self.killed_before = world.killed
+        self.sweeping: Steps | None = self.world.store.sweep()
         pause = Pause(self.source)
         reader = cast("PostgresReader", KeyReader(self.source, blind=world.faults.read_by_key_whatever_is_visible))
         self.rereader = Rereader(reader, self.samples, EPOCH, lambda _: ITEM, pause)
@@ -299,7 +306,12 @@ class Process:
 
     def step(self) -> None:
         choice = self.rng.random()
-        if choice < 0.2:
+        if self.sweeping is not None:  # before it writes anything
+            if next(self.sweeping, self) is self:
+                self.sweeping = None
+                self.world.swept_behind = self.killed_before
+            self.world.look()
+        elif choice < 0.2:
             self.sampling_step()
         elif choice < 0.45:
             if next(self.loading, self) is self:
