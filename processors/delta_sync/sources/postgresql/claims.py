@@ -46,7 +46,7 @@ def widen(xid: int, near: int) -> int:
 
 
 def sample_of(lsn: int, running: Iterable[int], xmax: int) -> Sample:
-    """Return the sample of three readings in this order: insert position, running (32-bit) xids, snapshot xmax."""
+    """Return the sample of three readings in this order: flushed position, running (32-bit) xids, snapshot xmax."""
     return Sample(lsn, max([widen(xid, xmax) for xid in running] + [xmax - 1]) + 1)
 
 

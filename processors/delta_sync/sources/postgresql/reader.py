@@ -148,9 +148,14 @@ class PostgresReader:
         return parse_lsn(lsn)
 
     def sample(self) -> Sample:
-        """Take a sample for claims: three statements of one connection, in the order that the proof needs."""
+        """Take a sample for claims: three statements of one connection, in the order that the proof needs.
+
+        Its position is that up to which the log is on disk, not the insert position, for which the proof would do as
+        well: what is not on disk goes with a crash, its positions are given to other changes, and a row that claims
+        them would outrank those for ever.
+        """
         with self._connected() as connection:
-            (lsn,) = _row(connection.execute("SELECT pg_current_wal_insert_lsn()::text"))
+            (lsn,) = _row(connection.execute("SELECT pg_current_wal_flush_lsn()::text"))
             running = connection.execute(
                 "SELECT transactionid::text::bigint FROM pg_locks"
                 " WHERE locktype = 'transactionid' AND mode = 'ExclusiveLock' AND granted"
