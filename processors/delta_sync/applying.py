@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import structlog
 import tenacity
 
-from delta_sync.changes import Change, Outcome, Write
+from delta_sync.changes import APPLIED, STALE, Change, Outcome, Write
 from delta_sync.errors import SinkBusy, Transient
 from delta_sync.secrets import redact
 from delta_sync.sinks.base import Sink, Target
@@ -96,17 +96,11 @@ class SinkWriter:
         outcomes = self._until_done(lambda: self.sink.apply(part.target, part.writes))
         assert len(outcomes) == len(part.writes), f"sink {self.sink.name} returned {len(outcomes)} outcomes"
         numbers = self.numbers
-        stale = rejected = 0
-        for outcome in outcomes:
-            kind = outcome[0]
-            if kind == "stale":
-                stale += 1
-            elif kind == "rejected":
-                rejected += 1
+        applied, stale = outcomes.count(APPLIED), outcomes.count(STALE)
         with numbers.lock:
-            numbers.applied += len(outcomes) - stale - rejected
+            numbers.applied += applied
             numbers.stale += stale
-            numbers.rejected += rejected
+            numbers.rejected += len(outcomes) - applied - stale
         return Applied(self.sink.name, part, outcomes)
 
     def _until_done(self, call: Callable[[], Any]) -> Any:

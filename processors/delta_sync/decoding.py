@@ -133,6 +133,8 @@ def _decode_table(
     all_columns = {column.name for column in codec.table.columns}
     to_row, to_key, lacks = codec.row, codec.key, codec.lacks
     base = epoch << POSITION_BITS
+    # What a NamedTuple's own does, without its call of a Python function.
+    new: Callable[..., Change] = tuple.__new__  # pyright: ignore[reportUnknownMemberType] -- typeshed leaves it open
     good: list[Change] = []
     bad: list[Lacking] = []
     all_fit = True
@@ -152,7 +154,7 @@ def _decode_table(
         all_fit = all_fit and fits
         if fits and not lacks(image):
             try:
-                good.append(Change(table, key, version, to_row(image)))
+                good.append(new(Change, (table, key, version, to_row(image))))
                 continue
             except UndecodableChange:
                 all_fit = False  # retyped since: the row itself, read by key, has the new type

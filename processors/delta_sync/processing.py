@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from delta_sync.changes import Change, Write, newest_per_key
@@ -44,6 +44,8 @@ def process(
     else:
         arguments = None
     function = processor.function
+    # What a NamedTuple's own does, without its call of a Python function.
+    new: Callable[..., Write] = tuple.__new__  # pyright: ignore[reportUnknownMemberType] -- typeshed leaves it open
     done: list[Change] = []
     writes: list[Write] = []
     for index, change in enumerate(changes):
@@ -64,7 +66,7 @@ def process(
                     continue
                 document = dict(document)
         done.append(change)
-        writes.append(Write(key, version, document))
+        writes.append(new(Write, (key, version, document)))
     if len(writes) > 1 and any(table.column(name).kind in _KINDS_WITH_MANY_SPELLINGS for name in table.key):
         kept = newest_per_key(writes)
         if len(kept) < len(writes):

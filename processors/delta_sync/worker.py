@@ -21,7 +21,7 @@ import tenacity
 
 from delta_sync.applying import Applied, Part, SinkWriter
 from delta_sync.capture import Batch, Capture
-from delta_sync.changes import Change
+from delta_sync.changes import APPLIED, Change
 from delta_sync.decoding import Decoded, Lacking, TableCodec, decode
 from delta_sync.delta_event import DeltaEvent, encode_event
 from delta_sync.errors import (
@@ -341,9 +341,12 @@ class Worker:
         failures = list(job.failures)
         for result in job.results:
             for sink, part, outcomes in result.result():
-                for change, outcome in zip(part.changes, outcomes, strict=True):
-                    if outcome.kind == "rejected":
-                        failures.append(Failure(change, "apply", outcome.reason, "", sink))
+                if outcomes.count(APPLIED) < len(outcomes):
+                    failures += [
+                        Failure(change, "apply", outcome.reason, "", sink)
+                        for change, outcome in zip(part.changes, outcomes, strict=True)
+                        if outcome.kind == "rejected"
+                    ]
         if failures:
             self._bury(failures, "load" if job.slice is not None else "log")
 
