@@ -134,7 +134,7 @@ def _decode_table(
     to_row, to_key, lacks = codec.row, codec.key, codec.lacks
     base = epoch << POSITION_BITS
     # What a NamedTuple's own does, without its call of a Python function.
-    new: Callable[..., Change] = tuple.__new__  # pyright: ignore[reportUnknownMemberType] -- typeshed leaves it open
+    new = cast("Callable[..., Change]", tuple.__new__)  # pyright: ignore[reportUnknownMemberType] -- typeshed's is generic
     good: list[Change] = []
     bad: list[Lacking] = []
     all_fit = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from delta_sync.changes import Change, Write, newest_per_key
 from delta_sync.errors import ProcessorError
@@ -45,7 +45,7 @@ def process(
         arguments = None
     function = processor.function
     # What a NamedTuple's own does, without its call of a Python function.
-    new: Callable[..., Write] = tuple.__new__  # pyright: ignore[reportUnknownMemberType] -- typeshed leaves it open
+    new = cast("Callable[..., Write]", tuple.__new__)  # pyright: ignore[reportUnknownMemberType] -- typeshed's is generic
     done: list[Change] = []
     writes: list[Write] = []
     for index, change in enumerate(changes):
