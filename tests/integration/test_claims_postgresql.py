@@ -302,6 +302,7 @@ def test_a_running_transaction_that_is_in_no_list(source: Source, start: str) ->
     before = source.reader.insert_lsn()
     for statement in STARTS[start]:
         session.execute(statement)
+    source.admin.execute("CHECKPOINT")  # so that the change, which is not committed, is below our sample as well
     source.sample()
     read = source.read_chunk(None)
     assert read.rows[1] == -1
