@@ -1,0 +1,133 @@
+"""Declarations: every mistake is found at import, and the message says what and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delta_sync.errors import UsageError
+from delta_sync.pipeline import Pipeline, check_complete
+from delta_sync.running import load_processor
+from delta_sync.spec import PipelineSpec, load_spec
+
+SPEC = """
+name: movies
+source: {url: "postgresql://delta@db/studio"}
+tables: {public.movie: {}, public.genre: {}}
+sinks: {cache: {url: "redis://cache/0"}, search: {url: "http://search:9200/movies"}}
+"""
+PROCESSOR = """from delta_sync import Pipeline
+movies = Pipeline("movies")
+@movies.lookup(batch=500, ttl="10m")
+def ratings(ids):
+    return {}
+@movies.table("public.movie", to=["cache"], enrich={"rating": ratings.by("id")})
+def movie(row, rating):
+    return row
+@movies.table("public.genre")
+def genre(row):
+    return row
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "movies"
+    made.mkdir()
+    (made / "pipeline.yaml").write_text(SPEC)
+    return made
+
+
+def load(folder: Path, text: str) -> Pipeline:
+    (folder / "processor.py").write_text(text)
+    return load_processor(folder, load_spec(folder))
+
+
+def test_declarations(folder: Path) -> None:
+    pipeline = load(folder, PROCESSOR)
+    movie, genre = pipeline.tables["public.movie"], pipeline.tables["public.genre"]
+    assert (movie.to, genre.to) == (("cache",), ())
+    assert movie.function({"id": 1}, rating=5) == {"id": 1}  # as a test of it would call it
+    (lookup,) = pipeline.lookups.values()
+    assert movie.enrich == {"rating": lookup.by("id")}
+    assert (lookup.name, lookup.batch, lookup.ttl_s, lookup.timeout_s, lookup.concurrency) == (
+        "ratings",
+        500,
+        600,
+        10,
+        4,
+    )
+    assert lookup([1]) == {}
+
+
+GENRE = "line 9 (genre): "
+MOVIE = "line 6 (movie): "
+RATINGS = "line 3 (ratings): "
+LIMITS = RATINGS + "batch, cache_size, concurrency and timeout must be above 0"
+PIPELINE = 'movies = Pipeline("movies")'
+
+MISTAKES = [
+    # what of PROCESSOR is replaced, by what, and parts of the message
+    ('to=["cache"]', 'to="cache"', [MOVIE + '`to` takes a list of sinks; write to=["cache"]']),
+    ('to=["cache"]', 'to=["cash"]', [MOVIE + "there is no sink 'cash' in pipeline.yaml, which has cache, search"]),
+    ('"public.movie"', '"public.film"', [MOVIE + "table 'public.film' is not in pipeline.yaml, which has public.m"]),
+    ('"public.genre"', '"public.movie"', [GENRE + "table public.movie is declared twice", MOVIE[:-2]]),
+    (PIPELINE, 'movies = Pipeline("films")', [MOVIE + "Pipeline('films'), but pipeline.yaml is of 'movies'"]),
+    ("movie(row, rating)", "movie(row)", [MOVIE + "it must take (row, rating), as `enrich` says, but", "'rating'"]),
+    ("movie(row, rating)", "movie(row, rating, more)", [MOVIE + "it must take (row, rating)", "'more'"]),
+    ("def genre(row)", "def genre()", [GENRE + "it must take (row)"]),
+    ("def genre(row)", "async def genre(row)", [GENRE + "a processor is a plain function"]),
+    ("genre(row):\n    return", "genre(row):\n    yield", [GENRE + "a processor is a plain function"]),
+    ('ratings.by("id")', "ratings", [MOVIE + 'enrich={"rating": …} takes `lookup.by("column")`']),
+    ("def ratings(ids)", "def ratings()", [RATINGS + "a look-up takes one argument, the list of keys"]),
+    ("def ratings(ids)", "def ratings(ids, more)", [RATINGS + "a look-up takes one argument, the list of keys"]),
+    ('ttl="10m"', 'ttl="soon"', [RATINGS, "'soon'"]),
+    ("batch=500", "batch=0", [LIMITS]),
+    ("batch=500", "timeout=0", [LIMITS]),
+    ("batch=500", "concurrency=0", [LIMITS]),
+    ("batch=500", "cache_size=0", [LIMITS]),
+    ('@movies.table("public.genre")', "", ["pipeline.yaml has table public.genre, but processor.py has no function"]),
+    ("    return {}", "    return {", ["processor.py line ", " does not import: SyntaxError"]),
+    (PIPELINE, PIPELINE + "\n1 / 0", ["processor.py line 3 does not import: ZeroDivisionError"]),
+    (PIPELINE, PIPELINE + '\nother = Pipeline("x")', ["processor.py must define one Pipeline, and defines 2"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "parts"), MISTAKES, ids=[f"{old!r} to {new!r}" for old, new, _ in MISTAKES])
+def test_a_mistake_is_found_at_import(folder: Path, old: str, new: str, parts: list[str]) -> None:
+    assert old in PROCESSOR
+    with pytest.raises(UsageError) as caught:
+        load(folder, PROCESSOR.replace(old, new, 1))
+    assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+def test_a_look_up_declared_twice() -> None:
+    pipeline = Pipeline("movies")
+
+    def ratings(keys: list[Any]) -> dict[Any, Any]:
+        return {}
+
+    pipeline.lookup()(ratings)
+    with pytest.raises(UsageError, match=r"test_pipeline.py line \d+ \(ratings\): look-up ratings is declared twice"):
+        pipeline.lookup()(ratings)
+
+
+def test_the_file_is_missing(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"There is no .*processor.py"):
+        load_processor(folder, load_spec(folder))
+
+
+def test_without_a_specification_beside_it_it_is_checked_later(folder: Path) -> None:
+    """As in a test of a processor that lies elsewhere."""
+    pipeline = Pipeline("movies")
+
+    @pipeline.table("public.movie", to=["nowhere"])
+    def movie(row: dict[str, Any]) -> dict[str, Any]:
+        return row
+
+    spec: PipelineSpec = load_spec(folder)
+    with pytest.raises(UsageError, match="there is no sink 'nowhere'"):
+        check_complete(pipeline, spec)
