@@ -7,7 +7,8 @@ Frames on the pipes are a fixed header and a payload, so that a batch of thousan
     worker → child   first the configuration: length (8) · JSON; then, for each confirmation, a sequence number (8)
                      end of file: stop
 
-The child holds back the engine when MAX_IN_FLIGHT batches are unconfirmed, so nothing piles up on either side.
+The child holds back the engine when MAX_IN_FLIGHT batches, or as many bytes as MAX_IN_FLIGHT_BYTES, are unconfirmed, so
+nothing piles up on either side.
 """
 
 from __future__ import annotations

@@ -23,6 +23,9 @@ import jpype
 from delta_debezium.engine import BATCH, CONFIRMATION, FAILURE, FRAME, LENGTH
 
 MAX_IN_FLIGHT = 8  # unconfirmed batches: enough for the worker to decode one, apply some and have the next at hand
+MAX_IN_FLIGHT_BYTES = (
+    32 << 20
+)  # and no more than this, beside the first: what the worker may have to hold several times
 PR_SET_PDEATHSIG = 1
 
 
@@ -30,6 +33,7 @@ class Unconfirmed(NamedTuple):
     """A batch that was handed over: what marks it as processed."""
 
     sequence: int
+    size_bytes: int
     last_record: Any
     committer: Any
 
@@ -50,10 +54,14 @@ class Bridge:
         payload = memoryview(joined.getBytes(self._utf8))
         with self._lock:
             self._sequence += 1
-            self._unconfirmed.append(Unconfirmed(self._sequence, records.get(records.size() - 1), committer))
+            last_record = records.get(records.size() - 1)
+            self._unconfirmed.append(Unconfirmed(self._sequence, len(payload), last_record, committer))
             self._send(BATCH, self._sequence, records.size(), payload)
-            while len(self._unconfirmed) >= MAX_IN_FLIGHT:
-                self._lock.wait()
+            self._lock.wait_for(self._has_room)
+
+    def _has_room(self) -> bool:
+        size_bytes = sum(batch.size_bytes for batch in self._unconfirmed)
+        return len(self._unconfirmed) < MAX_IN_FLIGHT and size_bytes < MAX_IN_FLIGHT_BYTES
 
     def confirm(self, sequence: int) -> None:
         """Mark everything up to a batch as processed. The last record's mark includes those before it."""

@@ -427,7 +427,9 @@ class Worker:
                     batch = self._capture.poll(0.5)
                     if batch is None:
                         continue
-                    failed = 0
+                    if failed:
+                        failed = 0
+                        self._progress.waits("capture", None)
                     with self._news:
                         self._batches.append(batch)
                         self._news.notify_all()
@@ -437,6 +439,7 @@ class Worker:
                 failed += 1
                 self._progress.capture_restarts += 1
                 delay_s = min(RESTART_MOST_S, RESTART_FIRST_S * 2 ** (failed - 1))
+                self._progress.waits("capture", str(error))
                 log.warning("capture_died", reason=str(error), restart_in_s=delay_s)
                 with self._news:
                     self._batches.clear()  # delivered again, from behind what was confirmed
