@@ -22,8 +22,9 @@ from delta_debezium.engine import EmbeddedCapture
 from delta_debezium.render import engine_properties
 from delta_sync.applying import SinkWriter
 from delta_sync.capture import Batch
+from delta_sync.pipeline import load_processor
 from delta_sync.progress import LogPosition, Progress
-from delta_sync.running import load_processor, settle_memory
+from delta_sync.running import settle_memory
 from delta_sync.secrets import resolve
 from delta_sync.sinks import open_sinks, target_for
 from delta_sync.sources.postgresql import codec

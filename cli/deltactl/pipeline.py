@@ -10,7 +10,7 @@ import click
 
 from delta_debezium.render import connector_json
 from delta_sync.errors import DeltaError, Problem
-from delta_sync.running import load_processor
+from delta_sync.pipeline import load_processor
 from delta_sync.sinks import installed
 from delta_sync.sources.postgresql.connection import connect
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec

@@ -14,13 +14,15 @@ specification (which sinks and tables there are) is checked too, when `pipeline.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from delta_sync.errors import UsageError
-from delta_sync.spec import SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
+from delta_sync.errors import DeltaError, UsageError
+from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
 from delta_sync.values import Document
 
 ProcessorFunction = Callable[..., Document | None]
@@ -207,3 +209,42 @@ def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
     for table in spec.tables:
         if table not in pipeline.tables:
             raise UsageError(f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one.")
+
+
+def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:
+    """Import `processor.py` of a pipeline's folder and return its pipeline.
+
+    Raises UsageError: it is missing, does not import, or does not fit the specification.
+    """
+    path = folder / PROCESSOR_FILE
+    if not path.is_file():
+        raise UsageError(f"There is no {path}; `deltactl pipeline create` writes one.")
+    module_name = f"delta_processor_{spec.name}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except DeltaError:
+        raise
+    except Exception as error:  # whatever the user's file raises is about that file
+        line = _line_in(error, path)
+        raise UsageError(f"{path}{line} does not import: {type(error).__name__}: {error}.") from error
+    found = [value for value in vars(module).values() if isinstance(value, Pipeline)]
+    if len(found) != 1:
+        raise UsageError(f"{path} must define one Pipeline, and defines {len(found)}.")
+    check_complete(found[0], spec)
+    return found[0]
+
+
+def _line_in(error: BaseException, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f" line {error.lineno}"
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename) == path:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f" line {line}" if line else ""

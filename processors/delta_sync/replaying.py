@@ -14,9 +14,8 @@ from typing import NamedTuple
 from delta_sync.delta_event import decode_event
 from delta_sync.errors import UsageError
 from delta_sync.lookups import LookupCaller
-from delta_sync.pipeline import Pipeline
+from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.processing import process
-from delta_sync.running import load_processor
 from delta_sync.sinks import AnySink, open_sinks, target_for
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore

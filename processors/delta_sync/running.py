@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import datetime as dt
 import gc
-import importlib.util
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import structlog
 
 from delta_sync.applying import SinkWriter
 from delta_sync.capture import Capture
-from delta_sync.errors import DeltaError, SlotMissing, StateBusy, Transient, UsageError
+from delta_sync.errors import StateBusy, Transient
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
-from delta_sync.pipeline import Pipeline, check_complete
+from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.rereads import Rereader
 from delta_sync.secrets import redact
-from delta_sync.sinks import AnySink, open_sinks, target_for, targets_of
+from delta_sync.sinks import AnySink, open_sinks, target_for
 from delta_sync.sources.postgresql import codec
-from delta_sync.sources.postgresql.reader import PostgresReader, SlotState, SourceIdentity
-from delta_sync.spec import PROCESSOR_FILE, PipelineSpec
-from delta_sync.state import PipelineState, StateStore, TableLoad
+from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.spec import PipelineSpec
+from delta_sync.starting import check_slot, prepare_source
+from delta_sync.state import StateStore, TableLoad
 from delta_sync.tables import Table
-from delta_sync.versions import dump_version, epoch_of
+from delta_sync.versions import dump_version
 from delta_sync.watch import Watch
 from delta_sync.worker import TableRuntime, Worker
 
@@ -42,139 +41,6 @@ T = TypeVar("T")
 REPORT_S = 1.0  # how often the status is saved
 HOUSEKEEPING_S = 600.0  # what expires after days may stay for minutes more
 STOP_BUDGET_S = 15.0  # for the threads that only read
-
-
-def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:
-    """Import `processor.py` of a pipeline's folder and return its pipeline.
-
-    Raises UsageError: it is missing, does not import, or does not fit the specification.
-    """
-    path = folder / PROCESSOR_FILE
-    if not path.is_file():
-        raise UsageError(f"There is no {path}; `deltactl pipeline create` writes one.")
-    module_name = f"delta_processor_{spec.name}"
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except DeltaError:
-        raise
-    except Exception as error:  # whatever the user's file raises is about that file
-        line = _line_in(error, path)
-        raise UsageError(f"{path}{line} does not import: {type(error).__name__}: {error}.") from error
-    found = [value for value in vars(module).values() if isinstance(value, Pipeline)]
-    if len(found) != 1:
-        raise UsageError(f"{path} must define one Pipeline, and defines {len(found)}.")
-    check_complete(found[0], spec)
-    return found[0]
-
-
-def _line_in(error: BaseException, path: Path) -> str:
-    if isinstance(error, SyntaxError):
-        return f" line {error.lineno}"
-    trace, line = error.__traceback__, None
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == path:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f" line {line}" if line else ""
-
-
-class Source(NamedTuple):
-    """What was found and made sure of at the source, before the capture starts."""
-
-    epoch: int
-    tables: Mapping[str, Table]
-
-
-def prepare_source(
-    spec: PipelineSpec, reader: PostgresReader, state: StateStore, sinks: Mapping[str, AnySink], *, new_slot: bool
-) -> Source:
-    """Make sure that publication and slot exist, and decide the epoch.
-
-    A slot that is gone, or a source with another history, means that changes may have been lost: that is SlotMissing,
-    unless `new_slot` accepts it. Then the epoch rises, and everything is loaded again.
-    """
-    tables = reader.tables(list(spec.tables))
-    missing = [name for name in spec.tables if name not in tables]
-    if missing:
-        raise UsageError(f"The source has no table {', '.join(missing)}; correct pipeline.yaml or create it.")
-    keyless = [name for name, table in tables.items() if not table.key]
-    if keyless:
-        raise UsageError(
-            f"Table {keyless[0]} has no key in the log; add a primary key, or set REPLICA IDENTITY USING INDEX."
-        )
-    identity = reader.identity()
-    known = state.pipeline(spec.name)
-    slot = reader.slot(spec.slot)
-    if known is None:
-        epoch = _epoch_above(spec, sinks, tables)
-        known = PipelineState(spec.name, epoch, identity.system_identifier, identity.timeline, None)
-        state.save_pipeline(known)
-    else:
-        wrong = _lost(spec, known, identity, slot)
-        if wrong is not None and not new_slot:
-            raise _slot_missing(spec, wrong)
-        if wrong is not None:
-            log.warning("epoch_rises", reason=wrong, epoch=known.epoch + 1)
-            if slot is not None:
-                reader.drop_slot(spec.slot)
-                slot = None
-            known = PipelineState(spec.name, known.epoch + 1, identity.system_identifier, identity.timeline, None)
-            state.save_pipeline(known)
-    reader.publish(spec.publication, list(tables.values()))
-    if slot is None:
-        position = reader.create_slot(spec.slot)
-        log.info("slot_created", slot=spec.slot)
-    else:
-        position = slot.confirmed_lsn or 0
-    state.save_pipeline(known._replace(slot_lsn=position))
-    for name in state.loads(spec.name).keys() - spec.tables.keys():
-        state.forget_load(
-            spec.name, name
-        )  # added again later, it must be loaded again: its changes are not captured now
-    return Source(known.epoch, tables)
-
-
-def _lost(spec: PipelineSpec, known: PipelineState, identity: SourceIdentity, slot: SlotState | None) -> str | None:
-    """Return why changes may have been lost since the pipeline's state was saved; None: they were not."""
-    if (known.system_identifier, known.timeline) != identity:
-        return "the source is another server, or was promoted or restored"
-    if known.slot_lsn is not None and slot is None:
-        return f"replication slot {spec.slot} is gone"
-    if slot is not None and slot.wal_status == "lost":
-        return f"the source removed log that replication slot {spec.slot} still needed"
-    return None
-
-
-def _slot_missing(spec: PipelineSpec, why: str) -> SlotMissing:
-    return SlotMissing(
-        f"Changes may have been lost: {why}. Type `deltactl run {spec.name} --new-slot` to begin a new epoch:"
-        " every table is loaded again, and documents of rows that are gone are removed."
-    )
-
-
-def check_slot(spec: PipelineSpec, reader: PostgresReader, state: StateStore) -> None:
-    """Raise SlotMissing unless the slot is there and goes on where the pipeline's state was."""
-    known = state.pipeline(spec.name)
-    assert known is not None, "prepare_source saved it"
-    wrong = _lost(spec, known, reader.identity(), reader.slot(spec.slot))
-    if wrong is not None:
-        raise _slot_missing(spec, wrong)
-
-
-def _epoch_above(spec: PipelineSpec, sinks: Mapping[str, AnySink], tables: Mapping[str, Table]) -> int:
-    """Return an epoch above that of every document that is there already: the state store may have been lost."""
-    newest = 0
-    for sink, targets in targets_of(sinks.values(), tables.values(), spec):
-        for target in targets:
-            sink.prepare(target)
-            for batch in sink.scan(target):
-                newest = max([newest, *(epoch_of(version) for _, version in batch)])
-    return newest + 1
 
 
 def settle_memory() -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from delta_sync.errors import UsageError
-from delta_sync.pipeline import Pipeline, check_complete
-from delta_sync.running import load_processor
+from delta_sync.pipeline import Pipeline, check_complete, load_processor
 from delta_sync.spec import PipelineSpec, load_spec
 
 SPEC = """
