@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 export DELTA_JARS ?= $(CURDIR)/.cache/jars
 
-.PHONY: help setup jars test lint types unit format clean
+.PHONY: bench help setup jars test lint types unit format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,6 +57,11 @@ playground: setup ## the demo's servers, and a shell to type at them: docs/tutor
 	@$(BIN)/python -m examples.demo.playground
 
 # ── bench ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+bench: setup ## measure: the worker alone, end to end beside the engine alone, latency and footprint (some minutes)
+	$(BIN)/python benchmarks/worker.py
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/latency.py
 
 # ── docs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
