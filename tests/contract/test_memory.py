@@ -13,6 +13,7 @@ from delta_sync.testing.contract import MOVIE, AnySink, SinkContract, apply, sto
 
 
 class TestMemory(SinkContract):
+    second_step = None
     storm_seeds = range(60)  # it is the fastest, so it gets the most
 
     @pytest.fixture

@@ -7,7 +7,7 @@ import decimal
 import math
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -16,17 +16,36 @@ from bson.int64 import Int64
 from pymongo import MongoClient
 from pymongo.database import Database
 
-from delta_sync.changes import APPLIED, STALE, Outcome, Write
+from delta_sync.changes import APPLIED, STALE, Write
 from delta_sync.errors import SinkBusy
 from delta_sync.sinks.base import Stored, Target
-from delta_sync.sinks.mongodb import CODEC, FLOOR_ID, TOMBSTONES, MongoOptions, MongoSink, MongoTargetOptions
+from delta_sync.sinks.mongodb import (
+    CODEC,
+    FLOOR_ID,
+    SCAN_BATCH,
+    TOMBSTONES,
+    MongoOptions,
+    MongoSink,
+    MongoTargetOptions,
+)
 from delta_sync.tables import Column, Kind, Table
-from delta_sync.testing.contract import MOVIE, AnySink, SinkContract, apply, storm
+from delta_sync.testing.contract import (
+    MOVIE,
+    AnySink,
+    Died,
+    SecondStep,
+    SinkContract,
+    apply,
+    dying,
+    scanned,
+    storm,
+)
 from delta_sync.testing.servers import MongoStandIn
 from delta_sync.values import Document, Interval
 
 TTL_S = 3600
 DATABASE = "delta_contract"
+SECOND_STEP = SecondStep("_outranked", frozenset({"tombstone", "floor"}), looks_first=True)
 
 
 def open_sink(url: str, cls: Callable[..., MongoSink] = MongoSink, query: str = "") -> MongoSink:
@@ -89,6 +108,7 @@ def as_bson(value: object) -> Any:
 
 
 class TestMongo(SinkContract):
+    second_step = SECOND_STEP
     reads_never_go_back = False
     storm_seeds = range(6)
 
@@ -127,11 +147,11 @@ class VersionsOff(MongoSink):
 
 
 class TombstonesOff(MongoSink):
-    """An upsert does not look whether its row was deleted meanwhile."""
+    """An upsert does not look whether its row was deleted."""
 
-    def _obey_tombstones(
+    def _outranked(
         self, target: Target, written: Sequence[int], ids: Sequence[object], writes: Sequence[Write]
-    ) -> dict[int, Outcome]:
+    ) -> dict[int, int]:
         return {}
 
 
@@ -156,12 +176,15 @@ class Interrupted(MongoSink):
     """Something happens between the first and the second step of an upsert."""
 
     meanwhile: Callable[[], object] = staticmethod(lambda: None)
+    looks = 0
 
-    def _obey_tombstones(
+    def _outranked(
         self, target: Target, written: Sequence[int], ids: Sequence[object], writes: Sequence[Write]
-    ) -> dict[int, Outcome]:
-        self.meanwhile()
-        return super()._obey_tombstones(target, written, ids, writes)
+    ) -> dict[int, int]:
+        self.looks += 1
+        if self.looks == 2:  # the first was before it wrote
+            self.meanwhile()
+        return super()._outranked(target, written, ids, writes)
 
 
 def test_a_delete_between_the_steps_of_an_older_upsert(mongodb: MongoStandIn, sink: MongoSink, target: Target) -> None:
@@ -185,6 +208,125 @@ def test_a_newer_upsert_between_the_steps_of_an_older_one_stays(
     assert apply(slow, target, (1,), 5, {"n": 5}) == STALE
     assert sink.read(target, [(1,)]) == [Stored(7, {"n": 7})]
     slow.close()
+
+
+# ── sweeping ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Clock:
+    """Moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = dt.datetime(2024, 2, 29, tzinfo=dt.UTC)
+
+    def __call__(self) -> dt.datetime:
+        return self.now
+
+    def pass_s(self, seconds: float) -> None:
+        self.now += dt.timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def clocked(mongodb: MongoStandIn, target: Target, clock: Clock) -> Iterator[MongoSink]:
+    """A sink by that clock, on the empty `target`."""
+    sink = MongoSink("docs", f"{mongodb.url}{DATABASE}", MongoOptions(), TTL_S, now=clock)
+    yield sink
+    sink.close()
+
+
+def leave_behind(sink: MongoSink, target: Target, key: int, overtake: Callable[[], object]) -> None:
+    with dying(sink, SECOND_STEP, overtake), pytest.raises(Died):
+        apply(sink, target, (key,), 5, {"n": 5})
+
+
+def test_a_sweep_of_recent_tombstones_leaves_the_others(clocked: MongoSink, target: Target, clock: Clock) -> None:
+    leave_behind(clocked, target, 1, lambda: apply(clocked, target, (1,), 6, None))
+    clock.pass_s(100)
+    leave_behind(clocked, target, 2, lambda: apply(clocked, target, (2,), 6, None))
+    assert clocked.sweep(target, recent_s=99) == 1
+    assert scanned(clocked, target) == {"1": 5}
+    assert clocked.sweep(target) == 1
+    assert scanned(clocked, target) == {}
+
+
+def test_a_sweep_looks_below_a_floor_while_it_is_recent(clocked: MongoSink, target: Target, clock: Clock) -> None:
+    leave_behind(clocked, target, 1, lambda: clocked.truncate(target, 6))
+    clock.pass_s(100)
+    assert clocked.sweep(target, recent_s=99) == 0
+    assert clocked.sweep(target, recent_s=101) == 1
+
+
+def test_all_documents_are_looked_at_until_a_floor_has_settled(
+    clocked: MongoSink, target: Target, clock: Clock, database: Database[dict[str, Any]]
+) -> None:
+    """A start must not cost a look at the whole collection for ever, because it was truncated once."""
+
+    def late() -> None:
+        """Write below the floor, as a process that stood still for long would."""
+        database["movie"].insert_one({"_id": 1, "_version": 5})
+
+    clocked.truncate(target, 6)
+    late()
+    assert clocked.sweep(target) == 1
+    late()
+    assert clocked.sweep(target) == 1  # too soon after it was raised for the sweep before to be the last one
+    clock.pass_s(86_400)
+    late()
+    assert clocked.sweep(target) == 1
+    late()
+    assert clocked.sweep(target) == 0
+    clocked.truncate(target, 4)  # does not lower it
+    assert clocked.sweep(target) == 1
+
+
+def test_a_sweep_looks_at_everything_in_parts(clocked: MongoSink, target: Target) -> None:
+    count = SCAN_BATCH + 10
+    writes = [Write((n,), 5, {"n": n}) for n in range(count)]
+
+    def overtake() -> None:
+        clocked.apply(target, [Write((n,), 6, None) for n in range(0, count, 2)])
+
+    with dying(clocked, SECOND_STEP, overtake), pytest.raises(Died):
+        clocked.apply(target, writes)
+    assert clocked.sweep(target) == count // 2
+    assert scanned(clocked, target) == {str(n): 5 for n in range(1, count, 2)}
+
+
+@pytest.mark.parametrize("by", ["tombstone", "floor"])
+def test_a_newer_write_wins_against_a_sweep(mongodb: MongoStandIn, sink: MongoSink, target: Target, by: str) -> None:
+    class Slow(MongoSink):
+        """A row comes back when a sweep has found its old document, and is about to delete it."""
+
+        def _remove(self, target: Target, outranked: Iterable[tuple[object, int]]) -> int:
+            if found := list(outranked):
+                assert apply(sink, target, (1,), 7, {"n": 7}) == APPLIED
+            return super()._remove(target, found)
+
+        def _remove_below(self, target: Target, ids: Sequence[object], version: int) -> int:
+            assert apply(sink, target, (1,), 7, {"n": 7}) == APPLIED
+            return super()._remove_below(target, ids, version)
+
+    if by == "tombstone":
+        leave_behind(sink, target, 1, lambda: apply(sink, target, (1,), 6, None))
+    else:
+        leave_behind(sink, target, 1, lambda: sink.truncate(target, 6))
+    slow = open_sink(mongodb.url, Slow)
+    assert slow.sweep(target) == 0
+    assert sink.read(target, [(1,)]) == [Stored(7, {"n": 7})]
+    slow.close()
+
+
+def test_a_row_that_is_deleted_already_does_not_come_back_for_a_moment(sink: MongoSink, target: Target) -> None:
+    """A late upsert that dies before its second step has not even written, unless it was overtaken while it ran."""
+    apply(sink, target, (1,), 6, None)
+    with dying(sink, SECOND_STEP, lambda: None), pytest.raises(Died):
+        sink.apply(target, [Write((1,), 5, {"n": 5}), Write((2,), 5, {"n": 5})])
+    assert scanned(sink, target) == {"2": 5}
 
 
 # ── what is stored ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -257,7 +399,7 @@ def test_tombstones_expire_by_a_ttl_index_and_floors_do_not(
     indexes: Mapping[str, Mapping[str, Any]] = tombstones.index_information()
     assert indexes["at_1"]["expireAfterSeconds"] == TTL_S
     assert sorted(tombstones.find(), key=lambda one: one["version"]) == [
-        {"_id": FLOOR_ID, "version": 3},
+        {"_id": FLOOR_ID, "version": 3, "raised_at": now},
         {"_id": 1, "version": 5, "at": now},
     ]
     now += dt.timedelta(seconds=7)
@@ -334,6 +476,7 @@ def test_a_server_that_is_gone_or_hangs_is_busy(mongodb: MongoStandIn, target: T
         lambda: sink.read(target, [(1,)]),
         lambda: list(sink.scan(target)),
         lambda: sink.truncate(target, 3),
+        lambda: sink.sweep(target),
         lambda: sink.prepare(target),
         lambda: sink.drop(target),
     ):

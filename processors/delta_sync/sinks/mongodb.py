@@ -229,7 +229,7 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
         with self._typed_errors():
             # The rules in the module's text ask for this order.
             upserts = [index for index in operations if index not in tombstones]
-            outcomes |= dict.fromkeys(self._outranked(target, upserts, ids, writes), STALE)
+            outcomes |= self._obey_tombstones(target, upserts, ids, writes)
             outcomes |= self._send(self._tombstones(target), tombstones, content)
             operations = {index: one for index, one in operations.items() if index not in outcomes}
             outcomes |= self._send(self._documents(target), operations, content)
@@ -316,7 +316,13 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
         if not written:
             return {}
         among = {"_id": {"$in": [*(ids[index] for index in written), FLOOR_ID]}}
-        floor, deleted = _versions(target.table, self._tombstones(target).find(among, {"version": 1}))
+        try:
+            floor, deleted = _versions(target.table, self._tombstones(target).find(among, {"version": 1}))
+        except _UNENCODABLE:
+            fit = [index for index in written if _unfit({"_id": ids[index]}) is None]
+            if len(fit) == len(written):
+                raise
+            return self._outranked(target, fit, ids, writes)  # the others are rejected when they are written
         if not floor and not deleted:
             return {}
         least = {index: max(floor, deleted.get(key_text(writes[index].key), 0)) for index in written}
@@ -325,7 +331,7 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
     def _obey_tombstones(
         self, target: Target, written: Sequence[int], ids: Sequence[object], writes: Sequence[Write]
     ) -> dict[int, Outcome]:
-        """Return as stale the writes that a tombstone or the floor outranks, their documents deleted."""
+        """Return as stale the writes that a tombstone or the floor outranks; delete what is that old of their rows."""
         outranked = self._outranked(target, written, ids, writes)
         self._remove(
             target,
@@ -361,12 +367,16 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
         All versions are read: a server that was to find the older ones by itself, without an index, could look for
         longer than a command may take when there are few.
         """
-        documents, gone = self._documents(target), 0
-        for batch in _batches(documents.find({}, {VERSION_FIELD: 1})):
+        gone = 0
+        for batch in _batches(self._documents(target).find({}, {VERSION_FIELD: 1})):
             ids = [one["_id"] for one in batch if int(one.get(VERSION_FIELD, version)) < version]
-            if ids:
-                gone += documents.delete_many({"_id": {"$in": ids}, VERSION_FIELD: {"$lt": version}}).deleted_count
+            gone += self._remove_below(target, ids, version) if ids else 0
         return gone
+
+    def _remove_below(self, target: Target, ids: Sequence[object], version: int) -> int:
+        """Delete the documents of these that are still older."""
+        older = {"_id": {"$in": ids}, VERSION_FIELD: {"$lt": version}}
+        return self._documents(target).delete_many(older).deleted_count
 
     def sweep(self, target: Target, recent_s: float | None = None) -> int:
         """Delete what is older than its tombstone or the floor; return how many went. Tombstones expire by themselves.

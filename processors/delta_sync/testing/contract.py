@@ -627,7 +627,7 @@ class SinkContract:
 def dying(sink: AnySink, step: SecondStep, overtake: Callable[[], object]) -> Generator[None, None, None]:
     """Let one `apply` of the sink raise Died in place of its second step.
 
-    `overtake` is called just before it writes its documents: after it has looked first, if it does. It may use the sink.
+    `overtake`, which may use the sink, is called just before documents are written: after the first look, if there is.
     """
     look = getattr(sink, step.method)
     looks: list[Any] = []
