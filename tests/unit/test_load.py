@@ -1,0 +1,381 @@
+"""The load: what is read when, with which claim, and what a restart goes on with. Source and time are fakes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from delta_sync import load
+from delta_sync.changes import Change, Key
+from delta_sync.errors import SourceBusy
+from delta_sync.load import Loader, SharedSamples, Slice
+from delta_sync.progress import LogPosition, Progress
+from delta_sync.sources.postgresql.claims import Sample, Snapshot
+from delta_sync.sources.postgresql.reader import Blocker, Chunk, PostgresReader
+from delta_sync.spec import LoadSpec
+from delta_sync.state import StateStore, TableLoad
+from delta_sync.tables import Column, Kind, Table
+from delta_sync.values import Row
+from delta_sync.versions import dump_version
+
+EPOCH = 2
+CHUNK_ROWS = 3
+MOVIE, GENRE = "public.movie", "public.genre"
+EVERYTHING = Snapshot(50, 50, frozenset())  # a snapshot that sees every transaction of these tests
+JOIN_TIMEOUT_S = 60.0
+
+
+def table(name: str) -> Table:
+    return Table("public", name, (Column("id", "integer", Kind.INTEGER),), ("id",))
+
+
+class FakeReader:
+    """A source whose log is a counter. `snapshots` are given out one by one; the last of them for ever."""
+
+    def __init__(self, rows: int = 0) -> None:
+        self.rows = rows
+        self.lsn = 1000
+        self.snapshots = [EVERYTHING]
+        self.read_behind: list[tuple[str, Key | None]] = []
+        self.while_reading: Callable[[], None] = lambda: None
+        self.on_heartbeat: Callable[[int], None] = lambda lsn: None
+        self.errors: list[Exception] = []
+
+    def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
+        return {name: f"columns of {name}" for name in names}
+
+    def estimated_rows(self, table: Table) -> int | None:
+        return 42
+
+    def insert_lsn(self) -> int:
+        return self.lsn
+
+    def heartbeat(self, prefix: str) -> int:
+        assert prefix == "beat"
+        if self.errors:
+            raise self.errors.pop(0)
+        self.lsn += 10
+        lsn = self.lsn
+        self.on_heartbeat(lsn)
+        return lsn
+
+    def blockers(self) -> list[Blocker]:
+        return [Blocker(77, 40, 12.0, "UPDATE movie")]
+
+    def read_chunk(
+        self, table: Table, after: Key | None, rows_most: int, bytes_most: int, usable: Callable[[Snapshot], bool]
+    ) -> Chunk | None:
+        snapshot = self.snapshots.pop(0) if len(self.snapshots) > 1 else self.snapshots[0]
+        if not usable(snapshot):
+            return None
+        self.while_reading()
+        self.read_behind.append((table.id, after))
+        first = 0 if after is None else after[0] + 1
+        ids = range(self.rows)[first : first + rows_most]
+        rows: list[tuple[Key, Row]] = [((id_,), {"id": id_}) for id_ in ids]
+        return Chunk(snapshot, rows, rows[-1][0] if len(rows) == rows_most else None)
+
+
+class Stopping(threading.Event):
+    """Notes the pauses instead of making them. `during` is called in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses: list[float] = []
+        self.during: Callable[[], None] = lambda: None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.pauses.append(timeout)
+        assert len(self.pauses) < 10_000, "it would wait for ever"
+        self.during()
+        return self.is_set()
+
+
+class Bench:
+    """A loader with everything about it under control. By default the log passes at once and slices are written."""
+
+    def __init__(self, folder: Path, tables: Sequence[str] = (MOVIE,), rows: int = 0) -> None:
+        self.folder = folder
+        self.tables = {name: table(name.split(".")[1]) for name in tables}
+        self.reader = FakeReader(rows)
+        self.position = LogPosition(lambda: 0.0)
+        self.reader.on_heartbeat = self.position.advance
+        self.progress = Progress(self.position, lambda: 0.0)
+        self.samples = SharedSamples()
+        self.samples.add(Sample(5000, 10))
+        self.stopping = Stopping()
+        self.slices: list[Slice] = []
+        self.finished: list[str] = []
+        self.failures: list[BaseException] = []
+        self.state = StateStore.open("sqlite:///state.db", folder)
+
+    def hand_over(self, slice_: Slice) -> None:
+        self.slices.append(slice_)
+        slice_.done.set_result(None)
+
+    def finish(self, done: TableLoad) -> None:
+        self.finished.append(done.table)
+        if len(self.finished) == len(self.tables):
+            self.stopping.set()
+
+    def loader(self, epoch: int = EPOCH) -> Loader:
+        return Loader(
+            pipeline="movies",
+            epoch=epoch,
+            reader=cast("PostgresReader", self.reader),
+            samples=self.samples,
+            position=self.position,
+            progress=self.progress,
+            state=self.state,
+            options=LoadSpec(chunk_rows=CHUNK_ROWS),
+            heartbeat_prefix="beat",
+            tables=lambda: self.tables,
+            hand_over=lambda slice_: self.hand_over(slice_),
+            finished=self.finish,
+            failed=self.failures.append,
+            stopping=self.stopping,
+        )
+
+    @property
+    def changes(self) -> list[Change]:
+        return [change for slice_ in self.slices for change in slice_.changes]
+
+    def saved(self, name: str = MOVIE) -> TableLoad:
+        return self.state.loads("movies")[name]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def bench(**options: Any) -> Bench:
+        made.append(Bench(tmp_path, **options))
+        return made[-1]
+
+    yield bench
+    for each in made:
+        each.state.close()
+
+
+MakeBench = Callable[..., Bench]
+
+
+def test_all_rows_come_in_chunks_with_a_version_below_their_claim(make: MakeBench) -> None:
+    bench = make(rows=7)
+    bench.loader().run()
+    version = dump_version(EPOCH, 5000)
+    assert bench.changes == [Change(MOVIE, (id_,), version, {"id": id_}) for id_ in range(7)]
+    assert bench.reader.read_behind == [(MOVIE, None), (MOVIE, (2,)), (MOVIE, (5,))]
+    assert bench.finished == [MOVIE]
+    assert bench.failures == []
+    saved = bench.saved()
+    assert (saved.state, saved.rows, saved.epoch, saved.reason) == ("done", 7, EPOCH, "first load")
+    assert saved.fingerprint == f"columns of {MOVIE}"
+    assert saved.covered_from == 1010  # behind the first heartbeat, which the log has brought
+    assert bench.progress.loads == {MOVIE: {"estimate": 42, "state": "done", "rows": 7, "reason": "first load"}}
+
+
+def test_an_empty_table(make: MakeBench) -> None:
+    bench = make()
+    bench.loader().run()
+    assert (bench.changes, bench.finished, bench.saved().state) == ([], [MOVIE], "done")
+
+
+def test_a_table_of_exactly_one_chunk(make: MakeBench) -> None:
+    bench = make(rows=CHUNK_ROWS)
+    bench.loader().run()
+    assert len(bench.changes) == CHUNK_ROWS
+    assert bench.reader.read_behind == [(MOVIE, None), (MOVIE, (2,))]
+
+
+def test_a_chunk_is_handed_over_in_slices(make: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "SLICE_ROWS", 2)
+    bench = make(rows=CHUNK_ROWS)
+    bench.loader().run()
+    assert [len(slice_.changes) for slice_ in bench.slices] == [2, 1]
+
+
+def test_one_table_after_the_other(make: MakeBench) -> None:
+    bench = make(tables=(MOVIE, GENRE), rows=4)
+    bench.loader().run()
+    assert bench.finished == [MOVIE, GENRE]
+    assert [name for name, _ in bench.reader.read_behind] == [MOVIE, MOVIE, GENRE, GENRE]
+
+
+def test_rows_are_handed_over_only_when_the_log_has_passed(make: MakeBench) -> None:
+    """A row's own change may still be on its way through the log, behind older ones of the same row."""
+    bench = make(rows=2)
+    seen: list[tuple[int, int]] = []
+    hand_over = bench.hand_over
+
+    def watch(slice_: Slice) -> None:
+        seen.append((bench.position.passed_lsn, bench.reader.lsn))
+        hand_over(slice_)
+
+    bench.hand_over = watch  # type: ignore[method-assign]  # to look at the moment
+    beats: list[int] = []
+    read = threading.Event()
+    bench.reader.while_reading = read.set
+
+    def beat(lsn: int) -> None:
+        """The first one passes at once, so that the load begins; the second has to wait."""
+        beats.append(lsn)
+        if len(beats) == 1:
+            bench.position.advance(lsn)
+        else:
+            asked.set()
+
+    asked = threading.Event()
+    bench.reader.on_heartbeat = beat
+    loader = bench.loader()
+    loader.start()
+    assert asked.wait(JOIN_TIMEOUT_S)
+    assert read.is_set()  # the heartbeat was written after the chunk was read
+    assert seen == []
+    bench.position.advance(beats[1])
+    loader.join(JOIN_TIMEOUT_S)
+    assert seen == [(beats[1], beats[1])]
+    assert bench.finished == [MOVIE]
+
+
+def test_a_chunk_waits_for_a_snapshot_that_can_claim(make: MakeBench) -> None:
+    bench = make(rows=1)
+    too_early = Snapshot(9, 12, frozenset({9}))
+    bench.reader.snapshots = [too_early] * 100 + [EVERYTHING]
+    states: list[tuple[str, str | None]] = []
+    bench.stopping.during = lambda: states.append(bench.progress.state())
+    bench.loader().run()
+    assert bench.stopping.pauses == [load.CLAIM_POLL_S] * 100
+    assert bench.finished == [MOVIE]
+    told = [state for state in states if state[0] == "waiting"]
+    assert 0 < len(told) < 100  # not for a moment's delay
+    assert told[-1][1] == (
+        f"load: {MOVIE} cannot be read before the end of pid 77 (xid 40, open for 12 s): UPDATE movie"
+    )
+    assert bench.progress.state()[0] != "waiting"
+
+
+def test_a_claim_from_before_the_log_covers_the_table_is_none(make: MakeBench) -> None:
+    bench = make(rows=1)
+    bench.reader.lsn = 9000  # all samples are older
+
+    def sample() -> None:
+        if len(bench.stopping.pauses) == 3:
+            bench.samples.add(Sample(9500, 20))
+
+    bench.stopping.during = sample
+    bench.loader().run()
+    assert len(bench.stopping.pauses) == 3
+    assert [change.version for change in bench.changes] == [dump_version(EPOCH, 9500)]
+
+
+def test_samples_may_be_forgotten_while_rows_are_read(make: MakeBench) -> None:
+    """The watch does so when the source does not answer it."""
+    bench = make(rows=1)
+    bench.reader.while_reading = bench.samples.forget
+    bench.loader().run()
+    assert bench.failures == []
+    assert [change.version for change in bench.changes] == [dump_version(EPOCH, 5000)]
+
+
+def test_a_restart_goes_on_behind_the_last_chunk_that_was_written(make: MakeBench) -> None:
+    bench = make(rows=8)
+
+    def stop_at_the_second(slice_: Slice) -> None:
+        bench.slices.append(slice_)
+        if len(bench.slices) < 2:
+            slice_.done.set_result(None)
+        else:
+            bench.stopping.set()  # it is never acknowledged
+
+    bench.hand_over = stop_at_the_second  # type: ignore[method-assign]  # a worker that stops in between
+    bench.loader().run()
+    assert (bench.saved().after_key, bench.saved().rows, bench.saved().state) == ((2,), 3, "running")
+    assert (bench.failures, bench.finished) == ([], [])
+
+    again = make(rows=8)
+    again.reader.lsn = 3000
+    again.loader().run()
+    assert again.reader.read_behind == [(MOVIE, (2,)), (MOVIE, (5,))]
+    assert [change.key[0] for change in again.changes] == [3, 4, 5, 6, 7]
+    assert again.saved().covered_from == bench.saved().covered_from == 1010
+    assert again.saved().rows == 8
+
+
+def test_a_loaded_table_is_not_loaded_again(make: MakeBench) -> None:
+    make(rows=2).loader().run()
+    again = make(tables=(MOVIE, GENRE), rows=2)
+    again.finished.append("so that the next one ends the run")
+    again.loader().run()
+    assert again.reader.read_behind == [(GENRE, None)]
+    assert again.progress.loads[MOVIE]["state"] == "done"
+
+
+@pytest.mark.parametrize(("epoch", "reload"), [(EPOCH + 1, None), (EPOCH, "its columns changed")])
+def test_a_new_epoch_or_a_reload_begins_at_the_start(make: MakeBench, epoch: int, reload: str | None) -> None:
+    make(rows=2).loader().run()
+    again = make(rows=2)
+    again.reader.lsn = 2000
+    loader = again.loader(epoch)
+    if reload is not None:
+        loader.reload(MOVIE, reload)
+        assert loader.busy
+    loader.run()
+    assert [change.version for change in again.changes] == [dump_version(epoch, 5000)] * 2
+    saved = again.saved()
+    assert (saved.reason, saved.rows, saved.epoch, saved.covered_from) == (reload or "the epoch rose", 2, epoch, 2010)
+
+
+def test_a_reload_that_is_asked_for_while_the_table_is_loaded(make: MakeBench) -> None:
+    bench = make(rows=8)
+    loader = bench.loader()
+    asked: list[bool] = []
+
+    def ask_once() -> None:
+        if not asked:
+            asked.append(True)
+            loader.reload(MOVIE, "its columns changed")
+
+    bench.reader.while_reading = ask_once
+    loader.run()
+    assert bench.reader.read_behind == [(MOVIE, None), (MOVIE, None), (MOVIE, (2,)), (MOVIE, (5,))]
+    assert bench.finished == [MOVIE]
+    assert bench.saved().reason == "its columns changed"
+
+
+def test_a_source_that_does_not_answer_is_asked_again(make: MakeBench) -> None:
+    bench = make(rows=1)
+    bench.reader.errors = [SourceBusy("it starts up"), SourceBusy("it starts up")]
+    states: list[tuple[str, str | None]] = []
+    bench.stopping.during = lambda: states.append(bench.progress.state())
+    bench.loader().run()
+    assert bench.stopping.pauses == [load.RETRY_S] * 2
+    assert states == [("waiting", "load: it starts up")] * 2
+    assert bench.finished == [MOVIE]
+    assert bench.progress.state()[0] != "waiting"
+
+
+def test_a_defect_is_handed_on(make: MakeBench) -> None:
+    bench = make(rows=1)
+    defect = ZeroDivisionError("a defect")
+    bench.reader.errors = [defect]
+    bench.loader().run()
+    assert bench.failures == [defect]
+
+
+def test_what_a_sink_refuses_is_handed_on_and_nothing_is_saved(make: MakeBench) -> None:
+    bench = make(rows=8)
+    refused = RuntimeError("refused")
+
+    def refuse(slice_: Slice) -> None:
+        slice_.done.set_exception(refused)
+
+    bench.hand_over = refuse  # type: ignore[method-assign]  # a worker that stops with it
+    bench.loader().run()
+    assert bench.failures == [refused]
+    assert (bench.saved().rows, bench.saved().after_key) == (0, None)
