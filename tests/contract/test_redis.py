@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 import pytest
 
 from delta_sync.sinks.redis import RedisOptions, RedisSink, RedisTargetOptions
 from delta_sync.sinks.redis_scripts import JSON
-from delta_sync.testing.contract import MOVIE, AnySink, SinkContract, storm
+from delta_sync.testing.contract import MOVIE, AnySink, SecondStep, SinkContract, storm
 from delta_sync.testing.processes import free_port
 from delta_sync.testing.servers import Redis
 from delta_sync.values import Document, to_json
@@ -18,6 +18,8 @@ from delta_sync.values import Document, to_json
 
 class RedisContract(SinkContract):
     """The contract, with a store that is not there."""
+
+    second_step: ClassVar[SecondStep | None] = None  # one call of a script compares and writes
 
     @pytest.fixture
     def unreachable(self) -> Iterator[AnySink]:
@@ -68,7 +70,13 @@ class TestHash(RedisContract):
         return hash_form(document)
 
 
+# A script cannot see the floor, which is in another slot.
+CLUSTERS_SECOND_STEP = SecondStep("_floor", frozenset({"floor"}), looks_first=True)
+
+
 class TestCluster(RedisContract):
+    second_step = CLUSTERS_SECOND_STEP
+
     @pytest.fixture
     def sink(self, redis_cluster: Redis) -> Iterator[AnySink]:
         sink = RedisSink("cache", redis_cluster.url, RedisOptions(), 3600)
@@ -77,6 +85,7 @@ class TestCluster(RedisContract):
 
 
 class TestClusterHash(RedisContract):
+    second_step = CLUSTERS_SECOND_STEP
     storm_seeds = range(3)  # what differs from the two above is covered by the rest
 
     @pytest.fixture

@@ -408,6 +408,71 @@ def test_in_a_cluster_a_write_obeys_a_floor_that_rises_meanwhile(redis_cluster: 
     sink.close()
 
 
+def test_in_a_cluster_a_sweep_looks_below_a_floor_until_it_has_settled(redis_cluster: Redis) -> None:
+    """A start must not cost a look at all keys for ever, because a table was truncated once."""
+    now_s = 1_700_000_000.0
+    sink = RedisSink("cache", redis_cluster.url, RedisOptions(), 3600, wall_clock=lambda: now_s)
+    target = target_of(sink)
+    with redis.Redis(port=redis_cluster.port) as client:
+
+        def late() -> None:
+            """Write below the floor, as a process that stood still for long would."""
+            client.set("movie:1", b'{"_version":"%019d"}' % 5)
+
+        late()
+        assert sink.sweep(target) == 0  # there is no floor
+        sink.truncate(target, 6)
+        late()
+        now_s += 100
+        assert sink.sweep(target, recent_s=99) == 0
+        assert sink.sweep(target, recent_s=101) == 1
+        late()
+        assert sink.sweep(target) == 1
+        late()
+        now_s += 86_400
+        assert sink.sweep(target, recent_s=101) == 0
+        assert sink.sweep(target) == 1
+        assert client.keys("delta:*") == [b"delta:f:movie:{id}"]
+        late()
+        assert sink.sweep(target) == 0
+        sink.truncate(target, 4)  # does not lower it
+        late()
+        assert sink.sweep(target) == 1
+        assert sink.drop(target) == 0
+        assert client.keys("*") == []
+    sink.close()
+
+
+class TruncatedDuringSweep(RedisSink):
+    """A sink whose floor rises while a sweep looks."""
+
+    other: RedisSink
+
+    def _scan_keys(self, target: Target) -> Iterator[list[bytes]]:
+        yield from super()._scan_keys(target)
+        self.other.truncate(target, 9)
+
+
+def test_in_a_cluster_a_floor_that_rises_during_a_sweep_has_not_settled(redis_cluster: Redis) -> None:
+    now_s = 1_700_000_000.0
+    sink, other = (
+        cls("cache", redis_cluster.url, RedisOptions(), 3600, wall_clock=lambda: now_s)
+        for cls in (TruncatedDuringSweep, RedisSink)
+    )
+    assert isinstance(sink, TruncatedDuringSweep)
+    sink.other = other
+    target = target_of(other)
+    other.truncate(target, 6)
+    now_s += 90_000
+    assert sink.sweep(target) == 0
+    with redis.Redis(port=redis_cluster.port) as client:
+        client.set("movie:1", b'{"_version":"%019d"}' % 8)
+    assert other.sweep(target) == 1
+    other.drop(target)
+    other.close()
+    sink.close()
+
+
 def give_slots(to: str, nodes: list[Any]) -> None:
     """Tell nodes, the new owner first, that every other slot is its own. The slots must be empty."""
     ask(nodes[0], "CLUSTER BUMPEPOCH")  # or the old owner's gossip, arriving between the two, would take them back

@@ -10,7 +10,9 @@ A value of the format's type without a version, such as one that a cache-aside a
 every write: it is overwritten, and deleted with its row. A key of another type is left alone: its writes are rejected.
 
 In a cluster a script can touch one slot only. There each write is a call of its own, pipelined, and the floor is read
-before and after them: what slipped in below a floor that was raised meanwhile is deleted in a second step.
+before and after them: what slipped in below a floor that was raised meanwhile is deleted in a second step. A process
+that dies before it leaves such a document behind. `delta:r:movie:{id}`, the time at which the floor was raised, tells
+`sweep` to look for it.
 
 What Redis acknowledges it can lose: by default a crash takes the last second or two of its append-only file with it,
 and a failover what the replica had not received. Nobody sends those writes again; a dump repairs what they changed.
@@ -47,10 +49,11 @@ from delta_sync.sinks.redis_keys import (
     floor_key,
     key_of_tombstone,
     parse_template,
+    raised_key,
     slot_of,
     tombstone_key,
 )
-from delta_sync.sinks.redis_scripts import ABOVE_ALL, HASH, JSON, PROBE, RAISE_FLOOR, ZERO
+from delta_sync.sinks.redis_scripts import ABOVE_ALL, FORGET, HASH, JSON, PROBE, RAISE_FLOOR, ZERO
 from delta_sync.spec import Duration
 from delta_sync.tables import Table
 from delta_sync.values import Document, from_json, to_json
@@ -65,6 +68,7 @@ CONNECT_TIMEOUT_S = 5.0  # a handshake takes a round trip or three, so beyond th
 REPLY_TIMEOUT_S = 15.0  # a call takes milliseconds, an fsync or a fork on a slow disk may take seconds
 SCRIPT_ATTEMPTS = 3  # a restart or failover empties the script cache; three in one batch are no coincidence
 READONLY_GRACE_S = 120.0  # after a failover a name may lead to the old primary for as long as DNS keeps it
+FLOOR_SETTLES_S = 86_400  # no writer stands still for so long between reading the floor and writing
 FULL_RETRY_S = 10.0  # memory comes back when keys expire or somebody acts, not within milliseconds
 OLDEST = (6, 2)  # of Redis, that this is tested with
 
@@ -127,9 +131,11 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
         tombstone_ttl_s: int,
         *,
         now: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`now` is a clock in seconds. Raises UsageError when the URL cannot be meant."""
+        """Clocks are in seconds, `wall_clock` since 1970. Raises UsageError when the URL cannot be meant."""
         super().__init__(name, url, options, tombstone_ttl_s)
+        self._wall_clock = wall_clock
         self._link = _Link(name, url, options, now)
         self._scripts = HASH if options.format == "hash" else JSON
         self._encode = _hash_args if options.format == "hash" else _json_args
@@ -194,12 +200,12 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
             return outcomes
         outcomes, sent, calls = self._calls(target, writes, self._floor(target))
         self._settle(outcomes, sent, self._link.run(self._scripts.write, calls))
-        floor = int(self._floor(target))
-        late = [place for place in sent if outcomes[place] is APPLIED and writes[place].version < floor]
-        if late:
-            keys = [_template(target).render(writes[place].key).encode() for place in late]
-            self._remove(keys, b"%019d" % floor)
-            for place in late:
+        floor = self._floor(target)
+        late = [place for place in sent if writes[place].version < int(floor)]
+        # What is stale may have been written by a process that died right here, and is now repeated.
+        self._remove([_template(target).render(writes[place].key).encode() for place in late], floor)
+        for place in late:
+            if outcomes[place] is APPLIED:
                 outcomes[place] = STALE
         return outcomes
 
@@ -260,8 +266,31 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
     def truncate(self, target: Target, version: int) -> int:
         """Raise the floor, then scan and delete. In a cluster, do not move slots meanwhile: SCAN could miss keys."""
         text = b"%019d" % version
-        self._link.run(RAISE_FLOOR, [_Call([floor_key(target.place)], [text])])
+        call = _Call([floor_key(target.place)], [text])
+        if self._link.is_cluster:
+            call = _Call([*call.keys, raised_key(target.place)], [text, b"%d" % self._wall_clock()])
+        self._link.run(RAISE_FLOOR, [call])
         return sum(self._remove(keys, text) for keys in self._scan_keys(target))
+
+    def sweep(self, target: Target, recent_s: float | None = None) -> int:
+        """In a cluster, delete what is below the floor while it has not settled; return how much was.
+
+        Because a write reads the floor first, what is left below one was written about when it was raised. A look at
+        everything that begins long after is the last one, for it takes a cluster some seconds per million keys.
+        """
+        if not self._link.is_cluster:
+            return 0
+        raised: bytes | None = self._link.ask("GET", raised_key(target.place))
+        if raised is None:
+            return 0
+        age_s = self._wall_clock() - int(raised)
+        if recent_s is not None and age_s > recent_s:
+            return 0
+        floor = self._floor(target)
+        removed = sum(self._remove(keys, floor) for keys in self._scan_keys(target))
+        if age_s >= FLOOR_SETTLES_S:
+            self._link.run(FORGET, [_Call([raised_key(target.place)], [raised])])  # unless it is raised again by now
+        return removed
 
     def _remove(self, keys: Sequence[bytes], below: bytes) -> int:
         return sum(self._link.run(self._scripts.remove, self._calls_for(keys, [below])))
@@ -277,7 +306,7 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
         for tombstones in self._link.scan(TOMBSTONES + b"*", b"string"):
             own = [key for key in tombstones if _is_of(template, key_of_tombstone(key))]
             self._link.delete(own)
-        self._link.delete([floor_key(target.place)])
+        self._link.delete([floor_key(target.place), raised_key(target.place)])
         return documents
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ from delta_sync.values import scalar_text
 OWN_PREFIX = "delta:"  # of the keys that are no documents
 TOMBSTONES = b"delta:t:"
 FLOORS = b"delta:f:"
+RAISED = b"delta:r:"
 SLOTS = 16384  # Redis Cluster's
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
@@ -136,6 +137,11 @@ def glob_escape(text: bytes) -> bytes:
 def floor_key(place: str) -> bytes:
     """Return the key that holds a target's floor."""
     return FLOORS + place.encode()
+
+
+def raised_key(place: str) -> bytes:
+    """Return the key that holds when a target's floor was raised: in the floor's slot, for both have a hash tag."""
+    return RAISED + place.encode()
 
 
 def hash_tag(key: bytes) -> bytes:

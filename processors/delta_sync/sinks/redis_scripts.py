@@ -142,10 +142,16 @@ end
 return removed
 """
 
-# KEYS: a floor's; ARGV: a version. Raises the floor to it.
+# KEYS: a floor's, and in a cluster that of the time it was raised; ARGV: a version and that time. Raises the floor.
 RAISE_FLOOR = """
 local floor = redis.call('GET', KEYS[1])
 if not floor or floor < ARGV[1] then redis.call('SET', KEYS[1], ARGV[1]) end
+if KEYS[2] then redis.call('SET', KEYS[2], ARGV[2]) end
+"""
+
+# KEYS: any; ARGV: what it held. Deletes it if it still does.
+FORGET = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('UNLINK', KEYS[1]) end
 """
 
 # KEYS: of two keys that are not there. Runs every command that the others need and that can be run without a trace.
