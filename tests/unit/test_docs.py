@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +162,24 @@ def test_python_compiles_and_processors_declare_what_they_should(block: Block) -
         exec(code, module)
         (pipeline,) = [value for value in module.values() if isinstance(value, Pipeline)]
         assert pipeline.tables
+
+
+TESTS = [block for block in blocks("python") if "SinkContract" in block.text or "processor.movie(" in block.text]
+
+
+def test_there_are_tests_in_the_documentation() -> None:
+    assert len(TESTS) == 2
+
+
+@pytest.mark.parametrize("block", TESTS, ids=id_of)
+def test_tests_in_the_documentation_pass(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "pipelines" / "movies").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "examples" / "demo" / "processor.py", tmp_path / "pipelines" / "movies")
+    (tmp_path / "test_it.py").write_text(block.text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_it.py"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=id_of)
