@@ -28,12 +28,24 @@ from delta_sync.sinks.search import (
     delete_entry,
 )
 from delta_sync.tables import Column, Kind, Table, key_text
-from delta_sync.testing.contract import MOVIE, PAGE, AnySink, SinkContract, apply, scanned, storm
+from delta_sync.testing.contract import (
+    MOVIE,
+    PAGE,
+    AnySink,
+    Died,
+    SecondStep,
+    SinkContract,
+    apply,
+    dying,
+    scanned,
+    storm,
+)
 from delta_sync.testing.servers import OpenSearch
 from delta_sync.values import Interval
 
 TTL_S = 3600
 INDEX = "delta_contract.movie"
+SECOND_STEP = SecondStep("_floor", frozenset({"floor"}), looks_first=False)  # the index compares the rest by itself
 
 
 def open_sink(url: str, cls: Callable[..., SearchSink] = SearchSink, **options: object) -> SearchSink:
@@ -89,6 +101,7 @@ def store(opensearch: OpenSearch) -> Store:
 
 
 class TestOpenSearch(SinkContract):
+    second_step = SECOND_STEP
     storm_seeds = range(4)
 
     @pytest.fixture
@@ -350,6 +363,26 @@ def test_a_sweep_spares_a_row_that_came_back(opensearch: OpenSearch) -> None:
     other.close()
 
 
+@pytest.mark.parametrize("recent_s", [None, 600.0])
+def test_a_row_that_comes_back_wins_against_a_sweep_below_the_floor(
+    opensearch: OpenSearch, sink: SearchSink, target: Target, recent_s: float | None
+) -> None:
+    class Slow(SearchSink):
+        """A row comes back when a sweep has found its old document, and is about to delete it."""
+
+        def _delete(self, index: str, items: Sequence[tuple[str, int]]) -> int:
+            assert [id_ for id_, _ in items] == ["1"]
+            assert apply(sink, target, (1,), 6, {"n": 6}) == APPLIED
+            return super()._delete(index, items)
+
+    with dying(sink, SECOND_STEP, lambda: sink.truncate(target, 6)), pytest.raises(Died):
+        apply(sink, target, (1,), 5, {"n": 5})
+    slow = open_sink(opensearch.url, Slow)
+    assert slow.sweep(target, recent_s) == 0
+    assert sink.read(target, [(1,)]) == [Stored(6, {"n": 6})]
+    slow.close()
+
+
 # ── what is rejected ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -411,6 +444,7 @@ def test_a_store_that_is_gone_or_hangs_is_busy(opensearch: OpenSearch, sink: Sea
         lambda: sink.read(target, [(1,)]),
         lambda: list(sink.scan(target)),
         lambda: sink.truncate(target, 3),
+        lambda: sink.sweep(target),
         lambda: sink.prepare(target),
         lambda: sink.drop(target),
     ):

@@ -9,7 +9,8 @@ For a target called `movies` there are
   `index.gc_deletes`, or when a shard moves. (Only searches are filtered: who gets a document by its id through the
   alias meets tombstones.) Because users know only the alias, another index can be built beside this one, and swapped;
 * the index `movies-delta`, with one document: its `_version` is the target's floor (`truncate`). What is below the
-  floor needs no tombstone, so it is deleted for good.
+  floor needs no tombstone, so it is deleted for good. Because no request concerns both indices, an upsert looks at the
+  floor when its document is written, and `sweep` removes what a process that died in between left there.
 
 Documents are JSON, as `delta_sync.values.to_json` writes it: numbers keep all their digits in `_source`, whatever the
 index makes of them.
@@ -95,7 +96,8 @@ class SearchTargetOptions(TargetOptions):
     mapping: str | None = Field(
         default=None,
         description="A JSON file with the mapping to create the index with, instead of the one made from the table's "
-        'columns: {"properties": …}, or {"mappings": …, "settings": …}. Relative to the working directory.',
+        'columns: {"properties": …}, or {"mappings": …, "settings": …}. A path is relative to the directory in which '
+        "`deltactl` runs, not to `pipeline.yaml`.",
     )
     shards: int | None = Field(default=None, ge=1, le=1024, description="Primary shards of a new index.")
     replicas: int | None = Field(default=None, ge=0, le=100, description="Replicas of a new index.")
@@ -296,19 +298,29 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
         reply = self._request("PUT", f"/{place.floors}/_doc/{FLOOR_ID}", {}, params)
         if reply.status != 409:  # a higher one is there
             self._expect(reply)
-        index = self._existing_index(place)
+        return self._delete_older(self._existing_index(place), version)
+
+    def _delete_older(self, index: str, version: int) -> int:
+        """Delete the documents below a floor, but no newer ones that come in their place; return how many went."""
         older = {"bool": {"must_not": [_IS_DELETED], "filter": [{"range": {VERSION: {"lt": version}}}]}}
         # Each page's documents are below the version; afterwards they are gone, or a newer write was faster.
         return sum(
             self._delete(index, [(id_, version - 1) for id_, _ in page]) for page in self._until_none(index, older)
         )
 
-    def sweep(self, target: Target) -> int:
-        """Delete the tombstones that are older than the TTL, unless a newer write comes first; return how many went.
+    def sweep(self, target: Target, recent_s: float | None = None) -> int:
+        """Delete documents below the floor, and tombstones older than the TTL, unless a newer write comes first.
 
-        For the worker to call now and then, from one thread or process at a time for the sake of the store's peace.
+        Both are found by fields that are indexed, so all are looked for every time: `recent_s` would save nothing.
+        One thread or process at a time should do this, for the sake of the store's peace.
         """
-        index = self._existing_index(target.settings)
+        del recent_s
+        place: Place = target.settings
+        index = self._existing_index(place)
+        floor = self._floor(place)
+        return (self._delete_older(index, floor) if floor else 0) + self._delete_expired(index)
+
+    def _delete_expired(self, index: str) -> int:
         expired_ms = int((self._now() - self.tombstone_ttl_s) * 1000)
         expired = {"bool": {"filter": [_IS_DELETED, {"range": {DELETED_AT: {"lt": expired_ms}}}]}}
         return sum(self._delete(index, page) for page in self._until_none(index, expired))
