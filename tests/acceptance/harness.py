@@ -392,9 +392,9 @@ class Pipeline:
         loads = self.loads()
         return len(loads) == len(self.tables) and all(load.state == "done" for load in loads.values())
 
-    def dead_letters(self) -> list[dict[str, Any]]:
+    def dead_letters(self, *options: str) -> list[dict[str, Any]]:
         """Return the dead letters, as the command shows them."""
-        listed = self.deltactl("dead", "list", self.name, "--json")
+        listed = self.deltactl("dead", "list", self.name, "--json", *options)
         assert listed.returncode == 0, listed.stderr
         found = json.loads(listed.stdout)
         letters = found if isinstance(found, list) else found["dead_letters"]
