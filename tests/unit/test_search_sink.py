@@ -21,7 +21,6 @@ from delta_sync.sinks.search import (
     brief,
     bulk_entry,
     content_of,
-    field_of,
     index_name,
     is_own_index,
     parse_url,
@@ -30,6 +29,7 @@ from delta_sync.sinks.search import (
     retry_after_s,
     verdict,
 )
+from delta_sync.sinks.search_mapping import field_of
 from delta_sync.tables import Column, Kind, Table
 
 MOVIE = Table("public", "Movie", (Column("id", "int", Kind.INTEGER),), ("id",))
