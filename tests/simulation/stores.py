@@ -69,9 +69,9 @@ class AtomicStore(Store):
 class TwoStepStore(Store):
     """The protocol of a store that is atomic for single keys alone, as `MongoSink` follows it with MongoDB.
 
-    Documents and tombstones are in two places. An upsert writes the document and then obeys the tombstone; a delete
-    writes the tombstone and then removes the document. The operations of a batch run in any order; here in the given
-    one, with anything in between.
+    Documents and tombstones are in two places. An upsert obeys the tombstone, writes the document and obeys the
+    tombstone again; a delete writes the tombstone and then removes the document. The operations of a batch run in any
+    order; here in the given one, with anything in between.
     """
 
     def __init__(self) -> None:
@@ -80,6 +80,7 @@ class TwoStepStore(Store):
         self.floor = 0
 
     def apply(self, writes: Sequence[Write]) -> Steps:
+        writes = yield from self._not_outranked(writes)
         for write in writes:
             if write.document is None:
                 yield from self._record_delete(write)
@@ -94,6 +95,13 @@ class TwoStepStore(Store):
                 written.append(write)
             yield
         yield from self._obey_tombstones(written)
+
+    def _not_outranked(self, writes: Sequence[Write]) -> Generator[None, None, Sequence[Write]]:
+        """Leave out upserts that are outranked already, and what is that old of their documents."""
+        upserts = [write for write in writes if write.document is not None]
+        stale = [write for write in upserts if write.version < self._least(write.key[0])]
+        yield from self._obey_tombstones(upserts)
+        return [write for write in writes if write not in stale]
 
     def _record_delete(self, write: Write) -> Steps:
         self.tombstones[write.key[0]] = max(write.version, self.tombstones.get(write.key[0], 0))
