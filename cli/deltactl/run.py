@@ -38,13 +38,20 @@ def embedded_capture(spec: PipelineSpec, folder: Path, tables: Callable[[], Mapp
 @click.command()
 @name_argument
 @click.option("--new-slot", is_flag=True, help="Accept that the slot is gone: begin a new epoch and load again.")
+@click.option("--reload", is_flag=True, help="Load every table again: the processor changed, or a sink lost data.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Serve /metrics, /healthz, /readyz and /status here.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address for --port.")
 @click.option("--log-format", type=click.Choice(["auto", "console", "json"]), default="auto", show_default=True)
 @shared_options
 @pass_app
 def run(
-    app: App, name: str, new_slot: bool, port: int | None, host: str, log_format: Literal["auto", "console", "json"]
+    app: App,
+    name: str,
+    new_slot: bool,
+    reload: bool,
+    port: int | None,
+    host: str,
+    log_format: Literal["auto", "console", "json"],
 ) -> None:
     """Run a pipeline: load its tables and follow its changes, until Ctrl-C or SIGTERM.
 
@@ -66,6 +73,7 @@ def run(
                 spec=spec,
                 capture=lambda tables: embedded_capture(spec, folder, tables),
                 new_slot=new_slot,
+                reload=reload,
             )
             server = observe.serve(name, running.progress, host, port) if port is not None else None
 

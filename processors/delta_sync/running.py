@@ -50,7 +50,10 @@ def settle_memory() -> None:
 
 
 class Running:
-    """One run of a pipeline. `run` blocks until `stop` is called, or raises why the pipeline had to stop."""
+    """One run of a pipeline. `new_slot` accepts that changes may have been lost, `reload` loads every table again.
+
+    `run` blocks until `stop` is called, or raises why the pipeline had to stop.
+    """
 
     def __init__(
         self,
@@ -59,11 +62,13 @@ class Running:
         spec: PipelineSpec,
         capture: Callable[[Callable[[], Mapping[str, Table]]], Capture],
         new_slot: bool = False,
+        reload: bool = False,
     ) -> None:
         self._folder = folder
         self._spec = spec
         self._make_capture = capture
         self._new_slot = new_slot
+        self._reload = reload
         self._stopping = threading.Event()
         self._giving_up = threading.Event()
         self._worker: Worker | None = None
@@ -175,6 +180,10 @@ class Running:
                 failed=worker.fail,
                 stopping=self._stopping,
             )
+            if self._reload:
+                for name, fingerprint in fingerprints.items():
+                    again = TableLoad(name, reason="asked for", epoch=source.epoch, fingerprint=fingerprint)
+                    state.save_load(spec.name, again)
             for name, load in state.loads(spec.name).items():
                 if load.fingerprint != fingerprints[name]:
                     reload([name])
