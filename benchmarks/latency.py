@@ -54,7 +54,7 @@ class Observer(threading.Thread):
         super().__init__(daemon=True)
         self._redis = redis.Redis.from_url(url)
         self._redis.config_set("notify-keyspace-events", "K$")
-        self._events = self._redis.pubsub(ignore_subscribe_messages=True)
+        self._events = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]  # redis-py's
         self._events.psubscribe("__keyspace@0__:movie:*")
         self.first: float | None = None
         self.ages_ms: list[float] = []

@@ -10,7 +10,7 @@ import click
 
 from delta_debezium.render import connector_json
 from delta_sync.errors import DeltaError, Problem
-from delta_sync.pipeline import load_processor
+from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.sinks import installed
 from delta_sync.sources.postgresql.connection import connect
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec
@@ -148,14 +148,14 @@ def check(app: App, name: str) -> None:
             if where not in mentioned:
                 say(f"{click.style('✓', fg='green')} {where}")
         print_problems(findings.problems)
-        if not fatal:
+        if not fatal and not app.is_running(name):
             say(f"Next: deltactl run {name}")
     if fatal:
         raise click.exceptions.Exit(1)
 
 
 def _check_files(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) -> Findings:
-    found = _check_processor(folder, spec)
+    found = _check_processor(folder, spec, tables)
     files = read_all(folder, [CONNECTOR_FILE])
     if files.get(CONNECTOR_FILE) != connector_json(spec, tables):
         found.append(
@@ -169,9 +169,9 @@ def _check_files(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) 
     return Findings((PROCESSOR_FILE, CONNECTOR_FILE), {}, tuple(found))
 
 
-def _check_processor(folder: Path, spec: PipelineSpec) -> list[Problem]:
+def _check_processor(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) -> list[Problem]:
     try:
-        load_processor(folder, spec)
+        check_columns(load_processor(folder, spec), tables)
     except DeltaError as error:
         return [Problem(PROCESSOR_FILE, str(error).rstrip("."), "")]
     return []

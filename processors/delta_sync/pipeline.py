@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from delta_sync.errors import DeltaError, UsageError
 from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
+from delta_sync.tables import Kind, Table
 from delta_sync.values import Document
 
 ProcessorFunction = Callable[..., Document | None]
@@ -89,7 +90,8 @@ class Pipeline:
     ) -> Callable[[FunctionT], FunctionT]:
         """Declare the function that turns a row of `table` (`schema.name`) into a document, or None to leave it out.
 
-        The function is called with the row, a dict that it may keep and change, and, by name, with each value of
+        The function is called with the row, a dict that it may keep and change (but not the lists and dicts that a
+        column holds: they are kept for a dead letter), and, by name, with each value of
         `enrich`. It must depend on nothing else: it runs again whenever a row is read again. `to` names sinks of the
         specification; without it the documents go to all of them.
 
@@ -209,6 +211,19 @@ def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
     for table in spec.tables:
         if table not in pipeline.tables:
             raise UsageError(f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one.")
+
+
+def check_columns(pipeline: Pipeline, tables: Mapping[str, Table]) -> None:
+    """Raise UsageError unless every look-up is asked by a column that is there, and whose values can be compared."""
+    for name, processor in pipeline.tables.items():
+        columns = {column.name: column for column in tables[name].columns} if name in tables else {}
+        for argument, (lookup, column_name) in processor.enrich.items():
+            where = f"{_where(processor.function)}: {argument}={lookup.name}.by({column_name!r})"
+            column = columns.get(column_name)
+            if columns and column is None:
+                raise UsageError(f"{where}, but {name} has no such column; it has {', '.join(columns)}.")
+            if column is not None and (column.dimensions or column.kind in (Kind.JSON, Kind.MAP)):
+                raise UsageError(f"{where}, but {column_name} is {column.type}; a look-up is asked by single values.")
 
 
 def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:

@@ -17,7 +17,7 @@ from delta_sync.capture import Capture
 from delta_sync.errors import StateBusy, Transient
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
-from delta_sync.pipeline import Pipeline, load_processor
+from delta_sync.pipeline import Pipeline, check_columns, load_processor
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.rereads import Rereader
 from delta_sync.secrets import redact
@@ -120,6 +120,7 @@ class Running:
             )
             if source is None:
                 return
+            check_columns(pipeline, source.tables)
             found = self._until_reached(lambda: key_reader.fingerprints(list(spec.tables)))
             if found is None:
                 return

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from delta_sync.errors import UsageError
-from delta_sync.pipeline import Pipeline, check_complete, load_processor
+from delta_sync.pipeline import Pipeline, check_columns, check_complete, load_processor
 from delta_sync.spec import PipelineSpec, load_spec
+from delta_sync.tables import Column, Kind, Table
+from delta_sync.values import Document, Row
 
 SPEC = """
 name: movies
@@ -130,3 +132,25 @@ def test_without_a_specification_beside_it_it_is_checked_later(folder: Path) -> 
     spec: PipelineSpec = load_spec(folder)
     with pytest.raises(UsageError, match="there is no sink 'nowhere'"):
         check_complete(pipeline, spec)
+
+
+def test_a_lookup_is_asked_by_a_column_that_is_there_and_can_be_compared() -> None:
+    pipeline = Pipeline("movies")
+
+    @pipeline.lookup()
+    def ratings(keys: list[int]) -> dict[int, int]:
+        return dict.fromkeys(keys, 5)
+
+    @pipeline.table("public.movie", enrich={"rating": ratings.by("idd")})
+    def movie(row: Row, rating: int | None) -> Document | None:
+        return {"rating": rating, **row}
+
+    columns = (Column("id", "bigint", Kind.INTEGER), Column("tags", "text[]", Kind.TEXT, dimensions=1))
+    tables = {"public.movie": Table("public", "movie", columns, ("id",))}
+    with pytest.raises(UsageError, match=r"\(movie\): rating=ratings.by\('idd'\), but public.movie has no such column"):
+        check_columns(pipeline, tables)
+    pipeline.tables["public.movie"].enrich["rating"] = ratings.by("tags")  # type: ignore[index]  # a dict, in truth
+    with pytest.raises(UsageError, match="tags is text"):
+        check_columns(pipeline, tables)
+    pipeline.tables["public.movie"].enrich["rating"] = ratings.by("id")  # type: ignore[index]
+    check_columns(pipeline, tables)
