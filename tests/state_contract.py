@@ -217,6 +217,13 @@ class StateContract:
         assert store.count_dead_letters("other") == 1
         assert store.count_dead_letters("none") == 0
 
+    def test_failures_since_a_version_are_counted(self, store: StateStore) -> None:
+        store.add_dead_letters("movies", [letter(n, table="a.b", version=n) for n in range(1, 6)])
+        store.add_dead_letters("movies", [letter(9, table="a.other", version=9)])
+        store.add_dead_letters("other", [letter(9, table="a.b", version=9)])
+        assert store.count_failed_since("movies", "a.b", 4) == 2
+        assert store.count_failed_since("movies", "a.b", 6) == 0
+
     def test_all_dead_letters_are_added_or_none(self, store: StateStore) -> None:
         broken = letter(2, event=None)
         with pytest.raises(Exception):  # noqa: B017, PT011 -- the databases differ in what they raise

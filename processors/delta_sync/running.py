@@ -177,7 +177,7 @@ class Running:
                 heartbeat_prefix=spec.heartbeat_prefix,
                 tables=lambda: worker.tables,
                 hand_over=worker.hand_over,
-                finished=lambda load: self._remove_unmet(load, sinks, worker),
+                finished=lambda load: self._remove_unmet(load, sinks, worker, state),
                 failed=worker.fail,
                 stopping=self._stopping,
             )
@@ -243,17 +243,24 @@ class Running:
                 self.progress.waits("start", None)
                 return found
 
-    def _remove_unmet(self, load: TableLoad, sinks: Mapping[str, AnySink], worker: Worker) -> None:
+    def _remove_unmet(self, load: TableLoad, sinks: Mapping[str, AnySink], worker: Worker, state: StateStore) -> None:
         """Remove documents that a load did not meet: their rows went without a change event.
 
         That happens in an epoch that is over, and to a table that was replaced by another. Every row that is there has
-        been written with a version at or above the load's beginning, or has a newer one.
+        been written with a version at or above the load's beginning, or has a newer one; but for those that became dead
+        letters. Nobody can tell their documents from those of rows that are gone, so then nothing is removed.
         """
         if load.reason == FIRST_LOAD and load.epoch == 1:
             return  # nothing was there before
         assert load.covered_from is not None
+        beginning = dump_version(load.epoch, load.covered_from)
+        failed = state.count_failed_since(self._spec.name, load.table, beginning)
+        if failed:
+            fix = "correct the cause, replay them, then run it with --reload"
+            log.warning("unmet_kept", table=load.table, dead_letters=failed, fix=fix)
+            return
         for sink, target in worker.targets(load.table).items():
-            removed = sinks[sink].truncate(target, dump_version(load.epoch, load.covered_from))
+            removed = sinks[sink].truncate(target, beginning)
             log.info("unmet_removed", table=load.table, sink=sink, documents=removed)
 
     def _keep_house(self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker) -> None:

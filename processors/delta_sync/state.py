@@ -420,6 +420,14 @@ class StateStore:
         with self._transaction() as connection:
             return connection.execute(query).scalar_one()
 
+    def count_failed_since(self, name: str, table: str, version: int) -> int:
+        """Return how many dead letters there are of changes to a table at or above a version."""
+        since = sa.and_(
+            _DEAD_LETTERS.c.pipeline == name, _DEAD_LETTERS.c.table_name == table, _DEAD_LETTERS.c.version >= version
+        )
+        with self._transaction() as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(_DEAD_LETTERS).where(since)).scalar_one()
+
     def prune(self, name: str, older_than: dt.datetime) -> int:
         """Delete the dead letters that first failed before `older_than` (aware); return how many there were."""
         old = sa.and_(_DEAD_LETTERS.c.pipeline == name, _DEAD_LETTERS.c.created_at < older_than)
