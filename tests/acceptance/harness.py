@@ -493,11 +493,12 @@ class Stores:
         With the tables as they are now; those that are gone are left out.
         """
         with self._shop.connect() as connection:
-            self.tables = read_tables(connection, list(self._spec.tables))
+            now = read_tables(connection, list(self._spec.tables))
+        self.tables |= now
         return [
             line
             for sink in self.sinks
-            for table in self.tables.values()
+            for table in now.values()
             if (sink, table.id) not in self._left_out
             for line in self._differences(sink, table)
         ]

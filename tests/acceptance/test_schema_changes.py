@@ -1,0 +1,213 @@
+"""A table's columns change while `deltactl run` runs and a writer writes: documents are the rows as they are now."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+
+from acceptance.harness import Run, Source, Stage
+from delta_sync.testing.processes import wait_until
+
+HOT, ALL = 40, 400  # rows with an id below HOT are written all the time; the others never again after the first load
+NOTICED_S = 90.0  # far above the five seconds in which a change of columns is noticed without any event
+EXIT_TIMEOUT_S = 60.0
+PAUSE_S = 0.02
+
+# `thing` is decoded from its events; of `keyed` every row is read by its key, because of the generated column.
+SETUP = f"""
+CREATE TABLE thing (id int PRIMARY KEY, rev int NOT NULL, name text, n int, price numeric(10,2), unused text,
+    doomed text);
+CREATE TABLE keyed (id int PRIMARY KEY, rev int NOT NULL, name text, n int, price numeric(10,2), unused text,
+    doomed text, twice int GENERATED ALWAYS AS (rev * 2) STORED);
+INSERT INTO thing SELECT i, 0, 'name ' || i, i, i / 4.0, 'unused', 'doomed' FROM generate_series(0, {ALL - 1}) i;
+INSERT INTO keyed SELECT i, 0, 'name ' || i, i, i / 4.0, 'unused', 'doomed' FROM generate_series(0, {ALL - 1}) i;
+"""
+TABLES = ("thing", "keyed")
+
+STEPS = {
+    "add a column": "ADD COLUMN added int",
+    "add a column with a default": "ADD COLUMN given text DEFAULT 'given'",
+    "add a column with a volatile default": "ADD COLUMN chance double precision DEFAULT random()",
+    "drop a column": "DROP COLUMN doomed",
+    "rename a column": "RENAME COLUMN name TO title",
+    "rename a column that nobody uses": "RENAME COLUMN unused TO still_unused",
+    "int becomes text": "ALTER COLUMN n TYPE text USING 'no. ' || n",
+    "numeric becomes double precision": "ALTER COLUMN price TYPE double precision",
+    "a column is dropped and added again with another type": "DROP COLUMN added, ADD COLUMN added text DEFAULT 'again'",
+}
+
+
+class Writer(threading.Thread):
+    """Updates, deletes and inserts the hot rows, through whatever happens to the columns."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(name="writer")
+        self.written = 0
+        self.failure: BaseException | None = None
+        self._source = source
+        self._random = random.Random(7)
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        try:
+            with self._source.connect() as connection:
+                while not self._stopping.wait(PAUSE_S):
+                    table, id_ = self._random.choice(TABLES), self._random.randrange(HOT)
+                    choose = self._random.random()
+                    if choose < 0.1:
+                        connection.execute(f"DELETE FROM {table} WHERE id = {id_}".encode())
+                    elif choose < 0.3:
+                        connection.execute(
+                            f"INSERT INTO {table} (id, rev) VALUES ({id_}, 1) ON CONFLICT DO NOTHING".encode()
+                        )
+                    else:
+                        connection.execute(f"UPDATE {table} SET rev = rev + 1 WHERE id = {id_}".encode())
+                    self.written += 1
+        except psycopg.errors.UndefinedTable:
+            pass  # the test dropped it
+        except BaseException as error:  # noqa: BLE001 -- the test raises it
+            self.failure = error
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join()
+        if self.failure is not None:
+            raise self.failure
+        assert self.written > 0
+
+
+@contextmanager
+def writing(source: Source) -> Iterator[Writer]:
+    writer = Writer(source)
+    writer.start()
+    try:
+        yield writer
+    finally:
+        writer.stop()
+
+
+def in_step_but_for_hot_rows(it: Stage, run: Run, what: str) -> None:
+    """Wait until every row that nobody writes is in the stores as it is now."""
+
+    def there() -> bool:
+        assert run.running, f"{what}: the run ended with status {run.exit_status}; {run.tail()}"
+        return not [line for line in it.stores.differences() if ": version " in line and not _hot(line)]
+
+    wait_until(there, NOTICED_S, f"{what}: {it.stores.differences()[:3]}; {run.tail()}")
+
+
+def _hot(line: str) -> bool:
+    key = line.partition("(")[2].partition(",")[0]
+    return key.isdigit() and int(key) < HOT
+
+
+@pytest.mark.timeout(900)
+def test_columns_change_under_a_running_pipeline(stage: Callable[..., Stage]) -> None:
+    it = stage(SETUP, TABLES, ("cache", "docs", "search"))
+    run = it.run()
+    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    with writing(it.source):
+        for what, alter in STEPS.items():
+            it.source.execute(*(f"ALTER TABLE {table} {alter}" for table in TABLES))
+            in_step_but_for_hot_rows(it, run, what)
+    it.in_step(run)
+    assert it.pipeline.dead_letters() == []
+    assert run.stop() == 0
+
+
+@pytest.mark.timeout(600)
+def test_columns_change_while_delta_is_stopped(stage: Callable[..., Stage]) -> None:
+    """The log then has events of the table as it was, and as it was in between."""
+    it = stage(SETUP, TABLES, ("cache", "docs"))
+    run = it.run()
+    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    assert run.stop() == 0
+    with writing(it.source) as writer:
+        for alter in STEPS.values():
+            before = writer.written
+            wait_until(lambda before=before: writer.written > before + 20, 60, "writing")  # type: ignore[misc]  # mypy: lambda with a default
+            it.source.execute(*(f"ALTER TABLE {table} {alter}" for table in TABLES))
+        run = it.run()
+        in_step_but_for_hot_rows(it, run, "started again")
+    it.in_step(run)
+    assert it.pipeline.dead_letters() == []
+    assert run.stop() == 0
+
+
+@pytest.mark.timeout(600)
+def test_columns_change_while_a_table_is_loaded(stage: Callable[..., Stage]) -> None:
+    """Chunks and rows by key are read with the columns that Delta knows, and those may be gone when it asks."""
+    it = stage(SETUP, TABLES, load={"chunk_rows": 5})
+    with writing(it.source):
+        run = it.run()
+        wait_until(lambda: bool(run.events("load_started")), 120, f"the first load; {run.tail()}")
+        for alter in STEPS.values():
+            it.source.execute(*(f"ALTER TABLE {table} {alter}" for table in TABLES))
+        in_step_but_for_hot_rows(it, run, "changed while it was loaded")
+    it.in_step(run)
+    assert it.pipeline.dead_letters() == []
+    assert run.stop() == 0
+
+
+@pytest.mark.parametrize(("most", "stops"), [(1000, False), (100, True)], ids=["dead letters", "too many"])
+def test_a_column_that_the_processor_uses_is_dropped(most: int, stops: bool, stage: Callable[..., Stage]) -> None:
+    it = stage(
+        SETUP,
+        ["thing"],
+        processor="return {'id': row['id'], 'name': row['name'], 'was': row['doomed']}",
+        errors={"max_dead_letters_per_minute": most},
+    )
+    run = it.run()
+    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    it.source.execute("ALTER TABLE thing DROP COLUMN doomed", "UPDATE thing SET rev = rev + 1 WHERE id < 3")
+    if stops:
+        wait_until(lambda: not run.running, EXIT_TIMEOUT_S, f"stopping; {run.tail()}")
+        assert run.exit_status == 1
+        assert "KeyError: 'doomed'" in run.tail()
+        assert "max_dead_letters_per_minute" in run.tail()
+        assert it.source.confirmed_lsn(it.pipeline.slot) > 0
+    else:
+
+        def all_failed() -> bool:
+            return len({letter["key"] for letter in it.pipeline.dead_letters("--limit", "1000")}) == ALL
+
+        wait_until(all_failed, NOTICED_S, f"a dead letter for each row; {run.tail()}")
+        assert {letter["error"] for letter in it.pipeline.dead_letters()} == {"KeyError: 'doomed'"}
+        assert run.running
+    assert it.stores.document("cache", "thing", (5,)) == {"id": 5, "name": "name 5", "was": "doomed"}
+    it.pipeline.write_processor("return dict(row)")
+    if not stops:
+        assert run.stop() == 0
+    run = it.run()
+    it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
+    if not stops:
+        replayed = it.pipeline.deltactl("dead", "replay", it.pipeline.name, "--all")
+        assert replayed.returncode == 0, replayed.stderr
+    it.in_step(run)
+    assert run.stop() == 0
+
+
+def test_a_table_is_dropped(stage: Callable[..., Stage]) -> None:
+    """The others go on; it is said in the log, and at the next start, where it is the user's to decide."""
+    it = stage(SETUP, TABLES)
+    run = it.run()
+    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    it.source.execute("UPDATE thing SET rev = rev + 1; DROP TABLE thing")
+    wait_until(lambda: bool(run.events("table_missing")), NOTICED_S, f"the warning; {run.tail()}")
+    it.source.execute("UPDATE keyed SET rev = rev + 1")
+    it.in_step(run)
+    assert run.stop() == 0
+    run = it.run()
+    wait_until(lambda: not run.running, EXIT_TIMEOUT_S, f"the refusal; {run.tail()}")
+    assert run.exit_status == 2
+    assert f"has no table {it.source.schema}.thing" in run.tail()
+    it.source.execute("CREATE TABLE thing (id int PRIMARY KEY, other text)", "INSERT INTO thing VALUES (1, 'x')")
+    run = it.run()
+    it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
+    assert it.stores.document("cache", "thing", (1,)) == {"id": 1, "other": "x"}
+    assert run.stop() == 0
