@@ -102,11 +102,13 @@ def check_slot(spec: PipelineSpec, reader: PostgresReader, state: StateStore) ->
 
 
 def _epoch_above(spec: PipelineSpec, sinks: Mapping[str, AnySink], tables: Mapping[str, Table]) -> int:
-    """Return an epoch above that of every document that is there already: the state store may have been lost."""
+    """Return an epoch above that of all that is in the sinks already: the state store may have been lost.
+
+    A table whose rows are all gone has no document there, and yet tombstones and a floor that would keep new rows out.
+    """
     newest = 0
     for sink, targets in targets_of(sinks.values(), tables.values(), spec):
         for target in targets:
             sink.prepare(target)
-            for batch in sink.scan(target):
-                newest = max([newest, *(epoch_of(version) for _, version in batch)])
-    return newest + 1
+            newest = max(newest, sink.newest_version(target))
+    return epoch_of(newest) + 1

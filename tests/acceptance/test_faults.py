@@ -6,7 +6,9 @@ import os
 import signal
 from collections.abc import Callable
 
-from acceptance.harness import SHAPES, Run, Scene
+import pytest
+
+from acceptance.harness import SHAPES, Run, Scene, Stage
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Redis
 
@@ -166,3 +168,32 @@ def test_nothing_is_confirmed_before_every_sink_has_it(scene: Callable[..., Scen
     again = it.run()
     in_step(it, again)
     assert it.stores.revision("cache", ACCOUNT, 1) == rev
+
+
+@pytest.mark.parametrize("deleted", ["while it runs", "while it is stopped"])
+def test_a_lost_state_store_when_no_document_is_left(stage: Callable[..., Stage], deleted: str) -> None:
+    """What is left then are tombstones and the load's floor, or the floor alone, and both are of a higher epoch."""
+    it = stage("CREATE TABLE movie (id int PRIMARY KEY, title text)", ["movie"])
+
+    def forget() -> None:
+        forgotten = it.pipeline.deltactl("pipeline", "delete", it.pipeline.name, "--yes")
+        assert forgotten.returncode == 0, forgotten.stderr
+
+    it.source.execute("INSERT INTO movie VALUES (1, 'Casablanca'), (2, 'Notorious')")
+    run = it.run()
+    it.in_step(run)
+    assert run.stop() == 0
+    forget()
+    if deleted == "while it is stopped":
+        it.source.execute("DELETE FROM movie")
+    run = it.run()
+    it.in_step(run)  # in epoch 2, above that of the documents
+    it.source.execute("DELETE FROM movie")
+    it.in_step(run)
+    assert run.stop() == 0
+    forget()
+    it.source.execute("INSERT INTO movie VALUES (1, 'Casablanca')")
+    run = it.run()
+    it.in_step(run)
+    it.source.execute("INSERT INTO movie VALUES (2, 'Notorious')", "UPDATE movie SET title = 'Gilda' WHERE id = 1")
+    it.in_step(run)

@@ -443,6 +443,7 @@ def test_a_store_that_is_gone_or_hangs_is_busy(opensearch: OpenSearch, sink: Sea
         lambda: apply(sink, target, (1,), 6, {"n": 6}),
         lambda: sink.read(target, [(1,)]),
         lambda: list(sink.scan(target)),
+        lambda: sink.newest_version(target),
         lambda: sink.truncate(target, 3),
         lambda: sink.sweep(target),
         lambda: sink.prepare(target),

@@ -122,6 +122,15 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
         """
 
     @abstractmethod
+    def newest_version(self, target: Target) -> int:
+        """Return the highest version of all that could outrank a write: documents, tombstones, the floor; 0 for none.
+
+        Called after `prepare`, when a run starts that knows no epoch: it writes above all of this. Nothing may be left
+        out, or every write of that run would be stale, in silence; what is written meanwhile may be missed. It may look
+        at everything.
+        """
+
+    @abstractmethod
     def id_of(self, target: Target, key: Key) -> str:
         """Return the id under which a key's document is stored, as text. Injective."""
 

@@ -141,6 +141,13 @@ class MemorySink(Sink[MemoryOptions, MemoryTargetOptions]):
                 found = [(id_, entries.get(id_)) for id_ in ids[start : start + SCAN_BATCH]]
             yield [(id_, entry.version) for id_, entry in found if entry is not None and entry.body is not None]
 
+    def newest_version(self, target: Target) -> int:
+        """Return what is the highest at one instant."""
+        with self.store.lock:
+            place, now_s = self.store.place(target.place), self.store.now()
+            alive = [entry.version for entry in place.entries.values() if _alive(entry, now_s) is not None]
+            return max([place.floor, *alive])
+
     def id_of(self, target: Target, key: Key) -> str:
         """Return the key as text."""
         del target

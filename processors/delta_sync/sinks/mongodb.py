@@ -438,6 +438,15 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
             for batch in _batches(self._documents(target).find({}, {VERSION_FIELD: 1})):
                 yield [(_text_of(target.table, one["_id"]), int(one.get(VERSION_FIELD, 0))) for one in batch]
 
+    def newest_version(self, target: Target) -> int:
+        """Read all versions: a server that was to sort them, without an index, could take longer than a command may."""
+        newest = 0
+        with self._typed_errors():
+            for collection, field in ((self._documents(target), VERSION_FIELD), (self._tombstones(target), "version")):
+                for batch in _batches(collection.find({}, {field: 1})):
+                    newest = max([newest, *(int(one.get(field, 0)) for one in batch)])
+        return newest
+
     def id_of(self, target: Target, key: Key) -> str:
         del target
         return key_text(key)

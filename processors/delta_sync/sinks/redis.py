@@ -53,7 +53,7 @@ from delta_sync.sinks.redis_keys import (
     slot_of,
     tombstone_key,
 )
-from delta_sync.sinks.redis_scripts import ABOVE_ALL, FORGET, HASH, JSON, PROBE, RAISE_FLOOR, ZERO
+from delta_sync.sinks.redis_scripts import ABOVE_ALL, FORGET, HASH, JSON, PROBE, RAISE_FLOOR, VALUES, ZERO
 from delta_sync.spec import Duration
 from delta_sync.tables import Table
 from delta_sync.values import Document, from_json, to_json
@@ -302,10 +302,8 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
     def drop(self, target: Target) -> int:
         """Delete the target's documents, tombstones and floor."""
         documents = sum(self._remove(keys, ABOVE_ALL) for keys in self._scan_keys(target))
-        template = _template(target)
-        for tombstones in self._link.scan(TOMBSTONES + b"*", b"string"):
-            own = [key for key in tombstones if _is_of(template, key_of_tombstone(key))]
-            self._link.delete(own)
+        for tombstones in self._scan_tombstones(target):
+            self._link.delete(tombstones)
         self._link.delete([floor_key(target.place), raised_key(target.place)])
         return documents
 
@@ -341,6 +339,24 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
             own = [key for key in keys if _is_of(template, key)]
             if own:
                 yield own
+
+    def _scan_tombstones(self, target: Target) -> Iterator[list[bytes]]:
+        template = _template(target)
+        for keys in self._link.scan(TOMBSTONES + b"*", b"string"):
+            own = [key for key in keys if _is_of(template, key_of_tombstone(key))]
+            if own:
+                yield own
+
+    def newest_version(self, target: Target) -> int:
+        """Scan the store's keys twice, for documents and for tombstones."""
+        newest = int(self._floor(target))
+        for batch in self.scan(target):
+            newest = max([newest, *(version for _, version in batch)])
+        for keys in self._scan_tombstones(target):
+            replies: list[list[bytes | None]] = self._link.run(VALUES, self._calls_for(keys, []))
+            versions = [int(version) for reply in replies for version in reply if version]  # it may just have expired
+            newest = max([newest, *versions])
+        return newest
 
     def id_of(self, target: Target, key: Key) -> str:
         """Return the document's Redis key."""

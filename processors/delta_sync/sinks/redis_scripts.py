@@ -132,6 +132,13 @@ for i = 1, #KEYS do versions[i] = stored(KEYS[i]) or false end
 return versions
 """
 
+# KEYS: any strings. Returns what they hold, false for one that is not there.
+VALUES = """
+local values = {}
+for i = 1, #KEYS do values[i] = redis.call('GET', KEYS[i]) end
+return values
+"""
+
 # KEYS: documents'; ARGV: a version. Deletes those that are older, and returns how many that were.
 _REMOVE = """
 local removed = 0

@@ -569,6 +569,33 @@ class SinkContract:
         expected = {sink.id_of(target, (n,)): 100 + n for n in range(2500) if n % 5}
         assert scanned(sink, target) == expected
 
+    @pytest.mark.parametrize("version", [3000, version_of(2, 2**52 - 1), LARGEST_VERSION])
+    @pytest.mark.parametrize("of", ["document", "tombstone", "floor"])
+    def test_the_newest_version_is_the_highest_of_anything(
+        self, sink: AnySink, target: Target, other: Target, of: str, version: int
+    ) -> None:
+        assert sink.newest_version(target) == 0
+        writes = [Write((n,), 100 + n, {"n": n} if n % 2 else None) for n in range(2500)]
+        if of != "floor":
+            newest = 1234 if of == "tombstone" else 1235
+            writes[newest] = writes[newest]._replace(version=version)
+        sink.apply(target, writes)
+        sink.truncate(target, version if of == "floor" else 99)
+        assert sink.newest_version(target) == version
+        assert sink.newest_version(other) == 0
+        sink.drop(target)
+        sink.prepare(target)
+        assert sink.newest_version(target) == 0
+
+    def test_the_newest_version_when_no_document_is_left(self, sink: AnySink, target: Target) -> None:
+        apply(sink, target, (1,), 5, {"n": 1})
+        apply(sink, target, (1,), 7, None)
+        assert sink.newest_version(target) == 7
+        apply(sink, target, (1,), 8, {"n": 8})
+        sink.truncate(target, 9)
+        assert scanned(sink, target) == {}
+        assert sink.newest_version(target) == 9
+
     def test_drop_removes_everything(self, sink: AnySink, target: Target, other: Target) -> None:
         apply(sink, other, (1,), 5, {"n": 1})
         sink.apply(target, [Write((n,), 100, {"n": n}) for n in range(50)])
