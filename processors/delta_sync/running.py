@@ -30,7 +30,7 @@ from delta_sync.state import StateStore, TableLoad
 from delta_sync.tables import Table
 from delta_sync.versions import dump_version
 from delta_sync.watch import Watch
-from delta_sync.worker import TableRuntime, Worker
+from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -72,6 +72,7 @@ class Running:
         self._stopping = threading.Event()
         self._giving_up = threading.Event()
         self._worker: Worker | None = None
+        self._readers: list[PostgresReader] = []
         self.position = LogPosition(time.monotonic)
         self.progress = Progress(self.position, time.monotonic)
 
@@ -80,6 +81,14 @@ class Running:
         self._stopping.set()
         if self._worker is not None:
             self._worker.wake()
+        timer = threading.Timer(DRAIN_BUDGET_S, self._abort_reads)
+        timer.daemon = True
+        timer.start()
+
+    def _abort_reads(self) -> None:
+        """Wait for the source no longer: it may never answer."""
+        for reader in self._readers:
+            reader.abort()
 
     def run(self) -> None:
         """Run the pipeline. Raises PipelineStopped, UsageError or CheckFailed with what to do."""
@@ -106,7 +115,7 @@ class Running:
     def _run(self, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore) -> None:
         spec = self._spec
         readers = [PostgresReader(spec.source, f"delta {spec.name} {use}") for use in ("watch", "load", "read")]
-        watch_reader, load_reader, key_reader = readers
+        watch_reader, load_reader, key_reader = self._readers = readers
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
         lookups = {
@@ -216,6 +225,7 @@ class Running:
             finally:
                 self._stopping.set()
                 loader.wake()
+                self._abort_reads()  # what they read is of no use any more
                 housekeeping.join(STOP_BUDGET_S)
                 loader.join(STOP_BUDGET_S)
                 watch.join(STOP_BUDGET_S)

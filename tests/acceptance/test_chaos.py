@@ -306,6 +306,8 @@ def test_chaos(scene: Callable[..., Scene], request: pytest.FixtureRequest) -> N
     finally:
         writing.set()
         reading.set()
+        for server in (source, *servers.values()):
+            server.start()  # whatever failed, or nobody below would come to an end
         for actor in actors:
             actor.join()
     for actor in actors:

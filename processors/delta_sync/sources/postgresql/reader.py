@@ -6,6 +6,9 @@ come back through the log, so that the slot can advance while the tables rest, a
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -85,6 +88,19 @@ class PostgresReader:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
+
+    def abort(self) -> None:
+        """End, from another thread, whatever is waiting for an answer: it raises SourceBusy.
+
+        A source that keeps its connections open and says nothing would be waited for until TCP gives up, for hours.
+        """
+        connection = self._connection  # not under the lock, which whoever waits is holding
+        if connection is not None and not connection.closed:
+            with (
+                contextlib.suppress(OSError, psycopg.OperationalError),  # it has just ended by itself
+                socket.socket(fileno=os.dup(connection.fileno())) as end,
+            ):
+                end.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
     def _connected(self) -> Generator[psycopg.Connection]:
