@@ -93,6 +93,7 @@ class Loader(threading.Thread):
         options: LoadSpec,
         heartbeat_prefix: str,
         tables: Callable[[], Mapping[str, Table]],
+        fingerprint: Callable[[str], str],
         hand_over: Callable[[Slice], None],
         finished: Callable[[TableLoad], None],
         failed: Callable[[BaseException], None],
@@ -109,6 +110,7 @@ class Loader(threading.Thread):
         self._options = options
         self._heartbeat_prefix = heartbeat_prefix
         self._tables = tables
+        self._fingerprint = fingerprint
         self._hand_over = hand_over
         self._finished = finished
         self._failed = failed
@@ -179,7 +181,7 @@ class Loader(threading.Thread):
             state="pending",
             reason=reason,
             epoch=self._epoch,
-            fingerprint=self._reader.fingerprints([name]).get(name, ""),
+            fingerprint=self._fingerprint(name),
         )
         self._state.save_load(self._pipeline, load)
         self._show(load)

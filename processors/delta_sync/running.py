@@ -17,15 +17,15 @@ from delta_sync.capture import Capture
 from delta_sync.errors import StateBusy, Transient
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
-from delta_sync.pipeline import Pipeline, check_columns, load_processor
+from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.rereads import Rereader
 from delta_sync.secrets import redact
-from delta_sync.sinks import AnySink, open_sinks, target_for
+from delta_sync.sinks import AnySink, open_sinks
 from delta_sync.sources.postgresql import codec
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import PipelineSpec
-from delta_sync.starting import check_slot, prepare_source
+from delta_sync.starting import check_slot, load_fingerprint, prepare_source, targets_of_table
 from delta_sync.state import StateStore, TableLoad
 from delta_sync.tables import Table
 from delta_sync.versions import dump_version
@@ -125,31 +125,28 @@ class Running:
         samples = SharedSamples()
         try:
             source = self._until_reached(
-                lambda: prepare_source(spec, key_reader, state, sinks, new_slot=self._new_slot)
+                lambda: prepare_source(
+                    spec, pipeline, key_reader, state, sinks, new_slot=self._new_slot, reload=self._reload
+                )
             )
             if source is None:
                 return
-            check_columns(pipeline, source.tables)
-            found = self._until_reached(lambda: key_reader.fingerprints(list(spec.tables)))
-            if found is None:
-                return
-            fingerprints = found
+            columns = dict(source.columns)
 
             def runtime(table: Table) -> TableRuntime:
-                to = pipeline.tables[table.id].to or tuple(sinks)
-                return TableRuntime(codec.table_codec(table), {n: target_for(sinks[n], table, spec) for n in to})
+                return TableRuntime(codec.table_codec(table), targets_of_table(pipeline, sinks, table, spec))
 
             def refresh(wanted: list[str]) -> Mapping[str, TableRuntime]:
                 """Read tables again; those that changed are loaded again, because old documents have old columns."""
                 current = key_reader.fingerprints(wanted)
-                changed = [name for name in wanted if current.get(name, fingerprints[name]) != fingerprints[name]]
+                changed = [name for name in wanted if current.get(name, columns[name]) != columns[name]]
                 if not changed:
                     return {}
                 tables = key_reader.tables(changed)
                 # A table that was dropped and made again is another one to the publication.
                 key_reader.publish(spec.publication, [tables.get(n, t) for n, t in worker.tables.items()])
                 for name in changed:
-                    fingerprints[name] = current[name]
+                    columns[name] = current[name]
                     log.warning("schema_changed", table=name)
                 return {name: runtime(table) for name, table in tables.items()}
 
@@ -185,18 +182,12 @@ class Running:
                 options=spec.load,
                 heartbeat_prefix=spec.heartbeat_prefix,
                 tables=lambda: worker.tables,
+                fingerprint=lambda name: load_fingerprint(columns[name], worker.targets(name), sinks),
                 hand_over=worker.hand_over,
                 finished=lambda load: self._remove_unmet(load, sinks, worker, state),
                 failed=worker.fail,
                 stopping=self._stopping,
             )
-            if self._reload:
-                for name, fingerprint in fingerprints.items():
-                    again = TableLoad(name, reason="asked for", epoch=source.epoch, fingerprint=fingerprint)
-                    state.save_load(spec.name, again)
-            for name, load in state.loads(spec.name).items():
-                if load.fingerprint != fingerprints[name]:
-                    reload([name])
             watch = Watch(
                 reader=watch_reader,
                 samples=samples,
@@ -205,7 +196,7 @@ class Running:
                 heartbeat_prefix=spec.heartbeat_prefix,
                 heartbeat_s=spec.source.heartbeat,
                 loading=lambda: loader.busy,
-                fingerprints=lambda: fingerprints,
+                fingerprints=lambda: columns,
                 schema_changed=worker.schema_changed,
                 stopping=self._stopping,
             )

@@ -8,10 +8,13 @@ from typing import NamedTuple
 import structlog
 
 from delta_sync.errors import SlotMissing, UsageError
-from delta_sync.sinks import AnySink, targets_of
+from delta_sync.load import FIRST_LOAD
+from delta_sync.pipeline import Pipeline, check_columns
+from delta_sync.sinks import AnySink, store_of, target_for
+from delta_sync.sinks.base import Target
 from delta_sync.sources.postgresql.reader import PostgresReader, SlotState, SourceIdentity
 from delta_sync.spec import PipelineSpec
-from delta_sync.state import PipelineState, StateStore
+from delta_sync.state import PipelineState, StateStore, TableLoad
 from delta_sync.tables import Table
 from delta_sync.versions import epoch_of
 
@@ -19,20 +22,70 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class Source(NamedTuple):
-    """What was found and made sure of at the source, before the capture starts."""
+    """What was found and made sure of at the source, before the capture starts. `columns` are fingerprints."""
 
     epoch: int
     tables: Mapping[str, Table]
+    columns: Mapping[str, str]
 
 
 def prepare_source(
-    spec: PipelineSpec, reader: PostgresReader, state: StateStore, sinks: Mapping[str, AnySink], *, new_slot: bool
+    spec: PipelineSpec,
+    pipeline: Pipeline,
+    reader: PostgresReader,
+    state: StateStore,
+    sinks: Mapping[str, AnySink],
+    *,
+    new_slot: bool,
+    reload: bool,
 ) -> Source:
-    """Make sure that publication and slot exist, and decide the epoch.
+    """Make sure that publication and slot exist, decide the epoch, and note which tables are to be loaded.
 
     A slot that is gone, or a source with another history, means that changes may have been lost: that is SlotMissing,
-    unless `new_slot` accepts it. Then the epoch rises, and everything is loaded again.
+    unless `new_slot` accepts it. Then the epoch rises, and everything is loaded again; `reload` asks for that, too.
     """
+    tables = _tables(spec, reader)
+    check_columns(pipeline, tables)
+    identity = reader.identity()
+    known = state.pipeline(spec.name)
+    slot = reader.slot(spec.slot)
+    if known is None:
+        known = PipelineState(spec.name, 1, identity.system_identifier, identity.timeline, None)
+    elif (wrong := _lost(spec, known, identity, slot)) is not None:
+        if not new_slot:
+            raise _slot_missing(spec, wrong)
+        log.warning("epoch_rises", reason=wrong, epoch=known.epoch + 1)
+        if slot is not None:
+            reader.drop_slot(spec.slot)
+            slot = None
+        known = PipelineState(spec.name, known.epoch + 1, identity.system_identifier, identity.timeline, None)
+    columns = reader.fingerprints(list(tables))
+    targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in tables.items()}
+    loads = state.loads(spec.name)
+    there = _newest_epoch_of_others(loads, targets, sinks)
+    if there >= known.epoch:
+        log.warning("epoch_rises", reason="a place holds what was written before", epoch=there + 1)
+        known = known._replace(epoch=there + 1)
+    state.save_pipeline(known)
+    for name in loads.keys() - tables.keys():
+        # Added again later, it must be loaded again: its changes are not captured now.
+        state.forget_load(spec.name, name)
+    for name in tables:
+        fingerprint = load_fingerprint(columns[name], targets[name], sinks)
+        reason = _why_to_load(loads.get(name), known.epoch, fingerprint, reload=reload)
+        if reason is not None:
+            state.save_load(spec.name, TableLoad(name, reason=reason, epoch=known.epoch, fingerprint=fingerprint))
+    reader.publish(spec.publication, list(tables.values()))
+    if slot is None:
+        position = reader.create_slot(spec.slot)
+        log.info("slot_created", slot=spec.slot)
+    else:
+        position = slot.confirmed_lsn or 0
+    state.save_pipeline(known._replace(slot_lsn=position))
+    return Source(known.epoch, tables, columns)
+
+
+def _tables(spec: PipelineSpec, reader: PostgresReader) -> dict[str, Table]:
     tables = reader.tables(list(spec.tables))
     missing = [name for name in spec.tables if name not in tables]
     if missing:
@@ -42,36 +95,55 @@ def prepare_source(
         raise UsageError(
             f"Table {keyless[0]} has no key in the log; add a primary key, or set REPLICA IDENTITY USING INDEX."
         )
-    identity = reader.identity()
-    known = state.pipeline(spec.name)
-    slot = reader.slot(spec.slot)
-    if known is None:
-        epoch = _epoch_above(spec, sinks, tables)
-        known = PipelineState(spec.name, epoch, identity.system_identifier, identity.timeline, None)
-        state.save_pipeline(known)
-    else:
-        wrong = _lost(spec, known, identity, slot)
-        if wrong is not None and not new_slot:
-            raise _slot_missing(spec, wrong)
-        if wrong is not None:
-            log.warning("epoch_rises", reason=wrong, epoch=known.epoch + 1)
-            if slot is not None:
-                reader.drop_slot(spec.slot)
-                slot = None
-            known = PipelineState(spec.name, known.epoch + 1, identity.system_identifier, identity.timeline, None)
-            state.save_pipeline(known)
-    reader.publish(spec.publication, list(tables.values()))
-    if slot is None:
-        position = reader.create_slot(spec.slot)
-        log.info("slot_created", slot=spec.slot)
-    else:
-        position = slot.confirmed_lsn or 0
-    state.save_pipeline(known._replace(slot_lsn=position))
-    for name in state.loads(spec.name).keys() - spec.tables.keys():
-        state.forget_load(
-            spec.name, name
-        )  # added again later, it must be loaded again: its changes are not captured now
-    return Source(known.epoch, tables)
+    return tables
+
+
+def targets_of_table(
+    pipeline: Pipeline, sinks: Mapping[str, AnySink], table: Table, spec: PipelineSpec
+) -> dict[str, Target]:
+    """Return where a table's documents go, by sink."""
+    return {name: target_for(sinks[name], table, spec) for name in pipeline.tables[table.id].to or sinks}
+
+
+def load_fingerprint(columns: str, targets: Mapping[str, Target], sinks: Mapping[str, AnySink]) -> str:
+    """Return what a load was made for, as text: the table's columns, and a line for each place that it filled."""
+    return "\n".join([columns, *_places(targets, sinks)])
+
+
+def _places(targets: Mapping[str, Target], sinks: Mapping[str, AnySink]) -> dict[str, tuple[AnySink, Target]]:
+    return {
+        f"{store_of(sinks[name].url)} {target.place}": (sinks[name], target) for name, target in sorted(targets.items())
+    }
+
+
+def _newest_epoch_of_others(
+    loads: Mapping[str, TableLoad], targets: Mapping[str, Mapping[str, Target]], sinks: Mapping[str, AnySink]
+) -> int:
+    """Return the newest epoch in the places that this pipeline's loads have not filled; 0 when they are empty.
+
+    They hold what another pipeline wrote, or this one before its state was lost, perhaps with higher positions than
+    the source has now. A table whose rows are all gone has no document there, and yet tombstones and a floor.
+    """
+    newest = 0
+    for name, of_table in targets.items():
+        filled = loads[name].fingerprint.split("\n")[1:] if name in loads else []
+        for place, (sink, target) in _places(of_table, sinks).items():
+            if place not in filled:
+                sink.prepare(target)
+                newest = max(newest, sink.newest_version(target))
+    return epoch_of(newest)
+
+
+def _why_to_load(load: TableLoad | None, epoch: int, fingerprint: str, *, reload: bool) -> str | None:
+    if load is None:
+        return FIRST_LOAD
+    if load.epoch != epoch:
+        return "the epoch rose"
+    if reload:
+        return "it was asked for"
+    if load.fingerprint != fingerprint:
+        return "its columns changed, or where its documents go"
+    return None
 
 
 def _lost(spec: PipelineSpec, known: PipelineState, identity: SourceIdentity, slot: SlotState | None) -> str | None:
@@ -99,16 +171,3 @@ def check_slot(spec: PipelineSpec, reader: PostgresReader, state: StateStore) ->
     wrong = _lost(spec, known, reader.identity(), reader.slot(spec.slot))
     if wrong is not None:
         raise _slot_missing(spec, wrong)
-
-
-def _epoch_above(spec: PipelineSpec, sinks: Mapping[str, AnySink], tables: Mapping[str, Table]) -> int:
-    """Return an epoch above that of all that is in the sinks already: the state store may have been lost.
-
-    A table whose rows are all gone has no document there, and yet tombstones and a floor that would keep new rows out.
-    """
-    newest = 0
-    for sink, targets in targets_of(sinks.values(), tables.values(), spec):
-        for target in targets:
-            sink.prepare(target)
-            newest = max(newest, sink.newest_version(target))
-    return epoch_of(newest) + 1

@@ -45,9 +45,6 @@ class FakeReader:
         self.on_heartbeat: Callable[[int], None] = lambda lsn: None
         self.errors: list[Exception] = []
 
-    def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
-        return {name: f"columns of {name}" for name in names}
-
     def estimated_rows(self, table: Table) -> int | None:
         return 42
 
@@ -135,6 +132,7 @@ class Bench:
             options=LoadSpec(chunk_rows=CHUNK_ROWS),
             heartbeat_prefix="beat",
             tables=lambda: self.tables,
+            fingerprint=lambda name: f"columns of {name}",
             hand_over=lambda slice_: self.hand_over(slice_),
             finished=self.finish,
             failed=self.failures.append,

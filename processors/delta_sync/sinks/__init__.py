@@ -116,7 +116,7 @@ def refuse_shared_places(targets: Sequence[tuple[AnySink, Target]]) -> None:
     """
     owners: dict[tuple[str, str], tuple[AnySink, Target]] = {}
     for sink, target in targets:
-        place = (_store_of(sink.url), target.place)
+        place = (store_of(sink.url), target.place)
         first = owners.setdefault(place, (sink, target))
         if first[1] is target:
             continue
@@ -134,6 +134,7 @@ def refuse_shared_places(targets: Sequence[tuple[AnySink, Target]]) -> None:
         )
 
 
-def _store_of(url: str) -> str:
+def store_of(url: str) -> str:
+    """Return which store a URL is for, without who logs in and how."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2].lower(), parts.path.rstrip("/"), "", ""))
