@@ -42,7 +42,7 @@ def stage(postgresql: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path
     """Return a function that makes a stage: these tables, made by this SQL in a schema of their own, with these sinks.
 
     Every row is its own document, unless `processor` has another body for the function that makes one of a `row`;
-    None: what `deltactl pipeline create` writes.
+    None: what `deltactl pipeline create` writes. `before_create` is called with the name of the database.
     """
     with contextlib.ExitStack() as exits:
 
@@ -54,9 +54,11 @@ def stage(postgresql: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path
             processor: str | None = "return dict(row)",
             schema: str | None = None,
             server: PostgreSQL = postgresql,
+            before_create: Callable[[str], None] = lambda database: None,
             **options: Any,
         ) -> Stage:
             name = _database(server, exits)
+            before_create(name)
             source = Source(server.url_of(name), schema or name)
             source.execute(f"CREATE SCHEMA IF NOT EXISTS {source.schema}", setup)
             urls = {sink: _url(request, sink, name) for sink in sinks}

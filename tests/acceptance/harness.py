@@ -453,6 +453,8 @@ def _plain_bson(value: Any) -> Any:
 class Stores:
     """All sinks of a pipeline, read from outside. Used by one thread."""
 
+    read_at_once = 500  # documents; fewer where they are large
+
     def __init__(self, pipeline: Pipeline) -> None:
         self._spec = load_spec(pipeline.home)
         self.sinks: dict[str, AnySink] = open_sinks(self._spec)
@@ -515,8 +517,8 @@ class Stores:
             yield f"{where} {id_}: missing, row {str(rows[ids[id_]])[:60]}"
         encode, plain = (as_bson, _plain_bson) if store.schemes[0] == "mongodb" else (as_json, lambda value: value)
         keys = list(rows)
-        for start in range(0, len(keys), 500):
-            batch = keys[start : start + 500]
+        for start in range(0, len(keys), self.read_at_once):
+            batch = keys[start : start + self.read_at_once]
             for key, stored in zip(batch, store.read(target, batch), strict=True):
                 if stored is None or stored.document is None:
                     continue  # reported above
