@@ -1,0 +1,147 @@
+"""What a run decides before it streams: the epoch, and which tables are to be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+
+from delta_sync.changes import Write
+from delta_sync.errors import SlotMissing
+from delta_sync.pipeline import Pipeline
+from delta_sync.sinks import AnySink, target_for
+from delta_sync.sinks.memory import MemorySink
+from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.spec import PipelineSpec, spec_from
+from delta_sync.starting import Source, prepare_source
+from delta_sync.state import StateStore
+from delta_sync.testing.servers import PostgreSQL
+from delta_sync.values import Row
+from delta_sync.versions import epoch_of, version_of
+
+TABLE = "public.starting"
+
+
+class Start:
+    """A pipeline with sinks in memory, started as often as one likes, as far as the stream."""
+
+    def __init__(self, postgresql: PostgreSQL, folder: Path) -> None:
+        parts = urlsplit(postgresql.url)
+        (folder / "password").write_text(f"{parts.password}\n")
+        source = {
+            "url": f"postgresql://{parts.username}@{parts.hostname}:{parts.port}{parts.path}",
+            "password": f"${{file:{folder}/password}}",
+        }
+        sinks = {"cache": {"url": "memory://cache"}, "search": {"url": "memory://search"}}
+        self.spec: PipelineSpec = spec_from(
+            {"name": "starting", "source": source, "tables": {TABLE: None}, "sinks": sinks}, "test"
+        )
+        self.sinks: dict[str, AnySink] = {"cache": MemorySink("cache"), "search": MemorySink("search")}
+        for name, sink in self.sinks.items():
+            sink.url = f"memory://{name}"  # two stores
+        self.state = StateStore.open(self.spec.state, folder)
+        self.reader = PostgresReader(self.spec.source, "test")
+
+    def __call__(self, *to: str, new_slot: bool = False, reload: bool = False) -> Source:
+        pipeline = Pipeline("starting")
+        pipeline.table(TABLE, to=to)(lambda row: row)
+        return prepare_source(
+            self.spec, pipeline, self.reader, self.state, self.sinks, new_slot=new_slot, reload=reload
+        )
+
+    def loaded(self) -> None:
+        """Pretend that the load has ended."""
+        load = self.state.loads("starting")[TABLE]
+        self.state.save_load("starting", load._replace(state="done", covered_from=1))
+
+    def load(self) -> tuple[str, str]:
+        """Return the state of the table's load, and why it is made."""
+        load = self.state.loads("starting")[TABLE]
+        return load.state, load.reason
+
+    def write(self, sink: str, version: int, row: Row) -> None:
+        """Write a document, as another pipeline would have."""
+        target = target_for(self.sinks[sink], self.reader.tables([TABLE])[TABLE], self.spec)
+        self.sinks[sink].apply(target, [Write((1,), version, row)])
+
+
+@pytest.fixture
+def start(postgresql: PostgreSQL, tmp_path: Path) -> Iterator[Start]:
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE starting (id int PRIMARY KEY, title text)")
+        it = Start(postgresql, tmp_path)
+        yield it
+        it.reader.drop_slot(it.spec.slot)
+        it.reader.drop_publication(it.spec.publication)
+        it.reader.close()
+        it.state.close()
+        connection.execute("DROP TABLE starting")
+
+
+def test_the_first_start_loads_and_the_next_goes_on(start: Start) -> None:
+    assert start("cache").epoch == 1
+    assert start.load() == ("pending", "first load")
+    assert start("cache").epoch == 1, "what an early kill left is not another pipeline's"
+    start.write("cache", version_of(1, 5), {"id": 1})
+    start.loaded()
+    assert start("cache").epoch == 1
+    assert start.load() == ("done", "first load")
+
+
+def test_a_place_that_is_full_already_begins_an_epoch_above(start: Start) -> None:
+    start.write("cache", version_of(3, 1 << 50), {"id": 1})
+    assert start("cache").epoch == 4
+
+
+def test_a_new_sink_is_loaded(start: Start) -> None:
+    start("cache")
+    start.loaded()
+    assert start("cache", "search").epoch == 1
+    assert start.load() == ("pending", "its columns changed, or where its documents go")
+
+
+def test_a_new_sink_that_holds_something_newer_raises_the_epoch(start: Start) -> None:
+    """Else every write to it would be stale: positions of another source may be higher than this one's."""
+    start("cache")
+    start.loaded()
+    start.write("cache", version_of(1, 5), {"id": 1})
+    start.write("search", version_of(1, 1 << 50), {"id": 1})
+    source = start("cache", "search")
+    assert source.epoch == 2
+    assert start.load() == ("pending", "the epoch rose")
+    assert (
+        epoch_of(
+            start.sinks["search"].newest_version(target_for(start.sinks["search"], source.tables[TABLE], start.spec))
+        )
+        < 2
+    )
+
+
+def test_columns_that_changed_while_it_was_stopped_are_loaded(start: Start, postgresql: PostgreSQL) -> None:
+    start("cache")
+    start.loaded()
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE starting ADD COLUMN year int")
+    start("cache")
+    assert start.load() == ("pending", "its columns changed, or where its documents go")
+
+
+def test_a_load_that_is_asked_for(start: Start) -> None:
+    start("cache")
+    start.loaded()
+    assert start("cache", reload=True).epoch == 1
+    assert start.load() == ("pending", "it was asked for")
+
+
+def test_a_slot_that_is_gone_stops_it_unless_that_is_accepted(start: Start) -> None:
+    start("cache")
+    start.loaded()
+    start.reader.drop_slot(start.spec.slot)
+    with pytest.raises(SlotMissing, match="delta_starting is gone"):
+        start("cache")
+    assert start("cache", new_slot=True).epoch == 2
+    assert start.load() == ("pending", "the epoch rose")
+    assert start.reader.slot(start.spec.slot) is not None
