@@ -701,6 +701,7 @@ class Storm(NamedTuple):
     writes: list[Write]
     deliveries: list[list[list[Write]]]  # thread → batches
     floor: int  # 0: no truncate
+    truncate_before: int  # which batch of the first thread
 
     def ends_with(self) -> dict[Key, Write]:
         """Return the newest write of each key that the floor lets in: what must be there when all is delivered."""
@@ -724,7 +725,8 @@ def plan_storm(seed: int, size: int, *, threads: int = 4, keys: int = 25, trunca
     for write in writes:
         for thread in rng.sample(range(threads), min(threads, rng.choice((1, 2, 2, 3)))):
             deliveries[thread].append([write])
-    return Storm(writes, [_batched(rng, [write for batch in own for write in batch]) for own in deliveries], floor)
+    batches = [_batched(rng, [write for batch in own for write in batch]) for own in deliveries]
+    return Storm(writes, batches, floor, rng.randrange(len(batches[0]) // 2 + 1))
 
 
 def _batched(rng: random.Random, writes: list[Write]) -> list[list[Write]]:
@@ -748,7 +750,7 @@ def storm(contract: SinkContract, sink: AnySink, target: Target, seed: int, *, t
     plan = plan_storm(seed, contract.storm_writes, truncate=truncate)
     keys = sorted({write.key for write in plan.writes})
     done = threading.Event()
-    started = threading.Barrier(len(plan.deliveries) + 1 + truncate)
+    started = threading.Barrier(len(plan.deliveries) + 1)
     errors: list[BaseException] = []
 
     def thread(work: Callable[[], object]) -> threading.Thread:
@@ -761,8 +763,10 @@ def storm(contract: SinkContract, sink: AnySink, target: Target, seed: int, *, t
 
         return threading.Thread(target=run)
 
-    def deliver(batches: list[list[Write]]) -> None:
-        for batch in batches:
+    def deliver(batches: list[list[Write]], truncate_before: int | None = None) -> None:
+        for number, batch in enumerate(batches):
+            if number == truncate_before:
+                sink.truncate(target, plan.floor)
             outcomes = sink.apply(target, batch)
             assert {outcome.kind for outcome in outcomes} <= {"applied", "stale"}
             assert len(outcomes) == len(batch)
@@ -776,9 +780,11 @@ def storm(contract: SinkContract, sink: AnySink, target: Target, seed: int, *, t
                 assert found is None or found.document is None or found.document["v"] in (version, str(version))
                 seen[key] = version
 
-    writers = [thread(partial(deliver, batches)) for batches in plan.deliveries]
-    if truncate:
-        writers.append(thread(lambda: sink.truncate(target, plan.floor)))
+    # One of the threads truncates, with half of its writes still to come: left to a thread of its own, it could always
+    # be the last, and then a sink without a floor would pass.
+    first, *others = plan.deliveries
+    writers = [thread(partial(deliver, first, plan.truncate_before if truncate else None))]
+    writers += [thread(partial(deliver, batches)) for batches in others]
     watches = contract.reads_never_go_back and not truncate
     reader = thread(watch if watches else lambda: None)
     for each in (*writers, reader):
