@@ -154,7 +154,9 @@ def test_an_upsert_that_could_not_be_decoded_is_no_delete() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [object(), {1}, (1, 2), 1j, {1: 2}, bytearray(b"x"), Colour.RED, [object()]], ids=repr
+    "value",
+    [object(), {1}, (1, 2), 1j, {1: 2}, bytearray(b"x"), Colour.RED, [object()]],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_no_row_holds_is_a_type_error(value: object) -> None:
     with pytest.raises(TypeError, match="a row cannot hold"):
