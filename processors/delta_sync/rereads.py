@@ -49,8 +49,9 @@ class Rereader:
         self._blocked_at: int | None = None  # xmin of a snapshot for which waiting was in vain
 
     def __call__(self, table: str, lacking: Sequence[Lacking]) -> list[tuple[Lacking, Row | None, int]]:
-        """Return each change with its row (None: it is gone) and the version to write it with.
+        """Return changes with their rows (None: it is gone) and the version to write each with.
 
+        Of large rows it returns some, at least one: ask again for the others, when these are no longer in memory.
         Raises SchemaChanged, and SourceBusy only when Delta stops before the source answers.
         """
         while True:
@@ -97,6 +98,9 @@ class Rereader:
                 raise SourceBusy("Delta stops before the rows could be read.")
             waited_s += POLL_S
         rows = dict(chunk.rows)
+        if chunk.last_key is not None:  # a row that is not there may be one that was left out
+            lacking = [item for item in lacking if item.key in rows]
+            assert lacking, "rows were read by these keys"
         if claim is not None:
             version = dump_version(self._epoch, claim)
             return [(item, rows.get(item.key), version) for item in lacking]

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 import structlog
@@ -265,7 +265,7 @@ class Worker:
         failures = [_undecodable(item.table, item.version, item.event, item.error) for item in decoded.undecodable]
         changes = dict(decoded.changes)
         for table, lacking in decoded.lacking.items():
-            changes[table] = [*changes.get(table, []), *self._read_again(table, lacking)]
+            changes[table] = [*changes.get(table, []), *self._read_all(table, lacking, failures)]
         results = self._submit(changes, decoded.truncates, failures)
         self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded))
         if not results:
@@ -278,8 +278,26 @@ class Worker:
         if not results:
             self.wake()
 
+    def _read_all(self, table: str, lacking: Sequence[Lacking], failures: list[Failure]) -> list[Change]:
+        """Return the changes whose events lack a value, with the rows read by key.
+
+        Large rows are not all held at once: what could be read is brought into the sinks before the next is read, and
+        only the last are returned.
+        """
+        while True:
+            found = self._read_again(table, lacking)
+            if len(found) == len(lacking):
+                return found
+            read = {change.key for change in found}
+            lacking = [item for item in lacking if item.key not in read]
+            results = self._submit({table: found}, {}, failures)
+            while wait(results, timeout=0.5).not_done:
+                if self._stopping.is_set():
+                    raise SourceBusy("Delta stops before all rows of a batch could be read.")
+            failures += _rejections(results)
+
     def _read_again(self, table: str, lacking: Sequence[Lacking]) -> list[Change]:
-        """Return the changes whose events lack a value, with the rows read by key."""
+        """Return changes with the rows read by key; of large rows some, at least one."""
         while True:
             try:
                 found = self._reread(table, lacking)
@@ -289,7 +307,7 @@ class Worker:
                 if self._stopping.wait(SCHEMA_RETRY_S):
                     raise
             else:
-                self._progress.reread_rows += len(lacking)
+                self._progress.reread_rows += len(found)
                 return [Change(table, item.key, version, row) for item, row, version in found]
 
     def _submit(
@@ -338,15 +356,7 @@ class Worker:
 
     def _settle(self, job: Job) -> None:
         """Collect what became of a job, and keep its failures as dead letters. Raises what a sink raised."""
-        failures = list(job.failures)
-        for result in job.results:
-            for sink, part, outcomes in result.result():
-                if outcomes.count(APPLIED) < len(outcomes):
-                    failures += [
-                        Failure(change, "apply", outcome.reason, "", sink)
-                        for change, outcome in zip(part.changes, outcomes, strict=True)
-                        if outcome.kind == "rejected"
-                    ]
+        failures = [*job.failures, *_rejections(job.results)]
         if failures:
             self._bury(failures, "load" if job.slice is not None else "log")
 
@@ -447,6 +457,18 @@ class Worker:
             except BaseException as error:  # noqa: BLE001 -- a defect: the worker stops with it
                 self.fail(error)
                 return
+
+
+def _rejections(results: Iterable[Future[list[Applied]]]) -> list[Failure]:
+    """Return a failure for each write that a sink rejected. Raises what a sink raised."""
+    return [
+        Failure(change, "apply", outcome.reason, "", sink)
+        for result in results
+        for sink, part, outcomes in result.result()
+        if outcomes.count(APPLIED) < len(outcomes)
+        for change, outcome in zip(part.changes, outcomes, strict=True)
+        if outcome.kind == "rejected"
+    ]
 
 
 def _undecodable(table: str, version: int, event: Mapping[str, object], error: DeltaError) -> Failure:

@@ -52,6 +52,7 @@ class FakeReader:
         self.errors: list[Exception] = []
         self.while_reading: Callable[[], None] = lambda: None
         self.reads = 0
+        self.leaves_out = False
 
     def sample(self) -> Sample:
         if self.errors:
@@ -64,7 +65,7 @@ class FakeReader:
         if not usable(snapshot):
             return None
         self.while_reading()
-        return Chunk(snapshot, [(key, ROW) for key in keys if key == (1,)], None)
+        return Chunk(snapshot, [(key, ROW) for key in keys if key == (1,)], (1,) if self.leaves_out else None)
 
 
 class Bench:
@@ -90,6 +91,12 @@ def test_with_a_claim_above_the_change(bench: Bench) -> None:
     version = dump_version(EPOCH, 5000)
     assert bench.reread(MOVIE, [lacking(1), lacking(2)]) == [(lacking(1), ROW, version), (lacking(2), None, version)]
     assert bench.stopping.pauses == []
+
+
+def test_a_row_that_was_left_out_is_not_taken_for_one_that_is_gone(bench: Bench) -> None:
+    bench.reader.snapshots = [Snapshot(30, 30, frozenset())]
+    bench.reader.leaves_out = True
+    assert bench.reread(MOVIE, [lacking(1), lacking(2)]) == [(lacking(1), ROW, dump_version(EPOCH, 5000))]
 
 
 def test_a_claim_of_the_watch_that_is_newer_is_used(bench: Bench) -> None:

@@ -30,12 +30,16 @@ from delta_sync.values import Row
 from delta_sync.versions import parse_lsn
 
 ROWS_AT_ONCE = 4  # of a table with long values: what may be in memory beyond the chunk's byte limit
+KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
 LOCK_NOTICE_AGE_S = 1.0
 FLUSHING_MESSAGES = 170000
 
 
 class Chunk(NamedTuple):
-    """Rows read in one snapshot, in the order of the key. The next chunk begins behind `last_key`; None: the end."""
+    """Rows read in one snapshot, in the order of the key. The next chunk begins behind `last_key`; None: the end.
+
+    Of rows read by their keys, `last_key` tells only whether some were left out: then it is not None.
+    """
 
     snapshot: Snapshot
     rows: list[tuple[Key, Row]]
@@ -292,19 +296,16 @@ class PostgresReader:
             if not self._has_long_values(connection, table):
                 rows.extend(to_row(values) for values in connection.execute(query, after))
             else:
-                size = 0
-                with connection.cursor() as cursor:
-                    for values in cursor.stream(query, after, size=ROWS_AT_ONCE):
-                        rows.append(to_row(values))
-                        size += sum(len(value) for value in values if isinstance(value, str | bytes))
-                        if size >= bytes_most:
-                            return Chunk(snapshot, rows, rows[-1][0])
+                chunk = _limited(connection, query, after, to_row, snapshot, bytes_most)
+                if chunk.last_key is not None:
+                    return chunk
+                rows = chunk.rows
         return Chunk(snapshot, rows, rows[-1][0] if len(rows) == rows_most else None)
 
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
         """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
 
-        A row that is gone is absent.
+        A row that is gone is absent. When the values have KEYS_BYTES bytes the rest is left out, and `last_key` set.
         """
         query = sql.SQL("SELECT {} FROM {} AS t JOIN {} USING ({})").format(
             codec.select_list(table),
@@ -317,7 +318,9 @@ class PostgresReader:
                 return None
             to_row = _row_maker(table)
             columns = [list(column) for column in zip(*keys, strict=True)]
-            return Chunk(snapshot, [to_row(values) for values in connection.execute(query, columns)], None)
+            if not self._has_long_values(connection, table):
+                return Chunk(snapshot, [to_row(values) for values in connection.execute(query, columns)], None)
+            return _limited(connection, query, columns, to_row, snapshot, KEYS_BYTES)
 
     @contextmanager
     def _snapshot(self) -> Generator[tuple[psycopg.Connection, Snapshot]]:
@@ -343,6 +346,26 @@ class PostgresReader:
             )
         )
         return bool(size)
+
+
+def _limited(
+    connection: psycopg.Connection,
+    query: sql.Composed,
+    parameters: Sequence[object] | None,
+    to_row: Callable[[Sequence[Any]], tuple[Key, Row]],
+    snapshot: Snapshot,
+    bytes_most: int,
+) -> Chunk:
+    """Return what a query has until its values have so many bytes; `last_key` is None when that was all."""
+    rows: list[tuple[Key, Row]] = []
+    size = 0
+    with connection.cursor() as cursor:
+        for values in cursor.stream(query, parameters, size=ROWS_AT_ONCE):
+            rows.append(to_row(values))
+            size += sum(len(value) for value in values if isinstance(value, str | bytes))
+            if size >= bytes_most:
+                return Chunk(snapshot, rows, rows[-1][0])
+    return Chunk(snapshot, rows, None)
 
 
 def _behind(table: Table, after: Key | None) -> sql.Composable:
