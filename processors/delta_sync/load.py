@@ -188,7 +188,6 @@ class Loader(threading.Thread):
         return load
 
     def _load_table(self, load: TableLoad) -> None:
-        table = self._tables()[load.table]
         if load.covered_from is None:
             self._pass_log()  # now the connector surely delivers this table's changes
             load = load._replace(
@@ -196,13 +195,20 @@ class Loader(threading.Thread):
             )
             self._state.save_load(self._pipeline, load)
             log.info("load_started", table=load.table, reason=load.reason)
-        self._show(load, self._reader.estimated_rows(table))
+        estimated = False
         while load.table not in self._reloads:
-            table = self._tables()[load.table]
+            table = self._tables().get(load.table)
+            if table is None:
+                return  # it is gone, and will be loaded from the start when it is back
+            if not estimated:
+                self._show(load, self._reader.estimated_rows(table))
+                estimated = True
             assert load.covered_from is not None
             chunk, claim = self._read_chunk(table, load.after_key, load.covered_from)
             self._pass_log()
             self._write(table, chunk.rows, dump_version(self._epoch, claim))
+            if load.table not in self._tables():
+                return
             load = load._replace(after_key=chunk.last_key or load.after_key, rows=load.rows + len(chunk.rows))
             if chunk.last_key is None:
                 self._finished(load)

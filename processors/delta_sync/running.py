@@ -39,6 +39,7 @@ COLLECT_EVERY = 200_000  # allocations: events are trees that reference counts f
 T = TypeVar("T")
 
 REPORT_S = 1.0  # how often the status is saved
+GONE = ""  # in place of a table's columns: it is not there
 HOUSEKEEPING_S = 600.0  # what expires after days may stay for minutes more
 STOP_BUDGET_S = 15.0  # for the threads that only read
 
@@ -137,15 +138,25 @@ class Running:
                 return TableRuntime(codec.table_codec(table), targets_of_table(pipeline, sinks, table, spec))
 
             def refresh(wanted: list[str]) -> Mapping[str, TableRuntime]:
-                """Read tables again; those that changed are loaded again, because old documents have old columns."""
-                current = key_reader.fingerprints(wanted)
-                changed = [name for name in wanted if current.get(name, columns[name]) != columns[name]]
-                if not changed:
+                """Read tables again; those that changed are loaded again, because old documents have old columns.
+
+                What happens to a table while it is not there by this name is not seen, so it counts as changed when it
+                is back, in this run or a later one.
+                """
+                current = key_reader.fingerprints(list(columns))
+                for name in columns.keys() - current.keys():
+                    columns[name] = GONE
+                    fingerprint = load_fingerprint(GONE, worker.targets(name), sinks)
+                    load = TableLoad(name, fingerprint=fingerprint, reason="it was gone", epoch=source.epoch)
+                    state.save_load(spec.name, load)
+                changed = [name for name in wanted if current.get(name, GONE) not in (GONE, columns[name])]
+                tables = key_reader.tables(changed) if changed else {}
+                if not tables:
                     return {}
-                tables = key_reader.tables(changed)
                 # A table that was dropped and made again is another one to the publication.
-                key_reader.publish(spec.publication, [tables.get(n, t) for n, t in worker.tables.items()])
-                for name in changed:
+                there = [tables.get(n, t) for n, t in worker.tables.items() if n in tables or columns[n] != GONE]
+                key_reader.publish(spec.publication, there)
+                for name in tables:
                     columns[name] = current[name]
                     log.warning("schema_changed", table=name)
                 return {name: runtime(table) for name, table in tables.items()}
@@ -167,6 +178,7 @@ class Running:
                 reread=Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping),
                 refresh=lambda names: self._until_reached(lambda: refresh(list(names))) or {},
                 columns_changed=reload,
+                gone=lambda name: columns[name] == GONE,
                 check_slot=lambda: check_slot(spec, key_reader, state),
                 stopping=self._stopping,
                 giving_up=self._giving_up,
@@ -181,7 +193,7 @@ class Running:
                 state=state,
                 options=spec.load,
                 heartbeat_prefix=spec.heartbeat_prefix,
-                tables=lambda: worker.tables,
+                tables=lambda: {n: table for n, table in worker.tables.items() if columns[n] != GONE},
                 fingerprint=lambda name: load_fingerprint(columns[name], worker.targets(name), sinks),
                 hand_over=worker.hand_over,
                 finished=lambda load: self._remove_unmet(load, sinks, worker, state),

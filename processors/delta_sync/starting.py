@@ -44,7 +44,9 @@ def prepare_source(
     A slot that is gone, or a source with another history, means that changes may have been lost: that is SlotMissing,
     unless `new_slot` accepts it. Then the epoch rises, and everything is loaded again; `reload` asks for that, too.
     """
+    found = reader.fingerprints(list(spec.tables))  # before the tables: what changes between the two is noticed later
     tables = _tables(spec, reader)
+    columns = {name: found.get(name, "") for name in tables}
     check_columns(pipeline, tables)
     identity = reader.identity()
     known = state.pipeline(spec.name)
@@ -59,7 +61,6 @@ def prepare_source(
             reader.drop_slot(spec.slot)
             slot = None
         known = PipelineState(spec.name, known.epoch + 1, identity.system_identifier, identity.timeline, None)
-    columns = reader.fingerprints(list(tables))
     targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in tables.items()}
     loads = state.loads(spec.name)
     there = _newest_epoch_of_others(loads, targets, sinks)

@@ -85,9 +85,10 @@ class Watch(threading.Thread):
         known = self._fingerprints()
         current = self._reader.fingerprints(list(known))
         changed = [table for table, fingerprint in current.items() if known[table] != fingerprint]
-        if changed:
-            self._schema_changed(changed)
         missing = known.keys() - current.keys()
-        for table in missing - self._missing:
+        gone = missing - self._missing
+        if changed or gone:
+            self._schema_changed([*changed, *gone])
+        for table in gone:
             log.warning("table_missing", table=table, fix="take it out of pipeline.yaml, or create it again")
         self._missing = missing

@@ -86,8 +86,9 @@ class Worker:
 
     `reread` reads rows by key (`rereads.Rereader`). `refresh` is asked about tables whose columns may have changed and
     returns those of which that is so, with their new codecs and targets; `columns_changed` is called with them once
-    they are in use. `check_slot` is called before each start of
-    the capture, because a connector that finds no slot creates one, and the changes between the two are lost.
+    they are in use. `gone` tells whether a table was not there when `refresh` was asked last. `check_slot` is called
+    before each start of the capture, because a connector that finds no slot creates one, and the changes between the
+    two are lost.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Worker:
         check_slot: Callable[[], None],
         stopping: threading.Event,
         giving_up: threading.Event,
+        gone: Callable[[str], bool] = lambda _: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spec = spec
@@ -125,6 +127,7 @@ class Worker:
         self._check_slot = check_slot
         self._stopping = stopping
         self._giving_up = giving_up
+        self._gone = gone
         self._clock = clock
         self._tables: dict[str, TableRuntime] = {}
         self._news = threading.Condition()
@@ -286,7 +289,7 @@ class Worker:
         """
         while True:
             found = self._read_again(table, lacking)
-            if len(found) == len(lacking):
+            if len(found) == len(lacking) or not found:
                 return found
             read = {change.key for change in found}
             lacking = [item for item in lacking if item.key not in read]
@@ -297,13 +300,19 @@ class Worker:
             failures += _rejections(results)
 
     def _read_again(self, table: str, lacking: Sequence[Lacking]) -> list[Change]:
-        """Return changes with the rows read by key; of large rows some, at least one."""
+        """Return changes with the rows read by key; of large rows some, at least one; none if the table is gone.
+
+        Its documents then stay as they are, as those of a dropped table do whose events lack nothing.
+        """
         while True:
             try:
                 found = self._reread(table, lacking)
             except SchemaChanged as error:
-                log.warning("reread_waits", table=table, reason=str(error))
                 self._refresh_tables([table])
+                if self._gone(table):
+                    log.warning("changes_left", table=table, changes=len(lacking), reason=str(error))
+                    return []
+                log.warning("reread_waits", table=table, reason=str(error))
                 if self._stopping.wait(SCHEMA_RETRY_S):
                     raise
             else:

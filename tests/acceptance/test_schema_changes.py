@@ -192,22 +192,58 @@ def test_a_column_that_the_processor_uses_is_dropped(most: int, stops: bool, sta
     assert run.stop() == 0
 
 
-def test_a_table_is_dropped(stage: Callable[..., Stage]) -> None:
-    """The others go on; it is said in the log, and at the next start, where it is the user's to decide."""
+@pytest.mark.parametrize(("dropped", "other"), [("thing", "keyed"), ("keyed", "thing")])
+def test_a_table_is_dropped(dropped: str, other: str, stage: Callable[..., Stage]) -> None:
+    """The others go on, also when rows of it were still to be read. At the next start it is the user's to decide."""
     it = stage(SETUP, TABLES)
     run = it.run()
     wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
-    it.source.execute("UPDATE thing SET rev = rev + 1; DROP TABLE thing")
+    it.source.execute(f"UPDATE {dropped} SET rev = rev + 1; DROP TABLE {dropped}")
     wait_until(lambda: bool(run.events("table_missing")), NOTICED_S, f"the warning; {run.tail()}")
-    it.source.execute("UPDATE keyed SET rev = rev + 1")
-    it.in_step(run)
+    it.source.execute(f"UPDATE {other} SET rev = rev + 1", f"ALTER TABLE {other} DROP COLUMN doomed")
+
+    def in_step() -> bool:
+        assert run.running, run.tail()
+        return it.stores.differences() == []
+
+    wait_until(in_step, NOTICED_S, f"the other table in step; {run.tail()}")
     assert run.stop() == 0
     run = it.run()
     wait_until(lambda: not run.running, EXIT_TIMEOUT_S, f"the refusal; {run.tail()}")
     assert run.exit_status == 2
-    assert f"has no table {it.source.schema}.thing" in run.tail()
-    it.source.execute("CREATE TABLE thing (id int PRIMARY KEY, other text)", "INSERT INTO thing VALUES (1, 'x')")
+    assert f"has no table {it.source.schema}.{dropped}" in run.tail()
+    it.source.execute(
+        f"CREATE TABLE {dropped} (id int PRIMARY KEY, new text)", f"INSERT INTO {dropped} VALUES (1, 'x')"
+    )
     run = it.run()
-    it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
-    assert it.stores.document("cache", "thing", (1,)) == {"id": 1, "other": "x"}
+    it.in_step(run)  # documents of rows that went with the table are gone, too
+    assert it.pipeline.dead_letters() == []
+    assert run.stop() == 0
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["in one run", "over a restart"])
+def test_a_table_that_is_away_for_a_while_is_loaded_again(restarted: bool, stage: Callable[..., Stage]) -> None:
+    """What happens to it under another name is in the log under that name, and so it is not seen."""
+    it = stage(SETUP, TABLES)
+    run = it.run()
+    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    it.source.execute(*(f"ALTER TABLE {table} RENAME TO {table}_away" for table in TABLES))
+    wait_until(lambda: len(run.events("table_missing")) == len(TABLES), NOTICED_S, f"the warnings; {run.tail()}")
+    for table in TABLES:
+        it.source.execute(
+            f"UPDATE {table}_away SET rev = 9 WHERE id < 5",
+            f"DELETE FROM {table}_away WHERE id = 7",
+            f"INSERT INTO {table}_away (id, rev) VALUES (1000, 1)",
+        )
+    if restarted:
+        assert run.stop() == 0
+    it.source.execute(*(f"ALTER TABLE {table}_away RENAME TO {table}" for table in TABLES))
+    if restarted:
+        run = it.run()
+
+    def in_step() -> bool:
+        assert run.running, run.tail()
+        return it.stores.differences() == []
+
+    wait_until(in_step, NOTICED_S, f"both tables in step; {run.tail()}")
     assert run.stop() == 0
