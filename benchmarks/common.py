@@ -19,6 +19,7 @@ import psutil
 import psycopg
 
 from delta_sync.capture import Batch
+from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.testing.servers import PostgreSQL, Redis
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,6 +77,19 @@ def source_spec(source: PostgreSQL) -> dict[str, str]:
     os.environ["BENCH_SOURCE_PASSWORD"] = parts.password or ""
     url = urlunsplit(parts._replace(netloc=f"{parts.username}@{parts.hostname}:{parts.port}"))
     return {"url": url, "password": "${env:BENCH_SOURCE_PASSWORD}"}
+
+
+def bench_spec(source: PostgreSQL, cache: Redis) -> PipelineSpec:
+    """Return the pipeline that all benchmarks run: one table into one Redis."""
+    return spec_from(
+        {
+            "name": "bench",
+            "source": source_spec(source),
+            "tables": {"public.movie": {"sinks": {"cache": {"key": "movie:{id}"}}}},
+            "sinks": {"cache": {"url": cache.url}},
+        },
+        "benchmark",
+    )
 
 
 def fill(source: PostgreSQL, rows: int, *, updates: bool) -> int:

@@ -20,13 +20,13 @@ from typing import Any
 
 import psycopg
 import requests
-from common import PROCESSOR, cpu_s, fill, report, scratch, servers, source_spec
+from common import PROCESSOR, bench_spec, cpu_s, fill, report, scratch, servers
 
 from delta_debezium.engine import EmbeddedCapture
 from delta_debezium.render import engine_properties
 from delta_sync.secrets import resolve
 from delta_sync.sources.postgresql.reader import PostgresReader
-from delta_sync.spec import PipelineSpec, dump_spec, spec_from
+from delta_sync.spec import PipelineSpec, dump_spec
 from delta_sync.state import PipelineState, StateStore, TableLoad
 from delta_sync.tables import Table
 from delta_sync.testing.processes import free_port
@@ -94,15 +94,7 @@ def main() -> None:
     with scratch() as scratch_name, servers() as (source, cache):
         folder = Path(scratch_name) / "bench"
         folder.mkdir()
-        spec = spec_from(
-            {
-                "name": "bench",
-                "source": source_spec(source),
-                "tables": {"public.movie": {"sinks": {"cache": {"key": "movie:{id}"}}}},
-                "sinks": {"cache": {"url": cache.url}},
-            },
-            "benchmark",
-        )
+        spec = bench_spec(source, cache)
         (folder / "processor.py").write_text(PROCESSOR)
         (folder / "pipeline.yaml").write_text(dump_spec(spec))
         reader = PostgresReader(spec.source, "bench")

@@ -24,9 +24,9 @@ from pathlib import Path
 import psutil
 import psycopg
 import redis
-from common import PROCESSOR, cpu_s, fill, report, scratch, servers, source_spec
+from common import PROCESSOR, bench_spec, cpu_s, fill, report, scratch, servers
 
-from delta_sync.spec import dump_spec, spec_from
+from delta_sync.spec import dump_spec
 
 ROWS = 20_000
 WARM_UP_S = 5.0
@@ -97,15 +97,7 @@ def main() -> None:
     with scratch() as scratch_name, servers() as (source, cache):
         folder = Path(scratch_name) / "bench"
         folder.mkdir()
-        spec = spec_from(
-            {
-                "name": "bench",
-                "source": source_spec(source),
-                "tables": {"public.movie": {"sinks": {"cache": {"key": "movie:{id}"}}}},
-                "sinks": {"cache": {"url": cache.url}},
-            },
-            "benchmark",
-        )
+        spec = bench_spec(source, cache)
         (folder / "processor.py").write_text(PROCESSOR)
         (folder / "pipeline.yaml").write_text(dump_spec(spec))
         fill(source, ROWS, updates=False)

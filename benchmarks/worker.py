@@ -16,7 +16,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from common import PROCESSOR, cpu_s, fill, own_cpu_s, report, scratch, servers, source_spec
+from common import PROCESSOR, bench_spec, cpu_s, fill, own_cpu_s, report, scratch, servers
 
 from delta_debezium.engine import EmbeddedCapture
 from delta_debezium.render import engine_properties
@@ -29,7 +29,6 @@ from delta_sync.secrets import resolve
 from delta_sync.sinks import open_sinks, target_for
 from delta_sync.sources.postgresql import codec
 from delta_sync.sources.postgresql.reader import PostgresReader
-from delta_sync.spec import spec_from
 from delta_sync.state import StateStore
 from delta_sync.testing.servers import PostgreSQL
 from delta_sync.worker import TableRuntime, Worker
@@ -91,15 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with scratch() as scratch_name, servers() as (source, cache):
         folder = Path(scratch_name)
-        spec = spec_from(
-            {
-                "name": "bench",
-                "source": source_spec(source),
-                "tables": {"public.movie": {"sinks": {"cache": {"key": "movie:{id}"}}}},
-                "sinks": {"cache": {"url": cache.url}},
-            },
-            "benchmark",
-        )
+        spec = bench_spec(source, cache)
         (folder / "processor.py").write_text(PROCESSOR)
         pipeline = load_processor(folder, spec)
         reader = PostgresReader(spec.source, "bench")
