@@ -19,6 +19,7 @@ from delta_sync.values import to_json
 from delta_sync.versions import epoch_of, format_lsn, position_of
 from deltactl.app import (
     App,
+    CommandT,
     DeltaGroup,
     confirm,
     dry_run_option,
@@ -134,14 +135,16 @@ def show(app: App, name: str, id_: int) -> None:
         say(f"\ntrace:\n{letter.trace.rstrip()}")
 
 
+def choosing_options(command: CommandT) -> CommandT:
+    """Add what chooses dead letters, by their ids or by `--all` and filters, and `--dry-run`."""
+    options = table_option(sink_option(stage_option(dry_run_option(command))))
+    everything = click.option("--all", "all_", is_flag=True, help="All that the filters leave.")
+    return click.argument("ids", metavar="[ID]...", type=int, nargs=-1)(everything(options))
+
+
 @dead.command()
 @name_argument
-@click.argument("ids", metavar="[ID]...", type=int, nargs=-1)
-@click.option("--all", "all_", is_flag=True, help="All that the filters leave.")
-@table_option
-@sink_option
-@stage_option
-@dry_run_option
+@choosing_options
 @yes_option
 @shared_options
 @pass_app
@@ -180,12 +183,7 @@ def discard(
 
 @dead.command()
 @name_argument
-@click.argument("ids", metavar="[ID]...", type=int, nargs=-1)
-@click.option("--all", "all_", is_flag=True, help="All that the filters leave.")
-@table_option
-@sink_option
-@stage_option
-@dry_run_option
+@choosing_options
 @shared_options
 @pass_app
 def replay(

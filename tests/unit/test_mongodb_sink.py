@@ -61,7 +61,7 @@ def test_an_id_comes_back_from_bson_as_a_key_of_the_same_text(value: object) -> 
 
 
 def test_a_key_of_several_columns_is_a_document_in_the_keys_order() -> None:
-    assert list(dict(bson_id(PAIR, ("x", 1))).items()) == [("b", "x"), ("a", 1)]  # type: ignore[call-overload]
+    assert list(dict(bson_id(PAIR, ("x", 1))).items()) == [("b", "x"), ("a", 1)]  # type: ignore[call-overload]  # an embedded id
     assert key_of(PAIR, {"b": "x", "a": 1}) == ("x", 1)
 
 

@@ -152,5 +152,5 @@ def test_a_lookup_is_asked_by_a_column_that_is_there_and_can_be_compared() -> No
     pipeline.tables["public.movie"].enrich["rating"] = ratings.by("tags")  # type: ignore[index]  # a dict, in truth
     with pytest.raises(UsageError, match="tags is text"):
         check_columns(pipeline, tables)
-    pipeline.tables["public.movie"].enrich["rating"] = ratings.by("id")  # type: ignore[index]
+    pipeline.tables["public.movie"].enrich["rating"] = ratings.by("id")  # type: ignore[index]  # a dict, in truth
     check_columns(pipeline, tables)

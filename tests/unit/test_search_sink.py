@@ -118,7 +118,7 @@ URLS: list[tuple[str, dict[str, str], tuple[str, str | None, dict[str, str]]]] =
 
 @pytest.mark.parametrize(("url", "options", "expected"), URLS)
 def test_urls(url: str, options: dict[str, str], expected: tuple[str, str | None, dict[str, str]]) -> None:
-    assert parse_url("search", url, SearchOptions(**options)) == expected  # type: ignore[arg-type]
+    assert parse_url("search", url, SearchOptions(**options)) == expected  # type: ignore[arg-type]  # parametrised
 
 
 @pytest.mark.parametrize(
