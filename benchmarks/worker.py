@@ -24,6 +24,7 @@ from delta_sync.applying import SinkWriter
 from delta_sync.capture import Batch
 from delta_sync.pipeline import load_processor
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.rereads import AheadOfLog
 from delta_sync.running import settle_memory
 from delta_sync.secrets import resolve
 from delta_sync.sinks import open_sinks, target_for
@@ -121,6 +122,7 @@ def main() -> None:
             position=position,
             progress=progress,
             reread=lambda _table, _lacking: [],
+            ahead=AheadOfLog(),
             refresh=lambda _names: {},
             columns_changed=lambda _names: None,
             check_slot=lambda: None,

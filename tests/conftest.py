@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 pytest_plugins = ["delta_sync.testing.stack"]
 
 # Where `make jars` puts them, for those who run pytest by hand.
 os.environ.setdefault("DELTA_JARS", str(Path(__file__).parents[1] / ".cache" / "jars"))
+
+# A shell that runs tests in the background hands down that SIGINT is ignored, and commands under test would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)

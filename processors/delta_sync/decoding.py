@@ -62,11 +62,21 @@ class Decoded(NamedTuple):
     misfits: frozenset[str]  # tables of which an event has other columns than the catalogue had
 
 
-def decode(payloads: Iterable[bytes], codecs: Mapping[str, TableCodec], epoch: int, heartbeat_prefix: str) -> Decoded:
+ReadAhead = Callable[[Key, int], bool]
+"""Whether a row was read by its key after the change of it at this position: then the sink may show a newer one."""
+
+
+def decode(
+    payloads: Iterable[bytes],
+    codecs: Mapping[str, TableCodec],
+    epoch: int,
+    heartbeat_prefix: str,
+    read_ahead: Mapping[str, ReadAhead] | None = None,
+) -> Decoded:
     """Return the newest change per key of some batches, given in the order of the log.
 
     Of an event that is not the newest of its key nothing but the key is looked at. Events of tables without a codec
-    are left out: the table was removed from the pipeline.
+    are left out: the table was removed from the pipeline. A row that was read ahead, by table, counts as lacking.
     """
     newest: dict[str, dict[Hashable, Event]] = {table: {} for table in codecs}
     raw_keys = {table: _raw_key(codec.table.key) for table, codec in codecs.items()}
@@ -106,7 +116,8 @@ def decode(payloads: Iterable[bytes], codecs: Mapping[str, TableCodec], epoch: i
     for table, keys in newest.items():
         if keys:
             codec = codecs[table]
-            fits = _decode_table(codec, keys.values(), epoch, changes, lacking, undecodable)
+            ahead = read_ahead.get(table) if read_ahead else None
+            fits = _decode_table(codec, keys.values(), epoch, ahead, changes, lacking, undecodable)
             if not fits:
                 misfits.add(table)
     return Decoded(changes, lacking, truncates, undecodable, heartbeat_lsn, newest_ts_ms, count, frozenset(misfits))
@@ -123,6 +134,7 @@ def _decode_table(
     codec: TableCodec,
     events: Iterable[Event],
     epoch: int,
+    ahead: ReadAhead | None,
     changes: dict[str, list[Change]],
     lacking: dict[str, list[Lacking]],
     undecodable: list[Undecodable],
@@ -143,12 +155,15 @@ def _decode_table(
         version = base | source["lsn"]
         image = event["after"]
         try:
-            if image is None:
-                good.append(Change(table, to_key(event["before"]), version, None))
-                continue
-            key = to_key(image)
+            key = to_key(event["before"] if image is None else image)
         except UndecodableChange as error:
             undecodable.append(Undecodable(table, version, event, error))
+            continue
+        if ahead is not None and ahead(key, source["lsn"]):
+            bad.append(Lacking(table, key, version, source["txId"]))
+            continue
+        if image is None:
+            good.append(Change(table, key, version, None))
             continue
         fits = image.keys() == columns or columns <= image.keys() <= all_columns
         all_fit = all_fit and fits

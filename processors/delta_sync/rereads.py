@@ -3,35 +3,101 @@
 The row is read in one snapshot S with a claim L above the change, so S sees the change, and the row is written with a
 version just below L: what comes between from the log is older and stale. A claim has to wait for the transactions that
 are running now. They usually end within milliseconds; when one does not, the row is written with the change's own
-version, which is safe too, as long as S sees the change's transaction: the row then holds that change and perhaps later
-ones, which the log brings again (until then a reader may see the row go back by those).
+version, which is safe too, as long as S sees the change's transaction.
+
+Either way the row may hold later changes than its version says, and their events, which the log brings next, would show
+it as it was before them. So a row that was read ahead of the log is read by its key again for each of these changes,
+until the log has come past S (`AheadOfLog`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import structlog
 
-from delta_sync.decoding import Lacking
+from delta_sync.changes import Key
+from delta_sync.decoding import Lacking, ReadAhead
 from delta_sync.errors import SchemaChanged, SourceBusy
 from delta_sync.load import SharedSamples
 from delta_sync.sources.postgresql.claims import Snapshot, widen
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.tables import Table
 from delta_sync.values import Row
-from delta_sync.versions import dump_version, position_of
+from delta_sync.versions import position_of, reread_version
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 CLAIM_WAIT_S = 0.25  # for the transactions that are running now: far above a short one's length, still near real time
 POLL_S = 0.003
 RETRY_S = 1.0
+AHEAD_MOST = 100_000  # keys of a table, some 20 MB; a connector that is hours behind may meet any number of them
+
+
+class Ahead(NamedTuple):
+    """A stretch of the log: from the first change that a row's version leaves to it, to what the row may hold."""
+
+    start: int
+    end: int
+
+    def joined(self, other: Ahead) -> Ahead:
+        """Return the stretch that holds both."""
+        return Ahead(min(self.start, other.start), max(self.end, other.end))
+
+
+class AheadOfLog:
+    """Which rows were read by key ahead of the log, and so hold changes that the log has yet to bring.
+
+    Bounded: beyond `limit` keys of a table it is as if all of its rows had been read, which only costs reads.
+    """
+
+    def __init__(self, limit: int = AHEAD_MOST) -> None:
+        self._limit = limit
+        self._keys: dict[str, dict[Key, Ahead]] = {}
+        self._tables: dict[str, Ahead] = {}
+
+    def note(self, table: str, key: Key, ahead: Ahead) -> None:
+        """Note that this key's row was read. What was noted of it before stays: the new row may be on its way yet."""
+        of_table = self._keys.setdefault(table, {})
+        of_table[key] = ahead.joined(of_table.get(key, ahead))
+        if len(of_table) > self._limit:
+            everything = self._tables.get(table, ahead)
+            for one in of_table.values():
+                everything = everything.joined(one)
+            self._tables[table] = everything
+            of_table.clear()
+
+    def passed(self, position: int) -> None:
+        """Forget the rows that were read before everything up to this position had come through the log."""
+        for table, of_table in list(self._keys.items()):
+            left = {key: ahead for key, ahead in of_table.items() if ahead.end > position}
+            if left:
+                self._keys[table] = left
+            else:
+                del self._keys[table]
+        self._tables = {table: ahead for table, ahead in self._tables.items() if ahead.end > position}
+
+    def by_table(self) -> dict[str, ReadAhead]:
+        """Return, for each table with rows that are ahead, which of its changes are to be read by key."""
+        return {table: self._of(table) for table in self._keys.keys() | self._tables.keys()}
+
+    def _of(self, table: str) -> ReadAhead:
+        of_table = self._keys.get(table, {})
+        everything = self._tables.get(table)
+
+        def ahead(key: Key, position: int) -> bool:
+            found = of_table.get(key)
+            if found is not None and found.start <= position < found.end:
+                return True
+            return everything is not None and everything.start <= position < everything.end
+
+        return ahead
 
 
 class Rereader:
-    """Reads rows by key with a version. Used by one thread."""
+    """Reads rows by key with a version, and notes in `ahead` which. Used by one thread."""
 
     def __init__(
         self,
@@ -46,6 +112,7 @@ class Rereader:
         self._epoch = epoch
         self._table = table
         self._stopping = stopping
+        self.ahead = AheadOfLog()
         self._blocked_at: int | None = None  # xmin of a snapshot for which waiting was in vain
 
     def __call__(self, table: str, lacking: Sequence[Lacking]) -> list[tuple[Lacking, Row | None, int]]:
@@ -69,10 +136,9 @@ class Rereader:
         self._samples.add(sample)
         keys = [item.key for item in lacking]
         newest_lsn = max(position_of(item.version) for item in lacking)
-        xids = {item.xid for item in lacking}  # 32-bit, as in the log
         assert sample.lsn > newest_lsn, "an event is in the log before its successor's position"
         waited_s = 0.0
-        claim: int | None = None
+        claim = 0
         while True:
             patient = waited_s < CLAIM_WAIT_S
 
@@ -80,8 +146,8 @@ class Rereader:
                 # Made here, once: the samples that allow a claim may be forgotten while rows are read, and without a
                 # claim the version rests on another condition.
                 nonlocal claim
-                claim = self._samples.claim(snapshot, newest_lsn + 1)
-                if claim is not None:
+                claim = self._samples.claim(snapshot, 0) or 0
+                if claim > newest_lsn:
                     self._blocked_at = None
                     return True
                 if snapshot.xmin == self._blocked_at:
@@ -89,6 +155,7 @@ class Rereader:
                 if patient:
                     return False
                 self._blocked_at = snapshot.xmin
+                xids = {item.xid for item in lacking if position_of(item.version) >= claim}  # 32-bit, as in the log
                 return all(snapshot.sees(widen(xid, snapshot.xmax)) for xid in xids)
 
             chunk = self._reader.read_keys(table, keys, usable)
@@ -101,7 +168,9 @@ class Rereader:
         if chunk.last_key is not None:  # a row that is not there may be one that was left out
             lacking = [item for item in lacking if item.key in rows]
             assert lacking, "rows were read by these keys"
-        if claim is not None:
-            version = dump_version(self._epoch, claim)
-            return [(item, rows.get(item.key), version) for item in lacking]
-        return [(item, rows.get(item.key), item.version) for item in lacking]
+        found: list[tuple[Lacking, Row | None, int]] = []
+        for item in lacking:
+            version = max(item.version, reread_version(self._epoch, claim)) if claim else item.version
+            self.ahead.note(table.id, item.key, Ahead(position_of(version) + 1, chunk.seen_to))
+            found.append((item, rows.get(item.key), version))
+        return found

@@ -165,6 +165,7 @@ class Running:
                 for name in names:
                     loader.reload(name, "its columns changed")
 
+            reread = Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping)
             worker = Worker(
                 spec=spec,
                 pipeline=pipeline,
@@ -175,7 +176,8 @@ class Running:
                 state=state,
                 position=self.position,
                 progress=self.progress,
-                reread=Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping),
+                reread=reread,
+                ahead=reread.ahead,
                 refresh=lambda names: self._until_reached(lambda: refresh(list(names))) or {},
                 columns_changed=reload,
                 gone=lambda name: columns[name] == GONE,

@@ -21,7 +21,18 @@ def version_of(epoch: int, position: int) -> int:
 
 
 def dump_version(epoch: int, claim: int) -> int:
-    """Return the version of a row read with a claim: just below all changes that the claim leaves to the log."""
+    """Return the version of a row read with a claim: below all changes that the claim leaves to the log.
+
+    Two below, which leaves room for `reread_version`: a claim is where a record of the log ends; none is that short.
+    """
+    return version_of(epoch, claim - 2)
+
+
+def reread_version(epoch: int, claim: int) -> int:
+    """Return the version of a row read by its key, because of a change, with a claim above that change.
+
+    It beats a row of a chunk with the same claim, which was read before: chunks wait for the log to come past them.
+    """
     return version_of(epoch, claim - 1)
 
 

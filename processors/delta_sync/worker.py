@@ -40,6 +40,7 @@ from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline
 from delta_sync.processing import Failure, failure, process
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.rereads import AheadOfLog
 from delta_sync.secrets import redact
 from delta_sync.sinks.base import Target
 from delta_sync.spec import PipelineSpec
@@ -84,11 +85,11 @@ class Job(NamedTuple):
 class Worker:
     """Applies a pipeline's changes until `stopping` is set. `run` returns when it has drained, or raises why it stops.
 
-    `reread` reads rows by key (`rereads.Rereader`). `refresh` is asked about tables whose columns may have changed and
-    returns those of which that is so, with their new codecs and targets; `columns_changed` is called with them once
-    they are in use. `gone` tells whether a table was not there when `refresh` was asked last. `check_slot` is called
-    before each start of the capture, because a connector that finds no slot creates one, and the changes between the
-    two are lost.
+    `reread` reads rows by key (`rereads.Rereader`), and notes in `ahead` which these were. `refresh` is asked about
+    tables whose columns may have changed and returns those of which that is so, with their new codecs and targets;
+    `columns_changed` is called with them once they are in use. `gone` tells whether a table was not there when
+    `refresh` was asked last. `check_slot` is called before each start of the capture, because a connector that finds
+    no slot creates one, and the changes between the two are lost.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Worker:
         position: LogPosition,
         progress: Progress,
         reread: Read,
+        ahead: AheadOfLog,
         refresh: Callable[[Iterable[str]], Mapping[str, TableRuntime]],
         columns_changed: Callable[[Collection[str]], None],
         check_slot: Callable[[], None],
@@ -122,6 +124,7 @@ class Worker:
         self._position = position
         self._progress = progress
         self._reread = reread
+        self._ahead = ahead
         self._refresh = refresh
         self._columns_changed = columns_changed
         self._check_slot = check_slot
@@ -262,10 +265,14 @@ class Worker:
     def _begin_batches(self, batches: Sequence[Batch]) -> None:
         codecs = {name: runtime.codec for name, runtime in self._tables.items()}
         payloads = [batch.payload for batch in batches]
-        decoded = decode(payloads, codecs, self._epoch, self._spec.heartbeat_prefix)
+        decoded = decode(payloads, codecs, self._epoch, self._spec.heartbeat_prefix, self._ahead.by_table())
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
         failures = [_undecodable(item.table, item.version, item.event, item.error) for item in decoded.undecodable]
+        if decoded.lacking and any(job.batch.generation != batches[-1].generation for job in self._jobs if job.batch):
+            # Delivered again: the same change may be read by key twice and get the same version, so the first is to
+            # be in the sinks before the second is read, or an older row could overwrite a newer one.
+            self._wait_for([result for job in self._jobs for result in job.results])
         changes = dict(decoded.changes)
         for table, lacking in decoded.lacking.items():
             changes[table] = [*changes.get(table, []), *self._read_all(table, lacking, failures)]
@@ -294,10 +301,14 @@ class Worker:
             read = {change.key for change in found}
             lacking = [item for item in lacking if item.key not in read]
             results = self._submit({table: found}, {}, failures)
-            while wait(results, timeout=0.5).not_done:
-                if self._stopping.is_set():
-                    raise SourceBusy("Delta stops before all rows of a batch could be read.")
+            self._wait_for(results)
             failures += _rejections(results)
+
+    def _wait_for(self, results: Sequence[Future[list[Applied]]]) -> None:
+        """Wait until the sinks have answered. Raises SourceBusy when Delta stops before."""
+        while wait(results, timeout=0.5).not_done:
+            if self._stopping.is_set():
+                raise SourceBusy("Delta stops before all rows of a batch could be read.")
 
     def _read_again(self, table: str, lacking: Sequence[Lacking]) -> list[Change]:
         """Return changes with the rows read by key; of large rows some, at least one; none if the table is gone.
@@ -353,6 +364,7 @@ class Worker:
             self._progress.events += job.decoded.events
             if job.decoded.heartbeat_lsn is not None:
                 self._position.advance(job.decoded.heartbeat_lsn)
+                self._ahead.passed(job.decoded.heartbeat_lsn)
         for job in [job for job in self._load_jobs if job.done()]:
             self._load_jobs.remove(job)
             assert job.slice is not None

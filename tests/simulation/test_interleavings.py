@@ -141,12 +141,14 @@ FAULTS = {
     "claim: before the log covers the table": Faults(claim_before_coverage=True),
     "load: handed over before the log has passed": Faults(hand_over_before_log=True),
     "read by key: whatever is visible": Faults(read_by_key_whatever_is_visible=True),
+    "read by key: then the log's own rows": Faults(forget_what_was_read_ahead=True),
+    "read by key: twice at once": Faults(read_again_beside_the_first=True),
 }
 
 
 def notice(make_store: Callable[[], Store], faults: Faults) -> str:
     """Return the first violation. Fails when there is none."""
-    toast = faults.read_by_key_whatever_is_visible
+    toast = any(faults == FAULTS[name] for name in FAULTS if name.startswith("read by key"))
     for seed in range(NOTICED_WITHIN):
         try:
             World(seed, make_store, faults, toast=toast).run(STEPS)

@@ -215,3 +215,13 @@ def test_a_later_epoch_outranks_every_position_of_an_earlier_one() -> None:
     (low,) = decode(payload, CODECS, EPOCH + 1, "beat").changes[MOVIE]
     (high,) = decoded([insert(1 << 51, 1)]).changes[MOVIE]
     assert low.version > high.version
+
+
+def test_a_row_that_was_read_ahead_is_read_again() -> None:
+    payload = [orjson.dumps([insert(10, 1, length=1), insert(11, 2, length=1), delete(12, 3), delete(13, 4)])]
+    ahead = {MOVIE: lambda key, position: (key, position) in {((1,), 10), ((3,), 12)}}
+    found = decode(payload, CODECS, EPOCH, "beat", ahead)
+    assert [item.key for item in found.lacking[MOVIE]] == [(1,), (3,)]
+    assert [item.xid for item in found.lacking[MOVIE]] == [1010, 1012]
+    assert [item.key for item in found.changes[MOVIE]] == [(2,), (4,)]
+    assert not decode(payload, CODECS, EPOCH, "beat", {"public.other": lambda *_: True}).lacking

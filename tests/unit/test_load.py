@@ -74,7 +74,7 @@ class FakeReader:
         first = 0 if after is None else after[0] + 1
         ids = range(self.rows)[first : first + rows_most]
         rows: list[tuple[Key, Row]] = [((id_,), {"id": id_}) for id_ in ids]
-        return Chunk(snapshot, rows, rows[-1][0] if len(rows) == rows_most else None)
+        return Chunk(0, rows, rows[-1][0] if len(rows) == rows_most else None)
 
 
 class Stopping(threading.Event):

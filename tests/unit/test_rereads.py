@@ -13,14 +13,15 @@ from delta_sync.changes import Key
 from delta_sync.decoding import Lacking
 from delta_sync.errors import SourceBusy
 from delta_sync.load import SharedSamples
-from delta_sync.rereads import Rereader
+from delta_sync.rereads import Ahead, AheadOfLog, Rereader
 from delta_sync.sources.postgresql.claims import Sample, Snapshot
 from delta_sync.sources.postgresql.reader import Chunk, PostgresReader
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
-from delta_sync.versions import dump_version, version_of
+from delta_sync.versions import reread_version, version_of
 
 EPOCH = 2
+SEEN_TO = 6000
 TABLE = Table("public", "movie", (Column("id", "integer", Kind.INTEGER),), ("id",))
 MOVIE = "public.movie"
 ROW: Row = {"id": 1, "title": "now"}
@@ -65,7 +66,7 @@ class FakeReader:
         if not usable(snapshot):
             return None
         self.while_reading()
-        return Chunk(snapshot, [(key, ROW) for key in keys if key == (1,)], (1,) if self.leaves_out else None)
+        return Chunk(SEEN_TO, [(key, ROW) for key in keys if key == (1,)], (1,) if self.leaves_out else None)
 
 
 class Bench:
@@ -88,7 +89,7 @@ def bench() -> Bench:
 
 def test_with_a_claim_above_the_change(bench: Bench) -> None:
     bench.reader.snapshots = [Snapshot(30, 30, frozenset())]
-    version = dump_version(EPOCH, 5000)
+    version = reread_version(EPOCH, 5000)
     assert bench.reread(MOVIE, [lacking(1), lacking(2)]) == [(lacking(1), ROW, version), (lacking(2), None, version)]
     assert bench.stopping.pauses == []
 
@@ -96,21 +97,21 @@ def test_with_a_claim_above_the_change(bench: Bench) -> None:
 def test_a_row_that_was_left_out_is_not_taken_for_one_that_is_gone(bench: Bench) -> None:
     bench.reader.snapshots = [Snapshot(30, 30, frozenset())]
     bench.reader.leaves_out = True
-    assert bench.reread(MOVIE, [lacking(1), lacking(2)]) == [(lacking(1), ROW, dump_version(EPOCH, 5000))]
+    assert bench.reread(MOVIE, [lacking(1), lacking(2)]) == [(lacking(1), ROW, reread_version(EPOCH, 5000))]
 
 
 def test_a_claim_of_the_watch_that_is_newer_is_used(bench: Bench) -> None:
     bench.samples.add(Sample(4500, 25))
     bench.reader.samples = [Sample(5000, 30)]
     bench.reader.snapshots = [Snapshot(29, 33, frozenset({29}))]  # not of this sample, but of that one
-    assert bench.reread(MOVIE, [lacking(1)]) == [(lacking(1), ROW, dump_version(EPOCH, 4500))]
+    assert bench.reread(MOVIE, [lacking(1)]) == [(lacking(1), ROW, reread_version(EPOCH, 4500))]
 
 
 def test_a_claim_below_the_change_is_none(bench: Bench) -> None:
     """The row might lack the change, and would still be written in its place."""
     bench.samples.add(Sample(4000, 25))
     bench.reader.snapshots = [Snapshot(26, 33, frozenset({26})), Snapshot(30, 33, frozenset())]
-    assert bench.reread(MOVIE, [lacking(1, lsn=4000)]) == [(lacking(1, lsn=4000), ROW, dump_version(EPOCH, 5000))]
+    assert bench.reread(MOVIE, [lacking(1, lsn=4000)]) == [(lacking(1, lsn=4000), ROW, reread_version(EPOCH, 5000))]
     assert len(bench.stopping.pauses) == 1
 
 
@@ -118,7 +119,7 @@ def test_it_waits_a_moment_for_those_that_run_now(bench: Bench) -> None:
     running = Snapshot(25, 33, frozenset({25}))
     bench.reader.snapshots = [running, running, Snapshot(30, 33, frozenset())]
     ((_, _, version),) = bench.reread(MOVIE, [lacking(1)])
-    assert version == dump_version(EPOCH, 5000)
+    assert version == reread_version(EPOCH, 5000)
     assert bench.stopping.pauses == [rereads.POLL_S] * 2
 
 
@@ -137,7 +138,7 @@ def test_for_the_same_long_transaction_it_waits_once(bench: Bench) -> None:
     bench.reread(MOVIE, [lacking(1)])
     assert bench.stopping.pauses == []
     bench.reader.snapshots = [Snapshot(30, 33, frozenset())]
-    assert bench.reread(MOVIE, [lacking(1)])[0][2] == dump_version(EPOCH, 5000)
+    assert bench.reread(MOVIE, [lacking(1)])[0][2] == reread_version(EPOCH, 5000)
     bench.reader.snapshots = [Snapshot(12, 33, frozenset({12}))]
     bench.reread(MOVIE, [lacking(1)])
     assert bench.stopping.pauses  # it is another one
@@ -165,7 +166,7 @@ def test_samples_may_be_forgotten_while_rows_are_read(bench: Bench) -> None:
     bench.reader.snapshots = [Snapshot(30, 30, frozenset())]
     bench.reader.while_reading = bench.samples.forget
     ((_, _, version),) = bench.reread(MOVIE, [lacking(1)])
-    assert version == dump_version(EPOCH, 5000)
+    assert version == reread_version(EPOCH, 5000)
 
 
 def test_a_source_that_does_not_answer_is_asked_again(bench: Bench) -> None:
@@ -180,3 +181,65 @@ def test_stopping_ends_the_wait(bench: Bench) -> None:
     bench.stopping.stop_after = 3
     with pytest.raises(SourceBusy):
         bench.reread(MOVIE, [lacking(1)])
+
+
+# ── ahead of the log ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_row_may_hold_beyond_its_claim_is_ahead(bench: Bench) -> None:
+    bench.reader.snapshots = [Snapshot(30, 30, frozenset())]
+    bench.reread(MOVIE, [lacking(1), lacking(2)])
+    ahead = bench.reread.ahead.by_table()[MOVIE]
+    assert [ahead((1,), position) for position in (4999, 5000, SEEN_TO - 1, SEEN_TO)] == [False, True, True, False]
+    assert ahead((2,), 5000)  # that it is gone may be ahead, too
+    assert not ahead((3,), 5000)
+
+
+def test_without_a_claim_all_that_follows_the_change_is_ahead(bench: Bench) -> None:
+    bench.reader.snapshots = [Snapshot(10, 33, frozenset({10}))]
+    bench.reread(MOVIE, [lacking(1, 3000, 20), lacking(2, 4000, 21)])
+    ahead = bench.reread.ahead.by_table()[MOVIE]
+    assert [ahead((1,), 3000), ahead((1,), 3001), ahead((2,), 4000), ahead((2,), 4001)] == [False, True, False, True]
+
+
+def test_a_row_that_was_left_out_is_not_ahead(bench: Bench) -> None:
+    bench.reader.snapshots = [Snapshot(30, 30, frozenset())]
+    bench.reader.leaves_out = True
+    bench.reread(MOVIE, [lacking(1), lacking(2)])
+    assert not bench.reread.ahead.by_table()[MOVIE]((2,), 5000)
+
+
+def test_the_log_comes_past() -> None:
+    noted = AheadOfLog()
+    noted.note(MOVIE, (1,), Ahead(10, 20))
+    noted.note(MOVIE, (2,), Ahead(10, 30))
+    noted.passed(19)
+    assert noted.by_table()[MOVIE]((1,), 10)
+    noted.passed(20)
+    assert not noted.by_table()[MOVIE]((1,), 10)
+    assert noted.by_table()[MOVIE]((2,), 10)
+    noted.passed(30)
+    assert noted.by_table() == {}
+
+
+def test_a_key_that_is_read_twice_is_ahead_since_the_first() -> None:
+    """The second row may reach the sink after a change that it makes stale."""
+    noted = AheadOfLog()
+    noted.note(MOVIE, (1,), Ahead(10, 30))
+    noted.note(MOVIE, (1,), Ahead(20, 40))
+    ahead = noted.by_table()[MOVIE]
+    assert [ahead((1,), position) for position in (9, 10, 39, 40)] == [False, True, True, False]
+
+
+def test_too_many_keys_stand_for_all() -> None:
+    noted = AheadOfLog(limit=2)
+    for id_, stretch in enumerate([Ahead(30, 40), Ahead(10, 50), Ahead(20, 60)]):
+        noted.note(MOVIE, (id_,), stretch)
+    ahead = noted.by_table()[MOVIE]
+    assert [ahead((77,), position) for position in (9, 10, 59, 60)] == [False, True, True, False]
+    for id_ in range(3):
+        noted.note(MOVIE, (id_,), Ahead(70, 80))
+    ahead = noted.by_table()[MOVIE]
+    assert [ahead((77,), position) for position in (9, 10, 79, 80)] == [False, True, True, False]
+    noted.passed(80)
+    assert noted.by_table() == {}

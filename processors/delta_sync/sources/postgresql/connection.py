@@ -70,15 +70,17 @@ def connect(source: SourceSpec, application_name: str = "delta") -> psycopg.Conn
 def explain(message: str, server: Server) -> tuple[Problem, bool]:
     """Return what libpq's message means and what to change, and whether it will pass by itself.
 
-    Pure. libpq gives no error codes for a connection that fails, so its (untranslated) texts are all there is; a
-    text that is not known is handed on as it is.
+    Pure. libpq gives no error codes for a connection that fails, so its (untranslated) texts are all there is. A text
+    that is not known is handed on as it is, and counts as passing: a pipeline that waits, and says for what, is better
+    than one that gave up because a server was restarting.
     """
     names = server._asdict()
     for pattern, what, fix, passing in _MEANINGS:
         if re.search(pattern, message, re.IGNORECASE):
             return Problem("source", what.format(**names), fix.format(**names)), passing
     said = redact(_first_line(message))
-    return Problem("source", f"cannot connect to {server.host}:{server.port}: {said}", "correct source.url"), False
+    what = f"cannot connect to {server.host}:{server.port}: {said}"
+    return Problem("source", what, "correct source.url if it stays so"), True
 
 
 def _first_line(message: str) -> str:
@@ -88,6 +90,12 @@ def _first_line(message: str) -> str:
 
 # (pattern, what, fix, will it pass by itself?), most specific first.
 _MEANINGS: tuple[tuple[str, str, str, bool], ...] = (
+    (
+        r"closed the connection unexpectedly|Connection reset|Broken pipe|SYSCALL error|unexpected eof",
+        "{host}:{port} closes connections at once: PostgreSQL is ending or starting there, or something else answers",
+        "wait until it accepts connections; if it stays so, correct host and port in source.url",
+        True,
+    ),
     (
         r"password authentication failed|SCRAM",
         "the password of role {user} is wrong, or there is no such role",
@@ -132,10 +140,10 @@ _MEANINGS: tuple[tuple[str, str, str, bool], ...] = (
         False,
     ),
     (
-        r"resolve host|could not translate host name|Name or service not known|nodename nor servname",
+        r"resolve host|name resolution|could not translate host name|Name or service not known|nodename nor servname",
         "there is no host {host}",
-        "correct the host in source.url",
-        False,
+        "correct the host in source.url, unless its name is only away for a moment",
+        True,
     ),
     (
         r"Connection refused|No such file or directory",
@@ -162,7 +170,7 @@ _MEANINGS: tuple[tuple[str, str, str, bool], ...] = (
         True,
     ),
     (
-        r"invalid response to SSL|server closed the connection unexpectedly|expected authentication request",
+        r"invalid response to SSL|expected authentication request",
         "something answers on {host}:{port}, but it does not speak PostgreSQL's protocol",
         "correct host and port in source.url",
         False,

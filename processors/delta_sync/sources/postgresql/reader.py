@@ -38,10 +38,11 @@ FLUSHING_MESSAGES = 170000
 class Chunk(NamedTuple):
     """Rows read in one snapshot, in the order of the key. The next chunk begins behind `last_key`; None: the end.
 
-    Of rows read by their keys, `last_key` tells only whether some were left out: then it is not None.
+    Of rows read by their keys, `last_key` tells only whether some were left out: then it is not None. `seen_to` is a
+    position above every change that the snapshot sees.
     """
 
-    snapshot: Snapshot
+    seen_to: int
     rows: list[tuple[Key, Row]]
     last_key: Key | None
 
@@ -289,18 +290,18 @@ class PostgresReader:
             codec.select_list(table), _qualified(table), _behind(table, after), order, sql.Literal(rows_most)
         )
         rows: list[tuple[Key, Row]] = []
-        with self._snapshot() as (connection, snapshot):
+        with self._snapshot() as (connection, snapshot, seen_to):
             if not usable(snapshot):
                 return None
             to_row = _row_maker(table)
             if not self._has_long_values(connection, table):
                 rows.extend(to_row(values) for values in connection.execute(query, after))
             else:
-                chunk = _limited(connection, query, after, to_row, snapshot, bytes_most)
+                chunk = _limited(connection, query, after, to_row, seen_to, bytes_most)
                 if chunk.last_key is not None:
                     return chunk
                 rows = chunk.rows
-        return Chunk(snapshot, rows, rows[-1][0] if len(rows) == rows_most else None)
+        return Chunk(seen_to, rows, rows[-1][0] if len(rows) == rows_most else None)
 
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
         """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
@@ -313,23 +314,27 @@ class PostgresReader:
             _key_rows(table),
             sql.SQL(", ").join(map(sql.Identifier, table.key)),
         )
-        with self._snapshot() as (connection, snapshot):
+        with self._snapshot() as (connection, snapshot, seen_to):
             if not usable(snapshot):
                 return None
             to_row = _row_maker(table)
             columns = [list(column) for column in zip(*keys, strict=True)]
             if not self._has_long_values(connection, table):
-                return Chunk(snapshot, [to_row(values) for values in connection.execute(query, columns)], None)
-            return _limited(connection, query, columns, to_row, snapshot, KEYS_BYTES)
+                return Chunk(seen_to, [to_row(values) for values in connection.execute(query, columns)], None)
+            return _limited(connection, query, columns, to_row, seen_to, KEYS_BYTES)
 
     @contextmanager
-    def _snapshot(self) -> Generator[tuple[psycopg.Connection, Snapshot]]:
-        """A read-only REPEATABLE READ transaction, and its snapshot, which is taken by the first statement."""
+    def _snapshot(self) -> Generator[tuple[psycopg.Connection, Snapshot, int]]:
+        """A read-only REPEATABLE READ transaction, its snapshot, and a position above all changes that this sees.
+
+        The snapshot is taken before the first statement runs, and that statement asks for the position.
+        """
         with self._connected() as connection:
             connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             try:
-                (text,) = _row(connection.execute("SELECT pg_current_snapshot()::text"))
-                yield connection, parse_snapshot(text)
+                query = "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text"
+                text, lsn = _row(connection.execute(query))
+                yield connection, parse_snapshot(text), parse_lsn(lsn)
             finally:
                 if not connection.closed:
                     connection.execute("ROLLBACK")
@@ -353,7 +358,7 @@ def _limited(
     query: sql.Composed,
     parameters: Sequence[object] | None,
     to_row: Callable[[Sequence[Any]], tuple[Key, Row]],
-    snapshot: Snapshot,
+    seen_to: int,
     bytes_most: int,
 ) -> Chunk:
     """Return what a query has until its values have so many bytes; `last_key` is None when that was all."""
@@ -364,8 +369,8 @@ def _limited(
             rows.append(to_row(values))
             size += sum(len(value) for value in values if isinstance(value, str | bytes))
             if size >= bytes_most:
-                return Chunk(snapshot, rows, rows[-1][0])
-    return Chunk(snapshot, rows, None)
+                return Chunk(seen_to, rows, rows[-1][0])
+    return Chunk(seen_to, rows, None)
 
 
 def _behind(table: Table, after: Key | None) -> sql.Composable:
