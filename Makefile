@@ -24,8 +24,8 @@ $(READY): requirements/dev.txt pyproject.toml tests/servers/install.sh
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-jars: $(READY) ## the jars of the test servers that run on the JVM
-	tests/servers/install.sh $(PYTHON) maven
+jars: $(READY) ## the test servers that come from neither Python packages nor this machine
+	tests/servers/install.sh $(PYTHON) servers
 	$(BIN)/python -m delta_sync.testing.jars
 
 # Tests wait for servers and disks most of the time, so three at once suit two cores. A file's tests stay together; the

@@ -29,7 +29,7 @@ from delta_sync.starting import check_slot, load_fingerprint, prepare_source, ta
 from delta_sync.state import StateStore, TableLoad
 from delta_sync.tables import Table
 from delta_sync.versions import dump_version
-from delta_sync.watch import Watch
+from delta_sync.watch import ANSWER_S, Watch
 from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -115,8 +115,9 @@ class Running:
 
     def _run(self, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore) -> None:
         spec = self._spec
-        readers = [PostgresReader(spec.source, f"delta {spec.name} {use}") for use in ("watch", "load", "read")]
-        watch_reader, load_reader, key_reader = self._readers = readers
+        watch_reader = PostgresReader(spec.source, f"delta {spec.name} watch", ANSWER_S)
+        load_reader, key_reader = (PostgresReader(spec.source, f"delta {spec.name} {use}") for use in ("load", "read"))
+        readers = self._readers = [watch_reader, load_reader, key_reader]
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
         lookups = {

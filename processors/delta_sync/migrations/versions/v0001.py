@@ -37,7 +37,7 @@ def _blob() -> sa.types.TypeEngine[bytes]:
 
 
 def upgrade() -> None:
-    """Create them."""
+    """Create them. In MariaDB each statement stands for itself, so a process that was killed may have made some."""
     op.create_table(
         "delta_pipeline",
         sa.Column("name", _name(64), nullable=False),
@@ -46,6 +46,7 @@ def upgrade() -> None:
         sa.Column("timeline", sa.BigInteger(), nullable=False),
         sa.Column("slot_lsn", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("name", name="pk_delta_pipeline"),
+        if_not_exists=True,
         **TABLE_OPTIONS,
     )
     op.create_table(
@@ -62,6 +63,7 @@ def upgrade() -> None:
         sa.Column("started_at", sa.BigInteger(), nullable=True),
         sa.Column("finished_at", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("pipeline", "table_name", name="pk_delta_load"),
+        if_not_exists=True,
         **TABLE_OPTIONS,
     )
     op.create_table(
@@ -82,15 +84,19 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_delta_dead_letter"),
         sa.UniqueConstraint("pipeline", "identity", name="uq_delta_dead_letter"),
         sqlite_autoincrement=True,
+        if_not_exists=True,
         **TABLE_OPTIONS,
     )
-    op.create_index("ix_delta_dead_letter_created_at", "delta_dead_letter", ["pipeline", "created_at"])
+    op.create_index(
+        "ix_delta_dead_letter_created_at", "delta_dead_letter", ["pipeline", "created_at"], if_not_exists=True
+    )
     op.create_table(
         "delta_status",
         sa.Column("pipeline", _name(64), nullable=False),
         sa.Column("status", _text(), nullable=False),
         sa.Column("saved_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("pipeline", name="pk_delta_status"),
+        if_not_exists=True,
         **TABLE_OPTIONS,
     )
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import psycopg
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from delta_sync.errors import CheckFailed, Problem, SourceBusy, UsageError
 from delta_sync.secrets import redact, resolve, resolve_url
@@ -15,6 +15,8 @@ from delta_sync.spec import SourceSpec
 
 CONNECT_TIMEOUT_S = 10  # a firewall that drops packets must not look like a hung command
 DEFAULT_PORT = 5432
+# A host that is gone without a word is noticed within a minute; the kernel's defaults would take two hours.
+KEEP_ALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 
 
 class Server(NamedTuple):
@@ -49,15 +51,15 @@ def connect(source: SourceSpec, application_name: str = "delta") -> psycopg.Conn
     server = server_of(source)
     password = None if source.password is None else resolve(source.password)
     try:
-        return psycopg.connect(
-            make_conninfo(
-                resolve_url(source.url),
-                password=password,
-                connect_timeout=CONNECT_TIMEOUT_S,
-                application_name=application_name,
-            ),
-            autocommit=True,
-        )
+        url = resolve_url(source.url)
+        given = conninfo_to_dict(url)
+        defaults: dict[str, str | int] = {
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "application_name": application_name,
+            **KEEP_ALIVE,
+        }
+        more = {name: value for name, value in defaults.items() if name not in given}
+        return psycopg.connect(make_conninfo(url, password=password, **more), autocommit=True)
     except psycopg.OperationalError as error:
         problem, passing = explain(str(error), server)
         if passing:

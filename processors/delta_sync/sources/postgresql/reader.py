@@ -78,12 +78,14 @@ class SlotState(NamedTuple):
 class PostgresReader:
     """One connection to the source, opened when needed and again after it broke. Used by one thread at a time.
 
-    Every method raises SourceBusy when the source cannot be reached; CheckFailed when it refuses.
+    Every method raises SourceBusy when the source cannot be reached; CheckFailed when it refuses. With `answer_s` it
+    also does so when the source has said nothing for so long; without it long queries take as long as they need.
     """
 
-    def __init__(self, source: SourceSpec, application_name: str) -> None:
+    def __init__(self, source: SourceSpec, application_name: str, answer_s: float | None = None) -> None:
         self._source = source
         self._application_name = application_name
+        self._answer_s = answer_s
         self._connection: psycopg.Connection | None = None
         self._lock = threading.Lock()
 
@@ -109,7 +111,7 @@ class PostgresReader:
 
     @contextmanager
     def _connected(self) -> Generator[psycopg.Connection]:
-        with self._lock:
+        with self._lock, self._patience() as has_ended:
             try:
                 if self._connection is None or self._connection.closed:
                     self._connection = connect(self._source, self._application_name)
@@ -124,7 +126,29 @@ class PostgresReader:
                 broken, self._connection = self._connection, None
                 if broken is not None:
                     broken.close()
+                if has_ended():
+                    raise SourceBusy(f"The source has said nothing for {self._answer_s:g} s.") from error
                 raise SourceBusy(f"The source does not answer: {redact(str(error)).strip()}") from error
+
+    @contextmanager
+    def _patience(self) -> Generator[Callable[[], bool]]:
+        """End what waits for an answer after `answer_s`; the function tells whether that has happened."""
+        ended = threading.Event()
+        if self._answer_s is None:
+            yield ended.is_set
+            return
+
+        def end() -> None:
+            ended.set()
+            self.abort()
+
+        timer = threading.Timer(self._answer_s, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield ended.is_set
+        finally:
+            timer.cancel()
 
     def _value(self, query: LiteralString, parameters: Sequence[object] = ()) -> Any:
         with self._connected() as connection:

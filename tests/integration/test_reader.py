@@ -1,0 +1,39 @@
+"""Connections to a real PostgreSQL: how long Delta waits for one that says nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from delta_sync.errors import SourceBusy
+from delta_sync.sources.postgresql.connection import KEEP_ALIVE, connect
+from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.spec import SourceSpec
+from delta_sync.testing.servers import PostgreSQL
+
+
+def source_of(server: PostgreSQL, options: str = "") -> SourceSpec:
+    return SourceSpec(
+        url=server.url.replace("postgres:postgres@", "postgres@") + options, password="${env:THE_PASSWORD}"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_PASSWORD", "postgres")
+
+
+def test_a_source_that_says_nothing_is_waited_for_no_longer_than_was_said(postgresql: PostgreSQL) -> None:
+    reader = PostgresReader(source_of(postgresql), "test", answer_s=0.5)
+    first = reader.sample()
+    postgresql.freeze()
+    with pytest.raises(SourceBusy, match=r"said nothing for 0\.5 s|does not answer"):
+        reader.sample()
+    postgresql.thaw()
+    assert reader.sample().lsn >= first.lsn
+    reader.close()
+
+
+def test_connections_are_kept_alive_unless_the_url_says_otherwise(postgresql: PostgreSQL) -> None:
+    for options, expected in (("", KEEP_ALIVE["keepalives_idle"]), ("?keepalives_idle=77", 77)):
+        with connect(source_of(postgresql, options)) as connection:
+            assert connection.info.get_parameters()["keepalives_idle"] == str(expected)
