@@ -163,9 +163,8 @@ def test_a_store_at_fault_is_noticed(fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("store", CORRECT)
-def test_a_worker_at_fault_is_noticed(store: str, fault: str) -> None:
-    notice(CORRECT[store], FAULTS[fault])
+def test_a_worker_at_fault_is_noticed(fault: str) -> None:
+    notice(CORRECT["atomic"], FAULTS[fault])
 
 
 def test_a_violation_names_its_seed_which_repeats_it() -> None:

@@ -33,6 +33,7 @@ ROWS_AT_ONCE = 4  # of a table with long values: what may be in memory beyond th
 KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
 LOCK_NOTICE_AGE_S = 1.0
 FLUSHING_MESSAGES = 170000
+TERMINATION_MS = 10_000  # a backend ends within milliseconds, unless it is stuck; until then its slot is in use
 
 
 class Chunk(NamedTuple):
@@ -260,9 +261,9 @@ class PostgresReader:
         """Drop the replication slot, ending the connection that uses it. Nothing happens when there is none."""
         with self._connected() as connection:
             connection.execute(
-                "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+                "SELECT pg_terminate_backend(active_pid, %s) FROM pg_replication_slots"
                 " WHERE slot_name = %s AND active_pid IS NOT NULL",
-                [name],
+                [TERMINATION_MS, name],
             )
             connection.execute(
                 "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s", [name]
