@@ -80,7 +80,8 @@ def _database(postgresql: PostgreSQL, exits: contextlib.ExitStack) -> str:
         postgresql.start()
         with psycopg.connect(postgresql.url, autocommit=True) as connection:
             connection.execute(
-                "SELECT pg_terminate_backend(active_pid, 60000) FROM pg_replication_slots WHERE database = %s AND active",
+                "SELECT pg_terminate_backend(active_pid, 60000) FROM pg_replication_slots"
+                " WHERE database = %s AND active",
                 [name],
             )
             connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
