@@ -161,6 +161,99 @@ class LoadSpec(_Model):
     )
 
 
+class SecuritySpec(_Model):
+    """How clients log in to Kafka. Without it: in the clear, without a name."""
+
+    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(description="As Kafka calls them.")
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(
+        default=None, description="Of SASL; needed with SASL_PLAINTEXT and SASL_SSL."
+    )
+    username: str | None = Field(default=None, description="Of SASL.")
+    password: str | None = Field(default=None, description="A reference: ${env:NAME} or ${file:/path}.")
+    ca_file: str | None = Field(
+        default=None, description="PEM file with the authorities to trust; default: the system's."
+    )
+    certificate_file: str | None = Field(default=None, description="PEM file of the client's certificate, for mTLS.")
+    key_file: str | None = Field(default=None, description="PEM file of the client's key, for mTLS.")
+
+    @field_validator("password")
+    @classmethod
+    def _reference(cls, value: str | None) -> str | None:
+        return _must_refer(value, "kafka.security.password")
+
+    @model_validator(mode="after")
+    def _complete(self) -> SecuritySpec:
+        if self.protocol.startswith("SASL_"):
+            if None in (self.mechanism, self.username, self.password):
+                raise ValueError(f"protocol {self.protocol} needs mechanism, username and password")
+        elif (self.mechanism, self.username, self.password) != (None, None, None):
+            raise ValueError(
+                f"mechanism, username and password are for SASL_PLAINTEXT and SASL_SSL, not {self.protocol}"
+            )
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file belong together")
+        if self.protocol.endswith("PLAINTEXT") and (self.ca_file or self.certificate_file):
+            raise ValueError(f"ca_file and certificate_file are for SSL and SASL_SSL, not {self.protocol}")
+        return self
+
+
+class RegistrySpec(_Model):
+    """The schema registry, by the API that Confluent's and Apicurio's have in common."""
+
+    url: str = Field(description="http://host:8080/apis/ccompat/v7 (Apicurio), http://host:8081 (Confluent).")
+    username: str | None = Field(default=None, description="For basic authentication.")
+    password: str | None = Field(default=None, description="A reference: ${env:NAME} or ${file:/path}.")
+    token: str | None = Field(default=None, description="For bearer authentication, instead; a reference.")
+
+    @field_validator("password", "token")
+    @classmethod
+    def _reference(cls, value: str | None) -> str | None:
+        return _must_refer(value, "kafka.registry.password and token")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RegistrySpec:
+        if urlsplit(self.url).scheme not in ("http", "https"):
+            raise ValueError("url must begin with http:// or https://")
+        if literal_password(self.url):
+            raise ValueError("url spells out a password; give username, and password as ${env:NAME} or ${file:/path}")
+        if (self.username is None) != (self.password is None):
+            raise ValueError("username and password belong together")
+        if self.token is not None and self.username is not None:
+            raise ValueError("token is for bearer authentication, username and password for basic: give one of them")
+        return self
+
+
+class KafkaSpec(_Model):
+    """The Kafka transport: where it is, and how topics are made so that nothing is lost."""
+
+    bootstrap_servers: str = Field(min_length=1, description="host:9092,host:9092")
+    registry: RegistrySpec
+    security: SecuritySpec | None = None
+    client: Literal["auto", "kafka-python", "confluent-kafka"] = Field(
+        default="auto", description="auto: confluent-kafka where it is installed (the extra `fast`), else kafka-python."
+    )
+    partitions: int = Field(
+        default=6, ge=1, le=10_000, description="Of each table's topic: at most so many workers help."
+    )
+    replication_factor: int = Field(default=3, ge=1, le=32_767)
+    min_insync_replicas: int = Field(
+        default=2, ge=1, description="So many brokers have a record before it counts as written."
+    )
+    retention: Duration = Field(
+        default=5 * 86400.0, ge=3600, description="How long records are kept; must be below tombstone_ttl."
+    )
+    max_message_bytes: int = Field(default=16 << 20, ge=1 << 20, description="Of a record; a change may be that large.")
+    allow_unsafe: bool = Field(
+        default=False, description="Accept topics that lose records when a broker does; for tests and trials."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KafkaSpec:
+        if self.min_insync_replicas > self.replication_factor:
+            raise ValueError("min_insync_replicas cannot be above replication_factor")
+        return self
+
+
 class PipelineSpec(_Model):
     """A pipeline: a source, its tables, a processor, sinks, a transport."""
 
@@ -169,6 +262,7 @@ class PipelineSpec(_Model):
     tables: dict[str, TableSpec] = Field(min_length=1, description="By schema.table.")
     sinks: dict[str, SinkSpec] = Field(min_length=1, description="By a name of yours: what processors write `to`.")
     transport: Literal["embedded", "kafka"] = "embedded"
+    kafka: KafkaSpec | None = Field(default=None, description="For transport: kafka.")
     state: str = Field(
         default="sqlite:///state.db",
         description="The state store, as an SQLAlchemy URL; SQLite paths are relative to this file.",
@@ -210,6 +304,12 @@ class PipelineSpec(_Model):
                     raise ValueError(
                         f"table {table_name} has options for sink {sink!r}, but the sinks are {', '.join(self.sinks)}"
                     )
+        if (self.transport == "kafka") != (self.kafka is not None):
+            raise ValueError("transport: kafka and the section kafka: belong together")
+        if self.kafka is not None and self.kafka.retention >= self.tombstone_ttl:
+            raise ValueError(
+                "kafka.retention must be below tombstone_ttl, or an old record could bring a deleted row back"
+            )
         if self.dead_letter_ttl >= self.tombstone_ttl:
             raise ValueError("dead_letter_ttl must be below tombstone_ttl, or a replay could bring a deleted row back")
         return self
