@@ -16,12 +16,14 @@ import time
 from collections import deque
 from pathlib import Path
 
+import orjson
 from common import PROCESSOR, bench_spec, cpu_s, fill, own_cpu_s, report, scratch, servers
 
 from delta_debezium.engine import EmbeddedCapture
 from delta_debezium.render import engine_properties
 from delta_sync.applying import SinkWriter
 from delta_sync.capture import Batch
+from delta_sync.decoding import Stretch
 from delta_sync.pipeline import load_processor
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.rereads import AheadOfLog
@@ -116,6 +118,7 @@ def main() -> None:
             pipeline=pipeline,
             epoch=1,
             capture=Recorded(batches, finished),
+            stretches=lambda batch: [Stretch(1, orjson.loads(batch.payload))],
             writers=writers,
             lookups={},
             state=StateStore.open(spec.state, folder),

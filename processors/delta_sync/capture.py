@@ -6,13 +6,13 @@ After a failure it starts again behind what was confirmed last, so that everythi
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from delta_sync.errors import Transient
 
 
 class Batch(NamedTuple):
-    """Some of the log's changes: `payload` is a JSON array of `events` Debezium events (without schemas).
+    """Some of the log's changes. `payload` holds so many `events`, in the transport's own form.
 
     `generation` counts the starts of the capture; `sequence` counts batches within one, from 1.
     """
@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     generation: int
     sequence: int
     events: int
-    payload: bytes
+    payload: Any
 
 
 class CaptureDied(Transient):

@@ -1,8 +1,8 @@
-"""From batches of Debezium events to the newest change of each key. Pure: no I/O, nothing kept between batches."""
+"""From Debezium events to the newest change of each key. Pure: no I/O, nothing kept between batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
@@ -29,6 +29,13 @@ class TableCodec(NamedTuple):
     row: Callable[[Image], Row]
     key: Callable[[Image], Key]
     lacks: Callable[[Image], bool]
+
+
+class Stretch(NamedTuple):
+    """Some events in the order of the log, all of one epoch."""
+
+    epoch: int
+    events: Sequence[Event]
 
 
 class Lacking(NamedTuple):
@@ -63,29 +70,28 @@ class Decoded(NamedTuple):
 
 
 ReadAhead = Callable[[Key, int], bool]
-"""Whether a row was read by its key after the change of it at this position: then the sink may show a newer one."""
+"""Whether a row was read by its key after the change of it with this version: then the sink may show a newer one."""
 
 
 def decode(
-    payloads: Iterable[bytes],
+    stretches: Iterable[Stretch],
     codecs: Mapping[str, TableCodec],
-    epoch: int,
     heartbeat_prefix: str,
     read_ahead: Mapping[str, ReadAhead] | None = None,
 ) -> Decoded:
-    """Return the newest change per key of some batches, given in the order of the log.
+    """Return the newest change per key of some stretches of the log, given in its order.
 
     Of an event that is not the newest of its key nothing but the key is looked at. Events of tables without a codec
     are left out: the table was removed from the pipeline. A row that was read ahead, by table, counts as lacking.
     """
-    newest: dict[str, dict[Hashable, Event]] = {table: {} for table in codecs}
+    newest: dict[str, dict[Hashable, Versioned]] = {table: {} for table in codecs}
     raw_keys = {table: _raw_key(codec.table.key) for table, codec in codecs.items()}
     truncates: dict[str, int] = {}
     heartbeat_lsn: int | None = None
     newest_ts_ms: int | None = None
     count = 0
-    for payload in payloads:
-        events: list[Event] = orjson.loads(payload)
+    for epoch, events in stretches:
+        base = epoch << POSITION_BITS
         count += len(events)
         for event in events:
             source = event["source"]
@@ -99,14 +105,15 @@ def decode(
             keys = newest.get(table)
             if keys is None:
                 continue
+            version = base | source["lsn"]
             if op == "t":
-                _truncate(keys, source["lsn"])
-                truncates[table] = max(epoch << POSITION_BITS | source["lsn"], truncates.get(table, 0))
+                _truncate(keys, version)
+                truncates[table] = max(version, truncates.get(table, 0))
                 continue
             key = raw_keys[table](event["after"] or event["before"])
             known = keys.get(key)
-            if known is None or known["source"]["lsn"] <= source["lsn"]:
-                keys[key] = event
+            if known is None or known[0] <= version:
+                keys[key] = version, event
         if events:
             newest_ts_ms = events[-1]["source"]["ts_ms"]
     changes: dict[str, list[Change]] = {}
@@ -117,23 +124,25 @@ def decode(
         if keys:
             codec = codecs[table]
             ahead = read_ahead.get(table) if read_ahead else None
-            fits = _decode_table(codec, keys.values(), epoch, ahead, changes, lacking, undecodable)
+            fits = _decode_table(codec, keys.values(), ahead, changes, lacking, undecodable)
             if not fits:
                 misfits.add(table)
     return Decoded(changes, lacking, truncates, undecodable, heartbeat_lsn, newest_ts_ms, count, frozenset(misfits))
 
 
-def _truncate(keys: dict[Hashable, Event], lsn: int) -> None:
+Versioned = tuple[int, Event]
+
+
+def _truncate(keys: dict[Hashable, Versioned], version: int) -> None:
     """Drop what is older. What is newer stays: the connector may deliver a stretch of the log twice."""
-    newer = {key: event for key, event in keys.items() if event["source"]["lsn"] > lsn}
+    newer = {key: versioned for key, versioned in keys.items() if versioned[0] > version}
     keys.clear()
     keys.update(newer)
 
 
 def _decode_table(
     codec: TableCodec,
-    events: Iterable[Event],
-    epoch: int,
+    events: Iterable[Versioned],
     ahead: ReadAhead | None,
     changes: dict[str, list[Change]],
     lacking: dict[str, list[Lacking]],
@@ -144,23 +153,20 @@ def _decode_table(
     columns = {column.name for column in codec.table.columns if column.in_log}
     all_columns = {column.name for column in codec.table.columns}
     to_row, to_key, lacks = codec.row, codec.key, codec.lacks
-    base = epoch << POSITION_BITS
     # What a NamedTuple's own does, without its call of a Python function.
     new = cast("Callable[..., Change]", tuple.__new__)  # pyright: ignore[reportUnknownMemberType] -- typeshed's is generic
     good: list[Change] = []
     bad: list[Lacking] = []
     all_fit = True
-    for event in events:
-        source = event["source"]
-        version = base | source["lsn"]
+    for version, event in events:
         image = event["after"]
         try:
             key = to_key(event["before"] if image is None else image)
         except UndecodableChange as error:
             undecodable.append(Undecodable(table, version, event, error))
             continue
-        if ahead is not None and ahead(key, source["lsn"]):
-            bad.append(Lacking(table, key, version, source["txId"]))
+        if ahead is not None and ahead(key, version):
+            bad.append(Lacking(table, key, version, event["source"]["txId"]))
             continue
         if image is None:
             good.append(Change(table, key, version, None))
@@ -173,7 +179,7 @@ def _decode_table(
                 continue
             except UndecodableChange:
                 all_fit = False  # retyped since: the row itself, read by key, has the new type
-        bad.append(Lacking(table, key, version, source["txId"]))
+        bad.append(Lacking(table, key, version, event["source"]["txId"]))
     if good:
         changes[table] = good
     if bad:

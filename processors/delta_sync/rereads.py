@@ -26,7 +26,7 @@ from delta_sync.sources.postgresql.claims import Snapshot, widen
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.tables import Table
 from delta_sync.values import Row
-from delta_sync.versions import position_of, reread_version
+from delta_sync.versions import position_of, reread_version, version_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -37,7 +37,7 @@ AHEAD_MOST = 100_000  # keys of a table, some 20 MB; a connector that is hours b
 
 
 class Ahead(NamedTuple):
-    """A stretch of the log: from the first change that a row's version leaves to it, to what the row may hold."""
+    """Versions of changes: from the first that a row's own version leaves to the log, to what the row may hold."""
 
     start: int
     end: int
@@ -69,15 +69,15 @@ class AheadOfLog:
             self._tables[table] = everything
             of_table.clear()
 
-    def passed(self, position: int) -> None:
-        """Forget the rows that were read before everything up to this position had come through the log."""
+    def passed(self, version: int) -> None:
+        """Forget the rows that were read before everything below this version had come through the log."""
         for table, of_table in list(self._keys.items()):
-            left = {key: ahead for key, ahead in of_table.items() if ahead.end > position}
+            left = {key: ahead for key, ahead in of_table.items() if ahead.end > version}
             if left:
                 self._keys[table] = left
             else:
                 del self._keys[table]
-        self._tables = {table: ahead for table, ahead in self._tables.items() if ahead.end > position}
+        self._tables = {table: ahead for table, ahead in self._tables.items() if ahead.end > version}
 
     def by_table(self) -> dict[str, ReadAhead]:
         """Return, for each table with rows that are ahead, which of its changes are to be read by key."""
@@ -87,11 +87,11 @@ class AheadOfLog:
         of_table = self._keys.get(table, {})
         everything = self._tables.get(table)
 
-        def ahead(key: Key, position: int) -> bool:
+        def ahead(key: Key, version: int) -> bool:
             found = of_table.get(key)
-            if found is not None and found.start <= position < found.end:
+            if found is not None and found.start <= version < found.end:
                 return True
-            return everything is not None and everything.start <= position < everything.end
+            return everything is not None and everything.start <= version < everything.end
 
         return ahead
 
@@ -171,6 +171,6 @@ class Rereader:
         found: list[tuple[Lacking, Row | None, int]] = []
         for item in lacking:
             version = max(item.version, reread_version(self._epoch, claim)) if claim else item.version
-            self.ahead.note(table.id, item.key, Ahead(position_of(version) + 1, chunk.seen_to))
+            self.ahead.note(table.id, item.key, Ahead(version + 1, version_of(self._epoch, chunk.seen_to)))
             found.append((item, rows.get(item.key), version))
         return found

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import orjson
 import structlog
 
 from delta_sync.applying import SinkWriter
 from delta_sync.capture import Capture
+from delta_sync.decoding import Stretch
 from delta_sync.errors import StateBusy, Transient
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
@@ -172,6 +174,7 @@ class Running:
                 pipeline=pipeline,
                 epoch=source.epoch,
                 capture=self._make_capture(lambda: worker.tables),
+                stretches=lambda batch: [Stretch(source.epoch, orjson.loads(batch.payload))],
                 writers=writers,
                 lookups=lookups,
                 state=state,

@@ -22,7 +22,7 @@ import tenacity
 from delta_sync.applying import Applied, Part, SinkWriter
 from delta_sync.capture import Batch, Capture
 from delta_sync.changes import APPLIED, Change
-from delta_sync.decoding import Decoded, Lacking, TableCodec, decode
+from delta_sync.decoding import Decoded, Lacking, Stretch, TableCodec, decode
 from delta_sync.delta_event import DeltaEvent, encode_event
 from delta_sync.errors import (
     DeltaError,
@@ -47,6 +47,7 @@ from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.tables import Table, key_text
 from delta_sync.values import Row
+from delta_sync.versions import version_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -85,11 +86,11 @@ class Job(NamedTuple):
 class Worker:
     """Applies a pipeline's changes until `stopping` is set. `run` returns when it has drained, or raises why it stops.
 
-    `reread` reads rows by key (`rereads.Rereader`), and notes in `ahead` which these were. `refresh` is asked about
-    tables whose columns may have changed and returns those of which that is so, with their new codecs and targets;
-    `columns_changed` is called with them once they are in use. `gone` tells whether a table was not there when
-    `refresh` was asked last. `check_slot` is called before each start of the capture, because a connector that finds
-    no slot creates one, and the changes between the two are lost.
+    `stretches` makes Debezium's events of what the capture delivers. `reread` reads rows by key (`rereads.Rereader`),
+    and notes in `ahead` which these were. `refresh` is asked about tables whose columns may have changed and returns
+    those of which that is so, with their new codecs and targets; `columns_changed` is called with them once they are
+    in use. `gone` tells whether a table was not there when `refresh` was asked last. `check_slot` is called before each
+    start of the capture, because a connector that finds no slot creates one, and the changes between the two are lost.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Worker:
         pipeline: Pipeline,
         epoch: int,
         capture: Capture,
+        stretches: Callable[[Batch], Iterable[Stretch]],
         writers: Mapping[str, SinkWriter],
         lookups: Mapping[str, LookupCaller],
         state: StateStore,
@@ -118,6 +120,7 @@ class Worker:
         self._pipeline = pipeline
         self._epoch = epoch
         self._capture = capture
+        self._stretches = stretches
         self._writers = writers
         self._lookups = lookups
         self._state = state
@@ -264,8 +267,8 @@ class Worker:
 
     def _begin_batches(self, batches: Sequence[Batch]) -> None:
         codecs = {name: runtime.codec for name, runtime in self._tables.items()}
-        payloads = [batch.payload for batch in batches]
-        decoded = decode(payloads, codecs, self._epoch, self._spec.heartbeat_prefix, self._ahead.by_table())
+        stretches = [stretch for batch in batches for stretch in self._stretches(batch)]
+        decoded = decode(stretches, codecs, self._spec.heartbeat_prefix, self._ahead.by_table())
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
         failures = [_undecodable(item.table, item.version, item.event, item.error) for item in decoded.undecodable]
@@ -364,7 +367,7 @@ class Worker:
             self._progress.events += job.decoded.events
             if job.decoded.heartbeat_lsn is not None:
                 self._position.advance(job.decoded.heartbeat_lsn)
-                self._ahead.passed(job.decoded.heartbeat_lsn)
+                self._ahead.passed(version_of(self._epoch, job.decoded.heartbeat_lsn))
         for job in [job for job in self._load_jobs if job.done()]:
             self._load_jobs.remove(job)
             assert job.slice is not None

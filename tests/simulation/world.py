@@ -15,8 +15,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import orjson
+
 from delta_sync.changes import Change, Key
-from delta_sync.decoding import decode
+from delta_sync.decoding import Stretch, decode
 from delta_sync.delta_event import DeltaEvent, Origin, decode_event, encode_event
 from delta_sync.load import SharedSamples
 from delta_sync.pipeline import Pipeline
@@ -27,7 +29,7 @@ from delta_sync.sources.postgresql.codec import table_codec
 from delta_sync.sources.postgresql.reader import Chunk, PostgresReader
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Document
-from delta_sync.versions import dump_version
+from delta_sync.versions import dump_version, version_of
 from simulation.source import HEARTBEAT_PREFIX, Row, Sampling, Source, payload
 from simulation.stores import Steps, Store
 
@@ -356,9 +358,8 @@ class Process:
     def _begin_batch(self) -> None:
         end = min(len(self.source.log), self.next + self.rng.randint(1, 5))
         decoded = decode(
-            [payload([entry]) for entry in self.source.log[self.next : end]],
+            [Stretch(EPOCH, orjson.loads(payload([entry]))) for entry in self.source.log[self.next : end]],
             self.world.codecs,
-            EPOCH,
             HEARTBEAT_PREFIX,
             {} if self.world.faults.forget_what_was_read_ahead else self.rereader.ahead.by_table(),
         )
@@ -396,7 +397,7 @@ class Process:
             self._confirm(job)
             if job.heartbeat_lsn is not None:
                 self.passed_lsn = max(self.passed_lsn, job.heartbeat_lsn)
-                self.rereader.ahead.passed(job.heartbeat_lsn)
+                self.rereader.ahead.passed(version_of(EPOCH, job.heartbeat_lsn))
         for job in [job for job in self.load_jobs if job.done]:
             self.world.letters += job.letters
             self.load_jobs.remove(job)

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from delta_sync.changes import Change, Key
-from delta_sync.decoding import Decoded, Event, Image, Lacking, TableCodec, decode
+from delta_sync.decoding import Decoded, Event, Image, Lacking, Stretch, TableCodec, decode
 from delta_sync.errors import UndecodableChange
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
@@ -68,7 +68,11 @@ def message(lsn: int, prefix: str = "beat") -> Event:
 
 
 def decoded(*batches: list[Event], codecs: dict[str, TableCodec] = CODECS) -> Decoded:
-    return decode([orjson.dumps(batch) for batch in batches], codecs, EPOCH, "beat")
+    return decode([stretch(*batch) for batch in batches], codecs, "beat")
+
+
+def stretch(*events: Event, epoch: int = EPOCH) -> Stretch:
+    return Stretch(epoch, orjson.loads(orjson.dumps(events)))
 
 
 def change(lsn: int, id_: Any, title: str | None) -> Change:
@@ -211,17 +215,19 @@ def test_keys_that_are_lists_or_objects_in_the_event(key: tuple[str, ...]) -> No
 
 
 def test_a_later_epoch_outranks_every_position_of_an_earlier_one() -> None:
-    payload = [orjson.dumps([insert(1, 1)])]
-    (low,) = decode(payload, CODECS, EPOCH + 1, "beat").changes[MOVIE]
-    (high,) = decoded([insert(1 << 51, 1)]).changes[MOVIE]
+    older, newer = stretch(insert(1 << 51, 1, "old")), stretch(insert(1, 1, "new"), epoch=EPOCH + 1)
+    (low,) = decode([newer], CODECS, "beat").changes[MOVIE]
+    (high,) = decode([older], CODECS, "beat").changes[MOVIE]
     assert low.version > high.version
+    for both in ([older, newer], [newer, older]):
+        assert decode(both, CODECS, "beat").changes == {MOVIE: [low]}
 
 
 def test_a_row_that_was_read_ahead_is_read_again() -> None:
-    payload = [orjson.dumps([insert(10, 1, length=1), insert(11, 2, length=1), delete(12, 3), delete(13, 4)])]
-    ahead = {MOVIE: lambda key, position: (key, position) in {((1,), 10), ((3,), 12)}}
-    found = decode(payload, CODECS, EPOCH, "beat", ahead)
+    events = [stretch(insert(10, 1, length=1), insert(11, 2, length=1), delete(12, 3), delete(13, 4))]
+    again = {((1,), version_of(EPOCH, 10)), ((3,), version_of(EPOCH, 12))}
+    found = decode(events, CODECS, "beat", {MOVIE: lambda key, version: (key, version) in again})
     assert [item.key for item in found.lacking[MOVIE]] == [(1,), (3,)]
     assert [item.xid for item in found.lacking[MOVIE]] == [1010, 1012]
     assert [item.key for item in found.changes[MOVIE]] == [(2,), (4,)]
-    assert not decode(payload, CODECS, EPOCH, "beat", {"public.other": lambda *_: True}).lacking
+    assert not decode(events, CODECS, "beat", {"public.other": lambda *_: True}).lacking

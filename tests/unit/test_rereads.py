@@ -190,23 +190,25 @@ def test_what_a_row_may_hold_beyond_its_claim_is_ahead(bench: Bench) -> None:
     bench.reader.snapshots = [Snapshot(30, 30, frozenset())]
     bench.reread(MOVIE, [lacking(1), lacking(2)])
     ahead = bench.reread.ahead.by_table()[MOVIE]
-    assert [ahead((1,), position) for position in (4999, 5000, SEEN_TO - 1, SEEN_TO)] == [False, True, True, False]
-    assert ahead((2,), 5000)  # that it is gone may be ahead, too
-    assert not ahead((3,), 5000)
+    positions = [(4999, False), (5000, True), (SEEN_TO - 1, True), (SEEN_TO, False)]
+    assert [ahead((1,), version_of(EPOCH, position)) for position, _ in positions] == [is_it for _, is_it in positions]
+    assert ahead((2,), version_of(EPOCH, 5000))  # that it is gone may be ahead, too
+    assert not ahead((3,), version_of(EPOCH, 5000))
 
 
 def test_without_a_claim_all_that_follows_the_change_is_ahead(bench: Bench) -> None:
     bench.reader.snapshots = [Snapshot(10, 33, frozenset({10}))]
     bench.reread(MOVIE, [lacking(1, 3000, 20), lacking(2, 4000, 21)])
     ahead = bench.reread.ahead.by_table()[MOVIE]
-    assert [ahead((1,), 3000), ahead((1,), 3001), ahead((2,), 4000), ahead((2,), 4001)] == [False, True, False, True]
+    for key, change in (((1,), version_of(EPOCH, 3000)), ((2,), version_of(EPOCH, 4000))):
+        assert (ahead(key, change), ahead(key, change + 1)) == (False, True)
 
 
 def test_a_row_that_was_left_out_is_not_ahead(bench: Bench) -> None:
     bench.reader.snapshots = [Snapshot(30, 30, frozenset())]
     bench.reader.leaves_out = True
     bench.reread(MOVIE, [lacking(1), lacking(2)])
-    assert not bench.reread.ahead.by_table()[MOVIE]((2,), 5000)
+    assert not bench.reread.ahead.by_table()[MOVIE]((2,), version_of(EPOCH, 5000))
 
 
 def test_the_log_comes_past() -> None:
