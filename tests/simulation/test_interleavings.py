@@ -15,7 +15,7 @@ from delta_sync.sinks.memory import Entry, MemorySink
 from simulation.stores import AtomicStore, Steps, Store, TwoStepStore
 from simulation.world import ITEM, Faults, Violation, World
 
-HISTORIES = int(os.environ.get("DELTA_TEST_HISTORIES", "1000"))
+HISTORIES = int(os.environ.get("DELTA_TEST_HISTORIES", "600"))
 SEEDS = [int(os.environ["DELTA_TEST_SEED"])] if "DELTA_TEST_SEED" in os.environ else range(HISTORIES)
 STEPS = 400
 NOTICED_WITHIN = 5000  # histories; most faults need a handful, the rarest some hundreds
