@@ -1,0 +1,1 @@
+"""The Kafka transport: topics, the consumer group, Avro (docs/design/kafka.md)."""
