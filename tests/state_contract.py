@@ -23,7 +23,8 @@ from alembic.runtime.migration import MigrationContext
 
 from delta_sync import secrets
 from delta_sync.errors import StaleStateStore
-from delta_sync.state import METADATA, VERSION_TABLE, DeadLetter, PipelineState, StateStore, TableLoad
+from delta_sync.state import DeadLetter, PipelineState, StateStore, TableLoad
+from delta_sync.state_tables import METADATA, VERSION_TABLE
 
 NOW = dt.datetime(2024, 2, 29, 12, 30, 15, 123456, tzinfo=dt.UTC)
 PROCESS_TIMEOUT_S = 120  # generous: a busy machine starts Python slowly

@@ -117,5 +117,9 @@ class PipelineRunning(DeltaError):
     """Something that needs a stopped pipeline was asked of a running one, or it was started twice."""
 
 
+class LeaseLost(DeltaError):
+    """Something was to be recorded under a lease that another process has, or had since: stop that work."""
+
+
 class StaleStateStore(DeltaError):
     """The state store was written by a newer Delta."""
