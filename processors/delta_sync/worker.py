@@ -22,7 +22,7 @@ import tenacity
 from delta_sync.applying import Applied, Part, SinkWriter
 from delta_sync.capture import Batch, Capture
 from delta_sync.changes import APPLIED, Change
-from delta_sync.decoding import Decoded, Lacking, Stretch, TableCodec, decode
+from delta_sync.decoding import Decoded, Lacking, Stretch, TableCodec, Undecodable, decode
 from delta_sync.delta_event import DeltaEvent, encode_event
 from delta_sync.errors import (
     DeltaError,
@@ -271,7 +271,7 @@ class Worker:
         decoded = decode(stretches, codecs, self._spec.heartbeat_prefix, self._ahead.by_table())
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
-        failures = [_undecodable(item.table, item.version, item.event, item.error) for item in decoded.undecodable]
+        failures = [_undecodable(item) for item in decoded.undecodable]
         if decoded.lacking and any(job.batch.generation != batches[-1].generation for job in self._jobs if job.batch):
             # Delivered again: the same change may be read by key twice and get the same version, so the first is to
             # be in the sinks before the second is read, or an older row could overwrite a newer one.
@@ -495,9 +495,10 @@ def _rejections(results: Iterable[Future[list[Applied]]]) -> list[Failure]:
     ]
 
 
-def _undecodable(table: str, version: int, event: Mapping[str, object], error: DeltaError) -> Failure:
+def _undecodable(item: Undecodable) -> Failure:
     """A change of which not even the key can be read; what there is of the event stands in the error."""
-    return failure(Change(table, (), version, None), "decode", DeltaError(f"{error} The event was {event!r:.2000}"))
+    error = DeltaError(f"{item.error} The event was {item.event!r:.2000}")
+    return failure(Change(item.table, item.key, item.version, None), "decode", error)
 
 
 def _letter(pipeline: str, item: Failure, origin: str) -> DeadLetter:
