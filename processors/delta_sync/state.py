@@ -517,7 +517,7 @@ def _fence(connection: sa.Connection, pipeline: str, lease: Lease | None) -> Non
     assert lease.pipeline == pipeline, "a lease of another pipeline"
     if connection.execute(sa.select(LEASES.c.token).where(*_current(lease)).with_for_update()).one_or_none() is None:
         raise LeaseLost(
-            f"The lease {lease.name!r} of pipeline {pipeline!r} is no longer {lease.owner!r}'s (token {lease.token}), "
+            f"{lease.owner!r} no longer has the lease {lease.name!r} of pipeline {pipeline!r} (token {lease.token}), "
             "so nothing was written; stop what needs it, and take it again."
         )
 
