@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import gc
 import threading
@@ -14,6 +15,7 @@ import structlog
 
 from delta_sync.applying import SinkWriter
 from delta_sync.errors import StateBusy, Transient
+from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, load_processor
@@ -117,6 +119,7 @@ class Running:
             if source is None:
                 return
             columns = dict(source.columns)
+            keeper = transport.load_lease(state)
 
             def runtime(table: Table) -> TableRuntime:
                 return TableRuntime(codec.table_codec(table), targets_of_table(pipeline, sinks, table, spec))
@@ -154,7 +157,7 @@ class Running:
                 spec=spec,
                 pipeline=pipeline,
                 epoch=source.epoch,
-                capture=transport.capture(source, lambda: worker.tables),
+                capture=transport.capture(source, lambda: worker.tables, self.progress),
                 stretches=transport.stretches,
                 writers=writers,
                 lookups=lookups,
@@ -186,6 +189,7 @@ class Running:
                 finished=lambda load: self._remove_unmet(load, sinks, worker, state),
                 failed=worker.fail,
                 stopping=self._stopping,
+                keeper=keeper,
             )
             watch = Watch(
                 reader=watch_reader,
@@ -205,20 +209,20 @@ class Running:
                     writers[sink].sweep([target])
             self._worker = worker
             housekeeping = threading.Thread(
-                target=self._keep_house, args=(state, sinks, worker), name="housekeeping", daemon=True
+                target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
             )
-            watch.start()
-            loader.start()
-            housekeeping.start()
+            threads = [watch, loader, housekeeping, *transport.background(self.progress, self._stopping)]
+            for thread in threads:
+                thread.start()
             try:
-                worker.run()
+                with keeper or contextlib.nullcontext():
+                    worker.run()
             finally:
                 self._stopping.set()
                 loader.wake()
                 self._abort_reads()  # what they read is of no use any more
-                housekeeping.join(STOP_BUDGET_S)
-                loader.join(STOP_BUDGET_S)
-                watch.join(STOP_BUDGET_S)
+                for thread in reversed(threads):
+                    thread.join(STOP_BUDGET_S)
         finally:
             self._stopping.set()
             self._giving_up.set()
@@ -263,9 +267,13 @@ class Running:
             removed = sinks[sink].truncate(target, beginning)
             log.info("unmet_removed", table=load.table, sink=sink, documents=removed)
 
-    def _keep_house(self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker) -> None:
-        """Remove dead letters and tombstones that have expired, now and then."""
+    def _keep_house(
+        self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker, keeper: LeaseKeeper | None
+    ) -> None:
+        """Remove dead letters and tombstones that have expired, now and then; of several processes one does."""
         while not self._stopping.wait(HOUSEKEEPING_S):
+            if keeper is not None and not keeper.held:
+                continue
             try:
                 oldest = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=self._spec.dead_letter_ttl)
                 pruned = state.prune(self._spec.name, oldest)

@@ -45,7 +45,7 @@ def prepare_source(
     unless `new_slot` accepts it. Then the epoch rises, and everything is loaded again; `reload` asks for that, too.
     """
     found = reader.fingerprints(list(spec.tables))  # before the tables: what changes between the two is noticed later
-    tables = _tables(spec, reader)
+    tables = read_tables(spec, reader)
     columns = {name: found.get(name, "") for name in tables}
     check_columns(pipeline, tables)
     identity = reader.identity()
@@ -86,7 +86,8 @@ def prepare_source(
     return Source(known.epoch, tables, columns)
 
 
-def _tables(spec: PipelineSpec, reader: PostgresReader) -> dict[str, Table]:
+def read_tables(spec: PipelineSpec, reader: PostgresReader) -> dict[str, Table]:
+    """Return the specification's tables as they are now. Raises UsageError: one is missing or has no key in the log."""
     tables = reader.tables(list(spec.tables))
     missing = [name for name in spec.tables if name not in tables]
     if missing:

@@ -5,6 +5,7 @@ A run (`running.py`) calls these in the order in which they stand here, from one
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,7 +14,9 @@ import orjson
 
 from delta_sync.capture import Batch, Capture
 from delta_sync.decoding import Stretch
+from delta_sync.leases import LeaseKeeper
 from delta_sync.pipeline import Pipeline
+from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import PipelineSpec
@@ -36,12 +39,12 @@ class Transport(ABC):
         """Make sure that the source is captured. Repeated as long as it raises Transient."""
 
     @abstractmethod
-    def capture(self, source: Source, tables: Tables) -> Capture:
+    def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
         """Return the capture, for the tables as they are at each of its starts."""
 
     @abstractmethod
     def stretches(self, batch: Batch) -> Iterable[Stretch]:
-        """Return the events of a batch of that capture."""
+        """Return the events of a batch of that capture. Raises Transient, after which it may be called again."""
 
     @abstractmethod
     def check(self, reader: PostgresReader, state: StateStore) -> None:
@@ -50,6 +53,16 @@ class Transport(ABC):
     @abstractmethod
     def publish(self, reader: PostgresReader, tables: Sequence[Table]) -> None:
         """Make the changes of exactly these tables arrive, now that they are others than before."""
+
+    def background(self, progress: Progress, stopping: threading.Event) -> Sequence[threading.Thread]:
+        """Return threads that are to run beside the stream; they end when `stopping` is set."""
+        del progress, stopping
+        return ()
+
+    def load_lease(self, state: StateStore) -> LeaseKeeper | None:
+        """Return who keeps the lease of the process that loads; None where there is only this one."""
+        del state
+        return None
 
     @abstractmethod
     def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
@@ -82,8 +95,9 @@ class EmbeddedTransport(Transport):
         """Make sure of publication and slot, and decide the epoch."""
         return prepare_source(self._spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload)
 
-    def capture(self, source: Source, tables: Tables) -> Capture:
+    def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
         """Return the child process with the Debezium Engine."""
+        del progress
         self._epoch = source.epoch
         return self._make_capture(tables)
 

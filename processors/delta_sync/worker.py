@@ -57,6 +57,7 @@ LOG_BEFORE_SLICE = 4  # log batches that go before a waiting slice: the log has 
 DRAIN_BUDGET_S = 10.0  # after SIGTERM, for what is in flight; container runtimes kill after 10 to 30 s
 RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # of the capture
 DEAD_LETTER_WINDOW_S = 60.0
+EVENTS_RETRY_S = 1.0  # for a schema that the registry does not have
 SCHEMA_RETRY_S = 0.5  # a table that is replaced by another is away for a moment
 
 Read = Callable[[str, Sequence[Lacking]], Sequence[tuple[Lacking, Row | None, int]]]
@@ -143,6 +144,7 @@ class Worker:
         self._jobs: deque[Job] = deque()
         self._load_jobs: list[Job] = []
         self._since_slice = 0
+        self._passed_lsn = 0
         self._dead_letter_times: deque[float] = deque()
         self._fatal: BaseException | None = None
         self._drained = threading.Event()
@@ -267,7 +269,7 @@ class Worker:
 
     def _begin_batches(self, batches: Sequence[Batch]) -> None:
         codecs = {name: runtime.codec for name, runtime in self._tables.items()}
-        stretches = [stretch for batch in batches for stretch in self._stretches(batch)]
+        stretches = [stretch for batch in batches for stretch in self._events_of(batch)]
         decoded = decode(stretches, codecs, self._spec.heartbeat_prefix, self._ahead.by_table())
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
@@ -283,6 +285,20 @@ class Worker:
         self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded))
         if not results:
             self.wake()
+
+    def _events_of(self, batch: Batch) -> Iterable[Stretch]:
+        """Return a batch's events, for as long as it takes. Raises SourceBusy when Delta stops before."""
+        while True:
+            try:
+                found = self._stretches(batch)
+            except Transient as error:
+                self._progress.waits("events", str(error))
+                log.warning("events_wait", reason=redact(str(error)))
+                if self._stopping.wait(EVENTS_RETRY_S):
+                    raise SourceBusy("Delta stops before a batch could be read.") from error
+            else:
+                self._progress.waits("events", None)
+                return found
 
     def _begin_slice(self, slice_: Slice) -> None:
         failures: list[Failure] = []
@@ -367,7 +383,10 @@ class Worker:
             self._progress.events += job.decoded.events
             if job.decoded.heartbeat_lsn is not None:
                 self._position.advance(job.decoded.heartbeat_lsn)
-                self._ahead.passed(version_of(self._epoch, job.decoded.heartbeat_lsn))
+        passed = self._position.passed_lsn
+        if passed > self._passed_lsn:
+            self._passed_lsn = passed
+            self._ahead.passed(version_of(self._epoch, passed))
         for job in [job for job in self._load_jobs if job.done()]:
             self._load_jobs.remove(job)
             assert job.slice is not None
