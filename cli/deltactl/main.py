@@ -11,7 +11,9 @@ COMMANDS = {
     "dead": "deltactl.dead:dead",
     "pipeline": "deltactl.pipeline:pipeline",
     "run": "deltactl.run:run",
+    "sidecar": "deltactl.sidecar:sidecar",
     "status": "deltactl.status:status",
+    "worker": "deltactl.worker:worker",
 }
 
 
