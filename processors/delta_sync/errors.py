@@ -79,6 +79,18 @@ class StateBusy(Transient):
     """The state store is locked by another process for too long, unreachable, or restarting."""
 
 
+class RegistryBusy(Transient):
+    """The schema registry is unreachable, timed out, or asked to slow down."""
+
+
+class SchemaUnknown(RegistryBusy):
+    """The schema registry does not have the schema that a record was written with: it is being restored, or lost it."""
+
+    def __init__(self, message: str, schema_id: int) -> None:
+        super().__init__(message)
+        self.schema_id = schema_id
+
+
 # ── permanent, one change: a dead letter ─────────────────────────────────────────────────────────────────────────
 
 
@@ -87,7 +99,11 @@ class ProcessorError(DeltaError):
 
 
 class UndecodableChange(DeltaError):
-    """A change event does not fit the table's columns."""
+    """A change event does not fit the table's columns, or is none."""
+
+
+class SchemaUnfit(UndecodableChange):
+    """The schema that a record was written with is not Avro, or cannot be read by itself."""
 
 
 # ── permanent, systematic: the pipeline stops, says why, and drops nothing ───────────────────────────────────────
