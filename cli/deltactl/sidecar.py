@@ -44,6 +44,7 @@ def sidecar(
       deltactl sidecar movies --port 9465
     """
     from delta_debezium.distribution import find_distribution
+
     from delta_debezium.sidecar import FOLDER, Sidecar
 
     spec = app.load(name)

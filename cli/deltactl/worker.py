@@ -73,9 +73,9 @@ def worker(
             try:
                 if not stopping.is_set():
                     running.run()
-                return
             except EpochRose:
                 continue  # the next run begins with the new epoch
+            break
     finally:
         if server is not None:
             server.shutdown()

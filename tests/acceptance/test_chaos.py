@@ -6,6 +6,7 @@ can repeat), `DELTA_CHAOS_FAULTS` limits them to some kinds, by the beginnings o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ from acceptance.harness import SHAPES, Scene, Shape, Shop, Stores, all_sinks
 from delta_sync.errors import SinkBusy, SinkRefused
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Server
-from delta_sync.versions import position_of
+from delta_sync.versions import MAX_POSITION, position_of
 
 DURATION_S = float(os.environ.get("DELTA_CHAOS_S", "30"))
 SEED = int(os.environ.get("DELTA_CHAOS_SEED", str(random.SystemRandom().randrange(1_000_000))))
@@ -213,11 +214,13 @@ class Reader(Actor):
         before = self._seen.get((shape.name, number), Seen(0, 0))
         older_row = now.rev < before.rev
         self.older_rows += older_row
-        excused = shape.name in MAY_SHOW_OLDER_ROWS and position_of(now.version) < self._run_began_at()
-        if now.version < before.version or (older_row and not excused):
+        if now.version < before.version or (older_row and not self._excused(shape, now.version)):
             self.complaints.append(f"{self._sink} {shape.name} {shape.key(number)} went from {before} to {now}")
         self.advances += now.version > before.version
         self._seen[shape.name, number] = now
+
+    def _excused(self, shape: Shape, version: int) -> bool:
+        return shape.name in MAY_SHOW_OLDER_ROWS and position_of(version) < self._run_began_at()
 
 
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,8 +239,15 @@ class Runs:
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
-        self.began_at = 0  # how far the log was
+        self._began_at: int | None = 0
         self.run = scene.run()
+
+    def began_at(self) -> int:
+        """Return how far the log was when the run began, or later: the source may have been away then."""
+        if self._began_at is None:
+            with contextlib.suppress(psycopg.OperationalError):
+                self._began_at = self._scene.shop.insert_lsn()
+        return MAX_POSITION if self._began_at is None else self._began_at
 
     def kill(self) -> None:
         self.run.kill()
@@ -248,7 +258,7 @@ class Runs:
         assert status == 0 or not came_up, f"SIGTERM: exit status {status}; {self.run.tail()}"
 
     def start(self) -> None:
-        self.began_at = self._scene.shop.insert_lsn()
+        self._began_at = None
         self.run = self._scene.run()
 
     def kill_capture(self) -> None:
@@ -296,7 +306,7 @@ def test_chaos(scene: Callable[..., Scene], request: pytest.FixtureRequest) -> N
     writing, reading = threading.Event(), threading.Event()
     writers = [Writer(it.shop, hot, number, writing) for number in range(WRITERS)]
     runs = Runs(it)
-    readers = {sink: Reader(it.new_stores(), hot, sink, lambda: runs.began_at, reading) for sink in sinks}
+    readers = {sink: Reader(it.new_stores(), hot, sink, runs.began_at, reading) for sink in sinks}
     began = time.monotonic()
     actors: list[Actor] = [*writers, *readers.values()]
     for actor in actors:
