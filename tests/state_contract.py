@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from delta_sync import secrets
 from delta_sync.delta_event import encode_key
 from delta_sync.errors import LeaseLost, StaleStateStore, StateBusy
 from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad
+from delta_sync.state_database import migration_lock
 from delta_sync.state_tables import METADATA, VERSION_TABLE
 from delta_sync.testing.processes import wait_until
 
@@ -158,7 +161,7 @@ def fight(location: Location, barrier: Barrier, owner: str, rounds: int, seed: i
                 assert expires, "it was taken away"
             if expires:
                 holds.append(Hold(lease.token, since, asked_at + int(ttl_s * 1e6)))
-                wait_until(lambda lease=lease: not has_it(store, lease), PROCESS_TIMEOUT_S, "the end of a lease")
+                wait_until(partial(is_over, store, lease), PROCESS_TIMEOUT_S, "the end of a lease")
                 continue
             assert store.take_lease("movies", "load", owner, ttl_s) == lease, "a renewal keeps the token"
             holds.append(Hold(lease.token, since, microseconds(store.database_now())))
@@ -171,15 +174,25 @@ def has_it(store: StateStore, lease: Lease) -> bool:
     return holder is not None and (holder.owner, holder.token) == (lease.owner, lease.token) and holder.left_s > 0
 
 
+def is_over(store: StateStore, lease: Lease) -> bool:
+    return not has_it(store, lease)
+
+
 def run_processes(target: Callable[..., None], *argument_lists: tuple[Any, ...]) -> list[int | None]:
-    """Run it once with each of the arguments, all at once; return the exit codes."""
+    """Run it once with each of the arguments, all at once; return the exit codes (None: others failed before)."""
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=target, args=arguments) for arguments in argument_lists]
     try:
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(PROCESS_TIMEOUT_S)
+        running = list(processes)
+        while running and not any(process.exitcode for process in processes):  # others may wait for one that failed
+            ended = wait([process.sentinel for process in running], PROCESS_TIMEOUT_S)
+            if not ended:
+                break
+            for process in [process for process in running if process.sentinel in ended]:
+                process.join()
+                running.remove(process)
         return [process.exitcode for process in processes]
     finally:
         for process in processes:
@@ -445,6 +458,23 @@ class StateContract:
         with StateStore.open(location.url, location.folder) as store:
             assert store.loads("movies")["a.b"].rows == sum(each["added"] for each in told), "one undid another's work"
 
+    def test_a_lease_that_nobody_ever_had_is_taken_at_once(self, store: StateStore) -> None:
+        """There is no row to lock yet."""
+        takers, names = 4, 25
+        start = threading.Barrier(takers)
+
+        def work(taker: int) -> list[Lease | None]:
+            got: list[Lease | None] = []
+            for number in range(names):
+                start.wait(PROCESS_TIMEOUT_S)
+                got.append(store.take_lease("movies", f"{number}", f"{taker}", FOR_EVER_S))
+            return got
+
+        with ThreadPoolExecutor(takers) as pool:
+            columns = list(pool.map(work, range(takers)))
+        for row in zip(*columns, strict=True):
+            assert [lease.token for lease in row if lease is not None] == [1]
+
     def test_a_dead_holders_lease_is_anothers_after_its_end(
         self, store: StateStore, location: Location, raw: sa.Engine
     ) -> None:
@@ -553,7 +583,7 @@ class StateContract:
     @staticmethod
     def end_of_the_lease(raw: sa.Engine) -> int:
         with raw.connect() as connection:
-            return connection.execute(sa.text("select expires_at from delta_lease")).scalar_one()
+            return int(connection.execute(sa.text("select expires_at from delta_lease")).scalar_one())
 
     @staticmethod
     def everything(raw: sa.Engine) -> list[Any]:
@@ -802,6 +832,12 @@ def add_then_die(location: Location) -> None:
 
 class ServerStateContract(StateContract):
     """What every server must do, and a file cannot: its writer's lock is the process's, for as long as it lives."""
+
+    def test_one_that_migrates_for_too_long_is_not_waited_for(self, location: Location, raw: sa.Engine) -> None:
+        with raw.begin() as connection, migration_lock(connection), pytest.raises(StateBusy):
+            StateStore.open(location.url, location.folder, busy_timeout_s=1)
+        assert not set(sa.inspect(raw).get_table_names()) & set(METADATA.tables)
+        StateStore.open(location.url, location.folder).close()
 
     @pytest.mark.parametrize("call", ["take_lease", "save_load"])
     def test_one_frozen_in_a_transaction_is_not_waited_for(

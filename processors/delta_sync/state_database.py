@@ -157,8 +157,10 @@ def migration_lock(connection: sa.Connection) -> Generator[None]:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_ID)))  # to the end of the transaction
             yield
         case "mysql" | "mariadb":
-            if connection.execute(sa.select(sa.func.get_lock(VERSION_TABLE, BUSY_TIMEOUT_S))).scalar() != 1:
-                raise StateBusy("The state store's tables are being brought up to date by another process.")
+            # The connection's limit, of itself, is not one of such locks.
+            limit = sa.literal_column("@@innodb_lock_wait_timeout", sa.Integer)
+            if connection.execute(sa.select(sa.func.get_lock(VERSION_TABLE, limit))).scalar() != 1:
+                raise StateBusy("Another process has been bringing the state store's tables up to date for long.")
             try:
                 yield
             finally:

@@ -173,17 +173,19 @@ def test_another_has_it(keeper: LeaseKeeper, store: StateStore, lost: list[Lease
 def test_another_had_it_between_two_renewals(store: StateStore, clock: Clock) -> None:
     """It is ours again, but what was begun before must end first."""
     seen: list[tuple[Lease, bool]] = []
-    keeper = LeaseKeeper(
-        store, "movies", "load", "me", TTL_S, on_lost=lambda lease: seen.append((lease, keeper.held)), clock=clock
-    )
-    mine = taken(keeper)
+
+    def note(lease: Lease) -> None:
+        seen.append((lease, ours.held))
+
+    ours = LeaseKeeper(store, "movies", "load", "me", TTL_S, on_lost=note, clock=clock)
+    mine = taken(ours)
     store.release_lease(mine)
     theirs = store.take_lease("movies", "load", "other", TTL_S)
     assert theirs is not None
     store.release_lease(theirs)
-    assert keeper.renew()
+    assert ours.renew()
     assert seen == [(mine, False)]
-    assert not keeper.holds(mine)
+    assert not ours.holds(mine)
 
 
 def test_stopping_gives_it_back(keeper: LeaseKeeper, store: StateStore, tmp_path: Path, lost: list[Lease]) -> None:
