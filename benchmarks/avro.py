@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 
-from debezium_avro import MOVIE, Writer, envelope, event, key_of, movie, records
 from fastavro import parse_schema, schemaless_reader
 
+from debezium_avro import MOVIE, Writer, envelope, event, key_of, movie, records
 from delta_sync.kafka.avro import HEADER_BYTES, AvroDecoder
 
 BATCH = 2000  # records of a poll
