@@ -21,9 +21,10 @@ from typing import TypeVar
 import pytest
 
 from delta_sync.testing.mariadb import MariaDB
+from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis, Server
 
-__all__ = ["mariadb", "mongodb", "opensearch", "postgresql", "redis_cluster", "redis_server"]
+__all__ = ["mariadb", "mongodb", "opensearch", "postgresql", "redis_cluster", "redis_server", "registry"]
 
 SERVICES_VARIABLE = "DELTA_TEST_SERVICES"
 
@@ -110,3 +111,9 @@ def mongodb(server_stack: Stack) -> MongoStandIn:
 def opensearch(server_stack: Stack) -> OpenSearch:
     """OpenSearch, one node."""
     return server_stack.start(OpenSearch)
+
+
+@pytest.fixture(scope="session")
+def registry(server_stack: Stack) -> Apicurio:
+    """Apicurio Registry."""
+    return server_stack.start(Apicurio)
