@@ -18,7 +18,8 @@ from filelock import FileLock
 
 from delta_sync.errors import DeltaError
 
-PLUGIN = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1"
+# Later ones want an artifact's parent poms as well, which are not published of everything (Debezium Server 3.6.3).
+PLUGIN = "org.apache.maven.plugins:maven-dependency-plugin:2.10"
 REPORT_EVERY_S = 5.0  # often enough to see that it moves, and a log stays readable
 OUTPUT_BYTES = 2000  # of Maven's, in an error: its last lines say what is wrong
 
