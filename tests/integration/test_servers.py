@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,11 +20,14 @@ import pymongo
 import pytest
 import redis
 import requests
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from delta_sync.testing.kafka import Kafka, KafkaCluster, admin_client
 from delta_sync.testing.processes import ServerError, free_port, wait_until
-from delta_sync.testing.servers import MongoStandIn, NativeServer, OpenSearch, PostgreSQL, Redis
+from delta_sync.testing.registry import Apicurio
+from delta_sync.testing.servers import MongoStandIn, NativeServer, OpenSearch, PostgreSQL, Redis, Server
 
 NO_ANSWER_S = 1  # long enough for a server that runs to answer, as it has in every test before it is frozen
 GONE_TIMEOUT_S = 60
@@ -98,27 +102,68 @@ def opensearch_probe(server: OpenSearch) -> Probe:
     return Probe(write, read)
 
 
+def registry_probe(server: Apicurio) -> Probe:
+    versions = f"{server.url}/subjects/probe/versions"
+
+    def write(number: int) -> None:
+        symbols = [f"n{each}" for each in range(number + 1)]  # a registry refuses changes that no reader could follow
+        schema = json.dumps({"type": "enum", "name": "probe", "symbols": symbols, "default": "n0"})
+        requests.post(versions, json={"schema": schema}, timeout=GONE_TIMEOUT_S).raise_for_status()
+
+    def read(timeout_s: float) -> int:
+        reply = requests.get(f"{versions}/latest", timeout=timeout_s)
+        reply.raise_for_status()
+        return len(json.loads(reply.json()["schema"])["symbols"]) - 1
+
+
+def kafka_probe(server: Kafka | KafkaCluster) -> Probe:
+    def create() -> None:
+        with admin_client(server.url) as admin:
+            if "probe" not in admin.list_topics():
+                admin.create_topics({"probe": {"num_partitions": 1}}, wait_for_metadata=True)
+
+    def write(number: int) -> None:
+        create()
+        with closing(KafkaProducer(bootstrap_servers=server.url.split(","), acks="all")) as producer:
+            producer.send("probe", str(number).encode()).get(GONE_TIMEOUT_S)
+
+    def read(timeout_s: float) -> int:
+        timeout_ms = int(timeout_s * 1000)
+        with KafkaConsumer(bootstrap_servers=server.url.split(","), bootstrap_timeout_ms=timeout_ms) as consumer:
+            partition = TopicPartition("probe", 0)
+            consumer.assign([partition])
+            end = consumer.end_offsets([partition], timeout_ms)[partition]
+            consumer.seek(partition, end - 1)
+            [record] = consumer.poll(timeout_ms)[partition]
+            return int(record.value)
+
+    return Probe(write, read)
+
+
 PROBES: dict[str, Callable[[Any], Probe]] = {
     "postgresql": postgresql_probe,
     "redis_server": redis_probe,
     "redis_cluster": redis_probe,
     "mongodb": mongodb_probe,
     "opensearch": opensearch_probe,
+    "kafka": kafka_probe,
+    "kafka_cluster": kafka_probe,
+    "registry": registry_probe,
 }
 
 
 @pytest.fixture(params=list(PROBES))
-def server(request: pytest.FixtureRequest) -> NativeServer:
-    found: NativeServer = request.getfixturevalue(request.param)
+def server(request: pytest.FixtureRequest) -> Server:
+    found: Server = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-def probe(request: pytest.FixtureRequest, server: NativeServer) -> Probe:
+def probe(request: pytest.FixtureRequest, server: Server) -> Probe:
     return PROBES[request.node.callspec.params["server"]](server)
 
 
-def test_what_was_acknowledged_survives_a_kill(server: NativeServer, probe: Probe) -> None:
+def test_what_was_acknowledged_survives_a_kill(server: Server, probe: Probe) -> None:
     url = server.url
     probe.write(1)
     for number in (2, 3):
@@ -132,13 +177,13 @@ def test_what_was_acknowledged_survives_a_kill(server: NativeServer, probe: Prob
         assert probe.read(GONE_TIMEOUT_S) == number
 
 
-def test_what_was_acknowledged_survives_a_restart(server: NativeServer, probe: Probe) -> None:
+def test_what_was_acknowledged_survives_a_restart(server: Server, probe: Probe) -> None:
     probe.write(4)
     server.restart()
     assert probe.read(GONE_TIMEOUT_S) == 4
 
 
-def test_a_frozen_server_is_silent_until_it_thaws(server: NativeServer, probe: Probe) -> None:
+def test_a_frozen_server_is_silent_until_it_thaws(server: Server, probe: Probe) -> None:
     probe.write(5)
     with ThreadPoolExecutor(1) as other:
         server.freeze()

