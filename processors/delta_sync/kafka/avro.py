@@ -487,7 +487,8 @@ def _shortened(value: Any) -> Any:
     if type(value) is not float or value - value != 0:  # not a number or infinite
         return value
     packed = _REAL.pack(value)
-    for digits in (6, 7, 8):  # any number of six digits survives as a real; nine tell all reals apart
+    # Any number of six digits survives as a real, but for the smallest ones; nine digits tell all reals apart.
+    for digits in (6, 7, 8) if abs(value) >= _SMALLEST_NORMAL_REAL else range(1, 9):
         short = float(f"{value:.{digits}g}")
         if abs(short) <= _LARGEST_REAL and _REAL.pack(short) == packed:
             return short
@@ -495,6 +496,7 @@ def _shortened(value: Any) -> Any:
 
 
 _LARGEST_REAL = 3.4028235e38
+_SMALLEST_NORMAL_REAL = 2.0**-126
 
 # ── templates ────────────────────────────────────────────────────────────────────────────────────────────────────
 
