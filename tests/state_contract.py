@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
+import json
 import multiprocessing
 import os
+import random
 import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +18,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import sqlalchemy as sa
 from alembic import command
@@ -22,12 +27,18 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 
 from delta_sync import secrets
-from delta_sync.errors import StaleStateStore
-from delta_sync.state import METADATA, VERSION_TABLE, DeadLetter, PipelineState, StateStore, TableLoad
+from delta_sync.delta_event import encode_key
+from delta_sync.errors import LeaseLost, StaleStateStore, StateBusy
+from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad
+from delta_sync.state_tables import METADATA, VERSION_TABLE
+from delta_sync.testing.processes import wait_until
 
 NOW = dt.datetime(2024, 2, 29, 12, 30, 15, 123456, tzinfo=dt.UTC)
 PROCESS_TIMEOUT_S = 120  # generous: a busy machine starts Python slowly
 SECRET = "correct horse battery staple"
+FOR_EVER_S = 3600.0  # of a lease that does not expire while its test runs, however slow the machine is
+TOLD = 3  # a process's exit code: its call raised StateBusy
+AT_ONCE_S = 1e-6  # of one that has expired before anybody can ask
 
 
 class Location(NamedTuple):
@@ -82,6 +93,82 @@ def die_at(location: Location, statement: str, occurrence: int) -> None:
     sa.event.listen(sa.Engine, "after_cursor_execute", look)
     with StateStore.open(location.url, location.folder) as store:
         store.add_dead_letters("movies", [letter(1), letter(2), letter(3)])
+
+
+def take_then_die(location: Location, ttl_s: float) -> None:
+    StateStore.open(location.url, location.folder).take_lease("movies", "load", "the late", ttl_s)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze_in_a_transaction(location: Location, call: str) -> None:
+    """Make a call, but be frozen while it has the lease's row locked; the connection may idle for a second."""
+
+    def look(*arguments: Any) -> None:
+        if "FOR UPDATE" in arguments[2]:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    with StateStore.open(location.url, location.folder, busy_timeout_s=1) as store:
+        lease = store.take_lease("movies", "load", "frozen", AT_ONCE_S)
+        assert lease is not None
+        sa.event.listen(sa.Engine, "after_cursor_execute", look)
+        try:
+            if call == "take_lease":
+                store.take_lease("movies", "load", "frozen", FOR_EVER_S)
+            else:
+                store.save_load("movies", TableLoad("a.b", rows=666), lease)
+        except StateBusy:
+            os._exit(TOLD)
+
+
+class Hold(NamedTuple):
+    """A time in which a process surely had the lease, by the database's clock."""
+
+    token: int
+    since: int
+    until: int
+
+
+def microseconds(moment: dt.datetime) -> int:
+    return (moment - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
+
+
+def fight(location: Location, barrier: Barrier, owner: str, rounds: int, seed: int) -> None:
+    """Have the lease `rounds` times, against others who want it; give it back or let it expire.
+
+    While it is had, add 1 to the rows of a load: read, then write with the lease.
+    """
+    rng = random.Random(f"{seed} {owner}")
+    holds: list[Hold] = []
+    added = 0
+    with StateStore.open(location.url, location.folder) as store:
+        barrier.wait(PROCESS_TIMEOUT_S)
+        while len(holds) < rounds:
+            expires = rng.random() < 0.4
+            ttl_s = rng.uniform(0.001, 0.03) if expires else FOR_EVER_S
+            asked_at = microseconds(store.database_now())
+            lease = store.take_lease("movies", "load", owner, ttl_s)
+            if lease is None:
+                continue
+            since = microseconds(store.database_now())
+            rows = store.loads("movies").get("a.b", TableLoad("a.b")).rows
+            try:
+                store.save_load("movies", TableLoad("a.b", rows=rows + 1), lease)
+                added += 1
+            except LeaseLost:
+                assert expires, "it was taken away"
+            if expires:
+                holds.append(Hold(lease.token, since, asked_at + int(ttl_s * 1e6)))
+                wait_until(lambda lease=lease: not has_it(store, lease), PROCESS_TIMEOUT_S, "the end of a lease")
+                continue
+            assert store.take_lease("movies", "load", owner, ttl_s) == lease, "a renewal keeps the token"
+            holds.append(Hold(lease.token, since, microseconds(store.database_now())))
+            store.release_lease(lease)
+    (location.folder / f"{owner}.json").write_text(json.dumps({"holds": holds, "added": added}))
+
+
+def has_it(store: StateStore, lease: Lease) -> bool:
+    holder = store.lease(lease.pipeline, lease.name)
+    return holder is not None and (holder.owner, holder.token) == (lease.owner, lease.token) and holder.left_s > 0
 
 
 def run_processes(target: Callable[..., None], *argument_lists: tuple[Any, ...]) -> list[int | None]:
@@ -275,6 +362,235 @@ class StateContract:
         assert found.error[:10] == text.replace("\0", "\\x00").replace("\ud800", "\\ud800")[:10]
         assert len(found.error) < 100_000
 
+    # ── leases ──
+
+    def test_a_lease_is_one_owners_until_it_is_released(self, store: StateStore) -> None:
+        assert store.lease("movies", "load") is None
+        lease = store.take_lease("movies", "load", "me", FOR_EVER_S)
+        assert lease == Lease("movies", "load", "me", 1, FOR_EVER_S)
+        assert store.take_lease("movies", "load", "Me", FOR_EVER_S) is None
+        holder = store.lease("movies", "load")
+        assert holder is not None
+        assert (holder.owner, holder.token) == ("me", 1)
+        assert 0 < holder.left_s <= FOR_EVER_S
+        store.release_lease(lease)
+        assert store.lease("movies", "load") is None
+        other = store.take_lease("movies", "load", "other", FOR_EVER_S)
+        assert other is not None
+        assert other.token > lease.token
+        store.release_lease(lease)
+        assert has_it(store, other), "a lease that was lost gives nothing back"
+
+    def test_leases_differ_by_pipeline_and_name(self, store: StateStore) -> None:
+        for pipeline, name in (("movies", "load"), ("movies", "Load"), ("movies", "sidecar"), ("other", "load")):
+            assert store.take_lease(pipeline, name, f"{pipeline} {name}", FOR_EVER_S) is not None
+
+    def test_renewal_keeps_the_token_and_moves_the_end(self, store: StateStore, raw: sa.Engine) -> None:
+        first = store.take_lease("movies", "load", "me", FOR_EVER_S)
+        end = self.end_of_the_lease(raw)
+        again = store.take_lease("movies", "load", "me", 2 * FOR_EVER_S)
+        assert first is not None
+        assert again == first._replace(ttl_s=2 * FOR_EVER_S)
+        assert self.end_of_the_lease(raw) >= end + FOR_EVER_S * 1e6
+
+    def test_the_token_rises_with_every_change_of_hands(self, store: StateStore) -> None:
+        """Also when it comes back to the same owner: another may have had it in between."""
+        tokens: list[int] = []
+        for owner, ttl_s, release in (
+            ("me", AT_ONCE_S, False),
+            ("me", AT_ONCE_S, False),
+            ("other", FOR_EVER_S, True),
+            ("other", FOR_EVER_S, True),
+            ("me", FOR_EVER_S, False),
+        ):
+            wait_until(self.is_free(store), PROCESS_TIMEOUT_S, "the end of a lease")
+            lease = store.take_lease("movies", "load", owner, ttl_s)
+            assert lease is not None
+            tokens.append(lease.token)
+            if release:
+                store.release_lease(lease)
+        assert tokens == sorted(set(tokens))
+        assert tokens[0] > 0
+
+    @pytest.mark.parametrize("off", [dt.timedelta(days=-36500), dt.timedelta(days=36500)])
+    def test_the_machines_clock_does_not_matter(self, location: Location, off: dt.timedelta) -> None:
+        def now() -> dt.datetime:
+            return dt.datetime.now(dt.UTC) + off
+
+        with (
+            StateStore.open(location.url, location.folder) as store,
+            StateStore.open(location.url, location.folder, now=now) as wrong,
+        ):
+            mine = store.take_lease("movies", "load", "me", FOR_EVER_S)
+            assert mine is not None
+            assert wrong.take_lease("movies", "load", "wrong", FOR_EVER_S) is None
+            store.release_lease(mine)
+            assert wrong.take_lease("movies", "load", "wrong", AT_ONCE_S) is not None
+            wait_until(self.is_free(store), PROCESS_TIMEOUT_S, "the end of a lease")
+            assert store.take_lease("movies", "load", "me", FOR_EVER_S) is not None
+            assert abs(wrong.database_now() - store.database_now()) < dt.timedelta(days=1)
+
+    def test_processes_fight_for_a_lease(self, location: Location) -> None:
+        seed = random.randrange(1 << 32)
+        print(f"seed {seed}")
+        fighters, rounds = 4, 12
+        barrier = multiprocessing.get_context("spawn").Barrier(fighters)
+        codes = run_processes(fight, *[(location, barrier, f"f{n}", rounds, seed) for n in range(fighters)])
+        assert codes == [0] * fighters
+        told = [json.loads((location.folder / f"f{n}.json").read_text()) for n in range(fighters)]
+        holds = sorted(Hold(*hold) for each in told for hold in each["holds"])
+        assert [hold.token for hold in holds] == list(range(1, fighters * rounds + 1)), "each had a token of its own"
+        for earlier, later in itertools.pairwise(holds):
+            assert earlier.until <= later.since, "two had it at once"
+        with StateStore.open(location.url, location.folder) as store:
+            assert store.loads("movies")["a.b"].rows == sum(each["added"] for each in told), "one undid another's work"
+
+    def test_a_dead_holders_lease_is_anothers_after_its_end(
+        self, store: StateStore, location: Location, raw: sa.Engine
+    ) -> None:
+        assert run_processes(take_then_die, (location, 2.0)) == [-signal.SIGKILL]
+        end = self.end_of_the_lease(raw)
+
+        def inherit() -> bool:
+            before = microseconds(store.database_now())
+            lease = store.take_lease("movies", "load", "heir", FOR_EVER_S)
+            if lease is None:
+                assert before < end, "it has expired, and nobody gets it"
+                return False
+            assert microseconds(store.database_now()) >= end, "it was taken from the living"
+            assert lease.token == 2
+            return True
+
+        wait_until(inherit, PROCESS_TIMEOUT_S, "the end of a lease")
+
+    # ── what is written with a lease ──
+
+    WRITES: tuple[Callable[[StateStore, Lease], None], ...] = (
+        lambda store, lease: store.save_load("movies", TableLoad("a.b", rows=2), lease),
+        lambda store, lease: store.forget_load("movies", "a.b", lease),
+        lambda store, lease: store.save_pipeline(PipelineState("movies", 2, "2", 2), lease),
+    )
+
+    @pytest.mark.parametrize("write", WRITES)
+    @pytest.mark.parametrize("fate", ["expired and taken", "released and taken", "released", "forgotten", "anew"])
+    def test_an_outdated_token_writes_nothing(
+        self, store: StateStore, raw: sa.Engine, write: Callable[[StateStore, Lease], None], fate: str
+    ) -> None:
+        lease = store.take_lease("movies", "load", "me", AT_ONCE_S if fate == "expired and taken" else FOR_EVER_S)
+        assert lease is not None
+        match fate:
+            case "expired and taken":
+                wait_until(self.is_free(store), PROCESS_TIMEOUT_S, "the end of a lease")
+            case "released" | "released and taken":
+                store.release_lease(lease)
+            case _:
+                store.forget("movies")
+        if fate not in {"released", "forgotten"}:
+            other = store.take_lease("movies", "load", "other", FOR_EVER_S)
+            assert other is not None
+            assert other.token == (1 if fate == "anew" else 2)
+        store.save_load("movies", TableLoad("a.b", rows=1))
+        store.save_pipeline(PipelineState("movies", 1, "1", 1))
+        before = self.everything(raw)
+        with pytest.raises(LeaseLost, match="'me' no longer has the lease 'load'"):
+            write(store, lease)
+        assert self.everything(raw) == before
+
+    @pytest.mark.parametrize("write", WRITES)
+    @pytest.mark.parametrize("fate", ["held", "renewed", "expired"])
+    def test_a_lease_that_nobody_else_took_writes(
+        self, store: StateStore, raw: sa.Engine, write: Callable[[StateStore, Lease], None], fate: str
+    ) -> None:
+        """An expired one, too: nobody else has acted."""
+        lease = store.take_lease("movies", "load", "me", AT_ONCE_S if fate == "expired" else FOR_EVER_S)
+        assert lease is not None
+        if fate == "expired":
+            wait_until(self.is_free(store), PROCESS_TIMEOUT_S, "the end of a lease")
+        if fate == "renewed":
+            assert store.take_lease("movies", "load", "me", FOR_EVER_S) is not None
+        store.take_lease("movies", "sidecar", "other", FOR_EVER_S)
+        store.save_load("movies", TableLoad("a.b", rows=1))
+        before = self.everything(raw)
+        write(store, lease)
+        assert self.everything(raw) != before
+
+    def test_what_is_written_with_a_token_comes_before_the_next_one(
+        self, store: StateStore, location: Location
+    ) -> None:
+        """Whoever has the lease has seen all that was written with it before."""
+        lease = store.take_lease("movies", "load", "me", AT_ONCE_S)
+        assert lease is not None
+        wait_until(self.is_free(store), PROCESS_TIMEOUT_S, "the end of a lease")
+        seen: list[int] = []
+
+        def take_over() -> None:
+            with StateStore.open(location.url, location.folder) as other:
+                assert other.take_lease("movies", "load", "other", FOR_EVER_S) is not None
+                seen.append(other.loads("movies")["a.b"].rows)
+
+        taker = threading.Thread(target=take_over)
+
+        def look(*arguments: Any) -> None:
+            if "delta_lease" in arguments[2] and not taker.is_alive():
+                taker.start()  # between the look at the token and the write
+                taker.join(1)  # it has to wait for us: this only gives one who does not the time to show it
+
+        store.save_load("movies", TableLoad("a.b", rows=1))
+        sa.event.listen(store._engine, "after_cursor_execute", look)
+        store.save_load("movies", TableLoad("a.b", rows=2), lease)
+        sa.event.remove(store._engine, "after_cursor_execute", look)
+        taker.join(PROCESS_TIMEOUT_S)
+        assert seen == [2]
+
+    @staticmethod
+    def is_free(store: StateStore) -> Callable[[], bool]:
+        def look() -> bool:
+            holder = store.lease("movies", "load")
+            return holder is None or holder.left_s <= 0
+
+        return look
+
+    @staticmethod
+    def end_of_the_lease(raw: sa.Engine) -> int:
+        with raw.connect() as connection:
+            return connection.execute(sa.text("select expires_at from delta_lease")).scalar_one()
+
+    @staticmethod
+    def everything(raw: sa.Engine) -> list[Any]:
+        with raw.connect() as connection:
+            return [tuple(row) for table in METADATA.sorted_tables for row in connection.execute(sa.select(table))]
+
+    # ── members ──
+
+    def test_members_say_what_they_do(self, store: StateStore) -> None:
+        assert store.members("movies") == []
+        before = store.database_now()
+        store.save_member("movies", "b", {"lag_s": 1.5})
+        store.save_member("movies", "a", {"state": "starting"})
+        store.save_member("movies", "a", {"since": NOW})
+        store.save_member("movies", "A", {})
+        store.save_member("other", "c", {})
+        found = store.members("movies")
+        assert sorted((member, status) for member, status, _ in found if status) == [
+            ("a", {"since": "2024-02-29T12:30:15.123456Z"}),
+            ("b", {"lag_s": 1.5}),
+        ]
+        assert {member for member, _, _ in found} == {"A", "a", "b"}
+        assert all(before <= saved_at <= store.database_now() for _, _, saved_at in found)
+
+    def test_silent_members_are_forgotten(self, store: StateStore) -> None:
+        for member in ("gone", "there"):
+            store.save_member("movies", member, {})
+        store.save_member("other", "gone", {})
+        first = max(saved_at for _, _, saved_at in store.members("movies"))
+        wait_until(lambda: store.database_now() > first, PROCESS_TIMEOUT_S, "a tick of the clock")
+        store.save_member("movies", "there", {})
+        (there,) = [saved_at for member, _, saved_at in store.members("movies") if member == "there"]
+        assert store.forget_members("movies", there) == 1
+        assert [member for member, _, _ in store.members("movies")] == ["there"]
+        assert len(store.members("other")) == 1
+        assert store.forget_members("movies", there) == 0
+
     # ── status and the rest ──
 
     def test_a_status_is_saved_over_what_was_there(self, store: StateStore) -> None:
@@ -291,6 +607,8 @@ class StateContract:
             store.save_load(name, TableLoad("a.b"))
             store.add_dead_letters(name, [letter()])
             store.save_status(name, {})
+            store.take_lease(name, "load", "me", FOR_EVER_S)
+            store.save_member(name, "me", {})
         store.forget("movies")
         with raw.connect() as connection:
             for table in METADATA.sorted_tables:
@@ -303,6 +621,7 @@ class StateContract:
         store.save_load("movies", TableLoad("a.b", reason=said))
         store.add_dead_letters("movies", [letter(key_text=said, error=said, trace=said)])
         store.save_status("movies", {said: {"nested": [said, (said,)]}})
+        store.save_member("movies", "me", {said: [said]})
         with raw.connect() as connection:
             for table in METADATA.sorted_tables:
                 for row in connection.execute(sa.select(table)):
@@ -319,6 +638,89 @@ class StateContract:
             for table in METADATA.sorted_tables:  # what compare_metadata does not look at
                 expected = [column.name for column in table.primary_key]
                 assert sa.inspect(connection).get_pk_constraint(table.name)["constrained_columns"] == expected
+
+    @staticmethod
+    def make_v0001(raw: sa.Engine) -> None:
+        """Make what the first Delta made, with a row in each table."""
+        config = Config()
+        config.set_main_option("script_location", "delta_sync:migrations")
+        with raw.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "0001")
+        tables = sa.MetaData()
+        tables.reflect(raw)
+        rows: dict[str, dict[str, Any]] = {
+            "delta_pipeline": {"name": "movies", "epoch": 3, "system_identifier": "7", "timeline": 1, "slot_lsn": 9},
+            "delta_load": {
+                "pipeline": "movies",
+                "table_name": "a.b",
+                "state": "running",
+                "after_key": encode_key((7,)),
+                "row_count": 7,
+                "covered_from": 5,
+                "fingerprint": "f",
+                "reason": "new",
+                "epoch": 3,
+                "started_at": microseconds(NOW),
+            },
+            "delta_dead_letter": {
+                "pipeline": "movies",
+                "identity": "0" * 64,
+                "table_name": "a.b",
+                "key_text": "1",
+                "version": 8,
+                "stage": "apply",
+                "error": "e",
+                "trace": "t",
+                "event": b"\0\xff",
+                "created_at": microseconds(NOW),
+                "attempts": 2,
+            },
+            "delta_status": {"pipeline": "movies", "status": '{"n": 1}', "saved_at": microseconds(NOW)},
+        }
+        assert set(tables.tables) == {*rows, VERSION_TABLE}
+        with raw.begin() as connection:
+            for name, row in rows.items():
+                connection.execute(sa.insert(tables.tables[name]).values(**row))
+
+    @staticmethod
+    def check_what_v0001_had(store: StateStore) -> None:
+        assert store.pipeline("movies") == PipelineState("movies", 3, "7", 1, 9)
+        load = TableLoad("a.b", "running", (7,), 7, 5, "f", "new", 3, NOW)
+        assert store.loads("movies") == {"a.b": load}
+        (found,) = store.dead_letters("movies")
+        assert (found.event, found.created_at, found.attempts) == (b"\0\xff", NOW, 2)
+        assert store.status("movies") == ({"n": 1}, NOW)
+        lease = store.take_lease("movies", "load", "me", FOR_EVER_S)
+        assert lease is not None
+        store.save_load("movies", load._replace(rows=8), lease)
+        store.save_member("movies", "me", {})
+
+    def test_a_store_of_the_first_version_keeps_its_rows(self, location: Location, raw: sa.Engine) -> None:
+        self.make_v0001(raw)
+        with StateStore.open(location.url, location.folder) as store:
+            self.check_what_v0001_had(store)
+            self.test_a_fresh_store_is_what_the_code_expects(store, raw)
+        with StateStore.open(location.url, location.folder) as store:
+            assert store.loads("movies")["a.b"].rows == 8
+
+    @pytest.mark.parametrize(
+        ("statement", "occurrence"), [("CREATE TABLE", 1), ("CREATE TABLE", 2), (f"UPDATE {VERSION_TABLE}", 1)]
+    )
+    def test_killed_while_it_migrates_the_first_version(
+        self, location: Location, raw: sa.Engine, statement: str, occurrence: int
+    ) -> None:
+        self.make_v0001(raw)
+        assert run_processes(die_at, (location, statement, occurrence)) == [-signal.SIGKILL]
+        with StateStore.open(location.url, location.folder) as store:
+            self.check_what_v0001_had(store)
+
+    def test_those_who_only_look_bring_an_old_store_up_to_date(self, location: Location, raw: sa.Engine) -> None:
+        self.make_v0001(raw)
+        store = StateStore.open(location.url, location.folder, create=False)
+        assert store is not None
+        with store:
+            assert store.members("movies") == []
 
     def test_there_is_no_way_back(self, store: StateStore, raw: sa.Engine) -> None:
         config = Config()
@@ -396,3 +798,35 @@ class StateContract:
 def add_then_die(location: Location) -> None:
     StateStore.open(location.url, location.folder).add_dead_letters("movies", [letter(1), letter(2)])
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class ServerStateContract(StateContract):
+    """What every server must do, and a file cannot: its writer's lock is the process's, for as long as it lives."""
+
+    @pytest.mark.parametrize("call", ["take_lease", "save_load"])
+    def test_one_frozen_in_a_transaction_is_not_waited_for(
+        self, store: StateStore, location: Location, call: str
+    ) -> None:
+        frozen = multiprocessing.get_context("spawn").Process(target=freeze_in_a_transaction, args=(location, call))
+        frozen.start()
+        try:
+            assert frozen.pid is not None
+            process = psutil.Process(frozen.pid)
+            wait_until(lambda: process.status() == psutil.STATUS_STOPPED, PROCESS_TIMEOUT_S, "being frozen")
+            heirs: list[Lease] = []
+
+            def inherit() -> bool:
+                try:
+                    heirs.extend(filter(None, [store.take_lease("movies", "load", "heir", FOR_EVER_S)]))
+                except StateBusy:
+                    return False
+                return heirs != []
+
+            wait_until(inherit, PROCESS_TIMEOUT_S, "the end of a frozen process's transaction")
+            process.resume()
+            frozen.join(PROCESS_TIMEOUT_S)
+            assert frozen.exitcode == TOLD
+        finally:
+            frozen.kill()
+        assert has_it(store, heirs[0])
+        assert store.loads("movies") == {}

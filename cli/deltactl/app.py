@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -205,7 +206,27 @@ def json_of(data: Mapping[str, Any]) -> str:
 
 
 class DeltaGroup(click.Group):
-    """A group whose errors end as sentences on standard error and as an exit status, never as a trace."""
+    """A group whose errors end as sentences on standard error and as an exit status, never as a trace.
+
+    The commands of `modules` (by name: `package.module:attribute`) are imported when they are asked for: a shell that
+    completes a word, and a person who mistyped one, should not wait for the libraries of all the others.
+    """
+
+    def __init__(self, *arguments: Any, modules: Mapping[str, str] | None = None, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._modules = dict(modules or {})
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*super().list_commands(ctx), *self._modules})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, imported if it was not yet."""
+        if cmd_name in self._modules and cmd_name not in self.commands:
+            module, _, attribute = self._modules[cmd_name].partition(":")
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+            self.add_command(command, cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def main(
         self,

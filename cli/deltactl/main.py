@@ -5,14 +5,23 @@ from __future__ import annotations
 import click
 
 from deltactl.app import DeltaGroup, shared_options
-from deltactl.completion import completion
-from deltactl.dead import dead
-from deltactl.pipeline import pipeline
-from deltactl.run import run
-from deltactl.status import status
+
+COMMANDS = {
+    "completion": "deltactl.completion:completion",
+    "dead": "deltactl.dead:dead",
+    "pipeline": "deltactl.pipeline:pipeline",
+    "run": "deltactl.run:run",
+    "sidecar": "deltactl.sidecar:sidecar",
+    "status": "deltactl.status:status",
+    "worker": "deltactl.worker:worker",
+}
 
 
-@click.group(cls=DeltaGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    cls=DeltaGroup,
+    modules=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
 @click.version_option(package_name="delta-sync", prog_name="deltactl")
 @shared_options
 def main() -> None:
@@ -23,10 +32,6 @@ def main() -> None:
       deltactl pipeline create movies --source postgresql://delta@db/studio \\
           --table public.movie --sink cache=redis://cache/0
     """
-
-
-for command in (pipeline, run, status, dead, completion):
-    main.add_command(command)
 
 
 if __name__ == "__main__":

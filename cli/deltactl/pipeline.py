@@ -30,19 +30,13 @@ from deltactl.app import (
     warn,
 )
 from deltactl.checking import Findings, check_sinks, check_source, merge, resolvable
-from deltactl.create import create
-from deltactl.delete import delete
 from deltactl.files import read_all
 from deltactl.schema import schema
 
 
-@click.group(cls=DeltaGroup)
+@click.group(cls=DeltaGroup, modules={"create": "deltactl.create:create", "delete": "deltactl.delete:delete"})
 def pipeline() -> None:
     """Create, look at and delete pipelines."""
-
-
-pipeline.add_command(create)
-pipeline.add_command(delete)
 
 
 @pipeline.command("list")

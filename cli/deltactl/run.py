@@ -20,6 +20,7 @@ from delta_sync.running import Running
 from delta_sync.secrets import resolve
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
+from delta_sync.transport import EmbeddedTransport
 from deltactl.app import LOCK_FILE, LOCK_PATIENCE_S, App, name_argument, pass_app, shared_options
 
 CAPTURE_LOG = "capture.log"
@@ -68,13 +69,10 @@ def run(
     logs.configure(log_format)
     try:
         with FileLock(folder / LOCK_FILE, timeout=LOCK_PATIENCE_S):
-            running = Running(
-                folder=folder,
-                spec=spec,
-                capture=lambda tables: embedded_capture(spec, folder, tables),
-                new_slot=new_slot,
-                reload=reload,
+            transport = EmbeddedTransport(
+                spec, lambda tables: embedded_capture(spec, folder, tables), new_slot=new_slot, reload=reload
             )
+            running = Running(folder=folder, spec=spec, transport=transport)
             server = observe.serve(name, running.progress, host, port) if port is not None else None
 
             def stop(_signal: int, _frame: FrameType | None) -> None:

@@ -31,13 +31,6 @@ class TableCodec(NamedTuple):
     lacks: Callable[[Image], bool]
 
 
-class Stretch(NamedTuple):
-    """Some events in the order of the log, all of one epoch."""
-
-    epoch: int
-    events: Sequence[Event]
-
-
 class Lacking(NamedTuple):
     """A change whose event lacks a value, or does not fit the table as it is now: its row is to be read by key."""
 
@@ -48,12 +41,21 @@ class Lacking(NamedTuple):
 
 
 class Undecodable(NamedTuple):
-    """An event from which not even the key can be read."""
+    """An event from which not even the key can be read, or a record that is none: then `key` says where it is."""
 
     table: str
     version: int
-    event: Event
+    event: Mapping[str, object]
     error: UndecodableChange
+    key: Key = ()
+
+
+class Stretch(NamedTuple):
+    """Some events in the order of the log, all of one epoch, and what could not even be read as an event."""
+
+    epoch: int
+    events: Sequence[Event]
+    undecodable: Sequence[Undecodable] = ()
 
 
 class Decoded(NamedTuple):
@@ -90,7 +92,9 @@ def decode(
     heartbeat_lsn: int | None = None
     newest_ts_ms: int | None = None
     count = 0
-    for epoch, events in stretches:
+    undecodable: list[Undecodable] = []
+    for epoch, events, broken in stretches:
+        undecodable += broken
         base = epoch << POSITION_BITS
         count += len(events)
         for event in events:
@@ -118,7 +122,6 @@ def decode(
             newest_ts_ms = events[-1]["source"]["ts_ms"]
     changes: dict[str, list[Change]] = {}
     lacking: dict[str, list[Lacking]] = {}
-    undecodable: list[Undecodable] = []
     misfits: set[str] = set()
     for table, keys in newest.items():
         if keys:

@@ -133,5 +133,13 @@ class PipelineRunning(DeltaError):
     """Something that needs a stopped pipeline was asked of a running one, or it was started twice."""
 
 
+class LeaseLost(DeltaError):
+    """Something was to be recorded under a lease that another process has, or had since: stop that work."""
+
+
+class EpochRose(DeltaError):
+    """Another process began a new epoch: a run of the old one ends, and begins anew with the new one."""
+
+
 class StaleStateStore(DeltaError):
     """The state store was written by a newer Delta."""

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import structlog
 
 from delta_sync.changes import Change, Key
-from delta_sync.errors import Transient
+from delta_sync.errors import LeaseLost, Transient
+from delta_sync.leases import LeaseKeeper
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
 from delta_sync.sources.postgresql.reader import Chunk, PostgresReader
 from delta_sync.spec import LoadSpec
-from delta_sync.state import StateStore, TableLoad
+from delta_sync.state import Lease, StateStore, TableLoad
 from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version
@@ -33,6 +34,7 @@ SLICE_ROWS = 2000  # handed to the worker at once, so that changes of the log wa
 CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
 WAIT_NOTICE_S = 2.0  # then one wants to know for whom a load waits
 FIRST_LOAD = "first load"
+LOOK_S = 1.0  # between looks whether there is something to load, where others may ask for it
 RETRY_S = 1.0  # after the source or the state store did not answer
 
 
@@ -77,7 +79,8 @@ class Reload(NamedTuple):
 class Loader(threading.Thread):
     """Loads the tables that are not loaded yet. `hand_over` gives a slice to the worker.
 
-    `finished` is called when a table is complete; it removes documents of rows that went without a change event.
+    `finished` is called when a table is complete; it removes documents of rows that went without a change event. Where
+    several processes could load, `keeper` has the lease of the one that does.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Loader(threading.Thread):
         finished: Callable[[TableLoad], None],
         failed: Callable[[BaseException], None],
         stopping: threading.Event,
+        keeper: LeaseKeeper | None = None,
     ) -> None:
         super().__init__(name="load", daemon=True)
         self._pipeline = pipeline
@@ -115,6 +119,8 @@ class Loader(threading.Thread):
         self._finished = finished
         self._failed = failed
         self._stopping = stopping
+        self._keeper = keeper
+        self._lease: Lease | None = None
         self._wake = threading.Condition()
         self._reloads: dict[str, Reload] = {}
 
@@ -139,10 +145,18 @@ class Loader(threading.Thread):
         try:
             while not self._stopping.is_set():
                 try:
-                    if not self._load_next():
+                    if not self._may_load():
+                        self._reloads.clear()  # whoever loads sees for itself that a table's columns are others
+                        self._stopping.wait(LOOK_S)
+                    elif not self._load_next():
                         with self._wake:
-                            self._wake.wait_for(lambda: bool(self._reloads) or self._stopping.is_set())
+                            self._wake.wait_for(
+                                lambda: bool(self._reloads) or self._stopping.is_set(),
+                                None if self._keeper is None else LOOK_S,  # others may ask for a load, too
+                            )
                     self._progress.waits("load", None)
+                except LeaseLost as error:
+                    log.info("load_left", reason=str(error))  # another goes on where the last chunk was saved
                 except Transient as error:
                     log.warning("load_waits", reason=str(error))
                     self._progress.waits("load", str(error))
@@ -151,6 +165,17 @@ class Loader(threading.Thread):
             pass
         except BaseException as error:  # noqa: BLE001 -- handed to the worker, which stops with it
             self._failed(error)
+
+    def _may_load(self) -> bool:
+        """Whether this process is the one that loads; what it saves from now on is saved with that lease."""
+        if self._keeper is None:
+            return True
+        self._lease = self._keeper.lease
+        return self._lease is not None
+
+    def _save(self, load: TableLoad) -> None:
+        """Save how far a load is. Raises LeaseLost when another process loads by now."""
+        self._state.save_load(self._pipeline, load, self._lease)
 
     def _load_next(self) -> bool:
         """Load one table to its end; return whether there was one to load."""
@@ -161,19 +186,26 @@ class Loader(threading.Thread):
             reload = self._reloads.get(name)
             if reload is not None:
                 load = None
-            if load is not None and load.epoch == self._epoch:
+            again = reload.reason if reload else self._why_again(load, name)
+            if load is not None and again is None:
                 self._show(load)
                 if load.state == "done":
                     continue
             else:
-                reason = reload.reason if reload else FIRST_LOAD if load is None else "the epoch rose"
-                load = self._begin(name, reason)
+                load = self._begin(name, again or FIRST_LOAD)
                 with self._wake:
                     if self._reloads.get(name) is reload:
                         self._reloads.pop(name, None)
             self._load_table(load)
             return True
         return False
+
+    def _why_again(self, load: TableLoad | None, name: str) -> str | None:
+        if load is None:
+            return None
+        if load.epoch != self._epoch:
+            return "the epoch rose"
+        return None if load.fingerprint == self._fingerprint(name) else "its columns changed, or where its documents go"
 
     def _begin(self, name: str, reason: str) -> TableLoad:
         load = TableLoad(
@@ -183,7 +215,7 @@ class Loader(threading.Thread):
             epoch=self._epoch,
             fingerprint=self._fingerprint(name),
         )
-        self._state.save_load(self._pipeline, load)
+        self._save(load)
         self._show(load)
         return load
 
@@ -193,7 +225,7 @@ class Loader(threading.Thread):
             load = load._replace(
                 covered_from=self._reader.insert_lsn(), state="running", started_at=dt.datetime.now(dt.UTC)
             )
-            self._state.save_load(self._pipeline, load)
+            self._save(load)
             log.info("load_started", table=load.table, reason=load.reason)
         estimated = False
         while load.table not in self._reloads:
@@ -213,7 +245,7 @@ class Loader(threading.Thread):
             if chunk.last_key is None:
                 self._finished(load)
                 load = load._replace(state="done", finished_at=dt.datetime.now(dt.UTC))
-            self._state.save_load(self._pipeline, load)
+            self._save(load)
             self._show(load)
             if load.state == "done":
                 log.info("load_finished", table=load.table, rows=load.rows)

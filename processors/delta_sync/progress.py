@@ -25,6 +25,7 @@ class LogPosition:
         self._outstanding: deque[tuple[int, float]] = deque()
         self._passed_lsn = 0
         self._round_trip_s: float | None = None
+        self._waiting = 0
 
     @property
     def passed_lsn(self) -> int:
@@ -48,7 +49,16 @@ class LogPosition:
     def wait(self, lsn: int, timeout_s: float) -> bool:
         """Wait until the log is applied up to a heartbeat; return whether it is."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._passed_lsn >= lsn, timeout_s)
+            self._waiting += 1
+            try:
+                return self._changed.wait_for(lambda: self._passed_lsn >= lsn, timeout_s)
+            finally:
+                self._waiting -= 1
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether somebody waits for it to advance."""
+        return self._waiting > 0
 
     def lag_s(self) -> float | None:
         """How long a change takes into the sinks: the last round trip, or the age of a heartbeat still out."""

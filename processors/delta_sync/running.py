@@ -1,7 +1,8 @@
-"""Running a pipeline on one machine: everything is put together here, started, watched and stopped."""
+"""Running a pipeline in this process: everything is put together here, started, watched and stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import gc
 import threading
@@ -10,13 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import orjson
 import structlog
 
 from delta_sync.applying import SinkWriter
-from delta_sync.capture import Capture
-from delta_sync.decoding import Stretch
 from delta_sync.errors import StateBusy, Transient
+from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, load_processor
@@ -27,9 +26,10 @@ from delta_sync.sinks import AnySink, open_sinks
 from delta_sync.sources.postgresql import codec
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import PipelineSpec
-from delta_sync.starting import check_slot, load_fingerprint, prepare_source, targets_of_table
+from delta_sync.starting import load_fingerprint, targets_of_table
 from delta_sync.state import StateStore, TableLoad
 from delta_sync.tables import Table
+from delta_sync.transport import Transport
 from delta_sync.versions import dump_version
 from delta_sync.watch import ANSWER_S, Watch
 from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
@@ -53,25 +53,12 @@ def settle_memory() -> None:
 
 
 class Running:
-    """One run of a pipeline. `new_slot` accepts that changes may have been lost, `reload` loads every table again.
+    """One run of a pipeline: `run` blocks until `stop` is called, or raises why the pipeline had to stop."""
 
-    `run` blocks until `stop` is called, or raises why the pipeline had to stop.
-    """
-
-    def __init__(
-        self,
-        *,
-        folder: Path,
-        spec: PipelineSpec,
-        capture: Callable[[Callable[[], Mapping[str, Table]]], Capture],
-        new_slot: bool = False,
-        reload: bool = False,
-    ) -> None:
+    def __init__(self, *, folder: Path, spec: PipelineSpec, transport: Transport) -> None:
         self._folder = folder
         self._spec = spec
-        self._make_capture = capture
-        self._new_slot = new_slot
-        self._reload = reload
+        self._transport = transport
         self._stopping = threading.Event()
         self._giving_up = threading.Event()
         self._worker: Worker | None = None
@@ -116,7 +103,7 @@ class Running:
                 self._save_status(state)
 
     def _run(self, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore) -> None:
-        spec = self._spec
+        spec, transport = self._spec, self._transport
         watch_reader = PostgresReader(spec.source, f"delta {spec.name} watch", ANSWER_S)
         load_reader, key_reader = (PostgresReader(spec.source, f"delta {spec.name} {use}") for use in ("load", "read"))
         readers = self._readers = [watch_reader, load_reader, key_reader]
@@ -128,14 +115,11 @@ class Running:
         }
         samples = SharedSamples()
         try:
-            source = self._until_reached(
-                lambda: prepare_source(
-                    spec, pipeline, key_reader, state, sinks, new_slot=self._new_slot, reload=self._reload
-                )
-            )
+            source = self._until_reached(lambda: transport.prepare(pipeline, key_reader, state, sinks))
             if source is None:
                 return
             columns = dict(source.columns)
+            keeper = transport.load_lease(state)
 
             def runtime(table: Table) -> TableRuntime:
                 return TableRuntime(codec.table_codec(table), targets_of_table(pipeline, sinks, table, spec))
@@ -158,7 +142,7 @@ class Running:
                     return {}
                 # A table that was dropped and made again is another one to the publication.
                 there = [tables.get(n, t) for n, t in worker.tables.items() if n in tables or columns[n] != GONE]
-                key_reader.publish(spec.publication, there)
+                transport.publish(key_reader, there)
                 for name in tables:
                     columns[name] = current[name]
                     log.warning("schema_changed", table=name)
@@ -173,8 +157,8 @@ class Running:
                 spec=spec,
                 pipeline=pipeline,
                 epoch=source.epoch,
-                capture=self._make_capture(lambda: worker.tables),
-                stretches=lambda batch: [Stretch(source.epoch, orjson.loads(batch.payload))],
+                capture=transport.capture(source, lambda: worker.tables, self.progress),
+                stretches=transport.stretches,
                 writers=writers,
                 lookups=lookups,
                 state=state,
@@ -185,7 +169,7 @@ class Running:
                 refresh=lambda names: self._until_reached(lambda: refresh(list(names))) or {},
                 columns_changed=reload,
                 gone=lambda name: columns[name] == GONE,
-                check_slot=lambda: check_slot(spec, key_reader, state),
+                check_slot=lambda: transport.check(key_reader, state),
                 stopping=self._stopping,
                 giving_up=self._giving_up,
             )
@@ -205,6 +189,7 @@ class Running:
                 finished=lambda load: self._remove_unmet(load, sinks, worker, state),
                 failed=worker.fail,
                 stopping=self._stopping,
+                keeper=keeper,
             )
             watch = Watch(
                 reader=watch_reader,
@@ -212,7 +197,7 @@ class Running:
                 position=self.position,
                 progress=self.progress,
                 heartbeat_prefix=spec.heartbeat_prefix,
-                heartbeat_s=spec.source.heartbeat,
+                heartbeat_s=spec.source.heartbeat if transport.sends_heartbeats else None,
                 loading=lambda: loader.busy,
                 fingerprints=lambda: columns,
                 schema_changed=worker.schema_changed,
@@ -224,20 +209,20 @@ class Running:
                     writers[sink].sweep([target])
             self._worker = worker
             housekeeping = threading.Thread(
-                target=self._keep_house, args=(state, sinks, worker), name="housekeeping", daemon=True
+                target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
             )
-            watch.start()
-            loader.start()
-            housekeeping.start()
+            threads = [watch, loader, housekeeping, *transport.background(self.progress, self._stopping)]
+            for thread in threads:
+                thread.start()
             try:
-                worker.run()
+                with keeper or contextlib.nullcontext():
+                    worker.run()
             finally:
                 self._stopping.set()
                 loader.wake()
                 self._abort_reads()  # what they read is of no use any more
-                housekeeping.join(STOP_BUDGET_S)
-                loader.join(STOP_BUDGET_S)
-                watch.join(STOP_BUDGET_S)
+                for thread in reversed(threads):
+                    thread.join(STOP_BUDGET_S)
         finally:
             self._stopping.set()
             self._giving_up.set()
@@ -282,9 +267,13 @@ class Running:
             removed = sinks[sink].truncate(target, beginning)
             log.info("unmet_removed", table=load.table, sink=sink, documents=removed)
 
-    def _keep_house(self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker) -> None:
-        """Remove dead letters and tombstones that have expired, now and then."""
+    def _keep_house(
+        self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker, keeper: LeaseKeeper | None
+    ) -> None:
+        """Remove dead letters and tombstones that have expired, now and then; of several processes one does."""
         while not self._stopping.wait(HOUSEKEEPING_S):
+            if keeper is not None and not keeper.held:
+                continue
             try:
                 oldest = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=self._spec.dead_letter_ttl)
                 pruned = state.prune(self._spec.name, oldest)
@@ -315,6 +304,6 @@ class Running:
 
     def _save_status(self, state: StateStore) -> None:
         try:
-            state.save_status(self._spec.name, self.progress.document())
+            self._transport.save_status(state, self.progress.document())
         except StateBusy as error:
             log.warning("status_not_saved", reason=str(error))

@@ -14,7 +14,7 @@ from delta_sync.sinks import AnySink, store_of, target_for
 from delta_sync.sinks.base import Target
 from delta_sync.sources.postgresql.reader import PostgresReader, SlotState, SourceIdentity
 from delta_sync.spec import PipelineSpec
-from delta_sync.state import PipelineState, StateStore, TableLoad
+from delta_sync.state import Lease, PipelineState, StateStore, TableLoad
 from delta_sync.tables import Table
 from delta_sync.versions import epoch_of
 
@@ -38,14 +38,16 @@ def prepare_source(
     *,
     new_slot: bool,
     reload: bool,
+    lease: Lease | None = None,
 ) -> Source:
     """Make sure that publication and slot exist, decide the epoch, and note which tables are to be loaded.
 
     A slot that is gone, or a source with another history, means that changes may have been lost: that is SlotMissing,
     unless `new_slot` accepts it. Then the epoch rises, and everything is loaded again; `reload` asks for that, too.
+    With a lease, everything is saved under it: LeaseLost when another process decides by now.
     """
     found = reader.fingerprints(list(spec.tables))  # before the tables: what changes between the two is noticed later
-    tables = _tables(spec, reader)
+    tables = read_tables(spec, reader)
     columns = {name: found.get(name, "") for name in tables}
     check_columns(pipeline, tables)
     identity = reader.identity()
@@ -67,26 +69,29 @@ def prepare_source(
     if there >= known.epoch:
         log.warning("epoch_rises", reason="a place holds what was written before", epoch=there + 1)
         known = known._replace(epoch=there + 1)
-    state.save_pipeline(known)
+    state.save_pipeline(known, lease)
     for name in loads.keys() - tables.keys():
         # Added again later, it must be loaded again: its changes are not captured now.
-        state.forget_load(spec.name, name)
+        state.forget_load(spec.name, name, lease)
     for name in tables:
         fingerprint = load_fingerprint(columns[name], targets[name], sinks)
         reason = _why_to_load(loads.get(name), known.epoch, fingerprint, reload=reload)
         if reason is not None:
-            state.save_load(spec.name, TableLoad(name, reason=reason, epoch=known.epoch, fingerprint=fingerprint))
+            state.save_load(
+                spec.name, TableLoad(name, reason=reason, epoch=known.epoch, fingerprint=fingerprint), lease
+            )
     reader.publish(spec.publication, list(tables.values()))
     if slot is None:
         position = reader.create_slot(spec.slot)
         log.info("slot_created", slot=spec.slot)
     else:
         position = slot.confirmed_lsn or 0
-    state.save_pipeline(known._replace(slot_lsn=position))
+    state.save_pipeline(known._replace(slot_lsn=position), lease)
     return Source(known.epoch, tables, columns)
 
 
-def _tables(spec: PipelineSpec, reader: PostgresReader) -> dict[str, Table]:
+def read_tables(spec: PipelineSpec, reader: PostgresReader) -> dict[str, Table]:
+    """Return the specification's tables as they are now. Raises UsageError: one is missing or has no key in the log."""
     tables = reader.tables(list(spec.tables))
     missing = [name for name in spec.tables if name not in tables]
     if missing:

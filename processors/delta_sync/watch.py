@@ -23,7 +23,7 @@ ANSWER_S = 30.0  # what the watch asks takes milliseconds; a source that is sile
 
 
 class Watch(threading.Thread):
-    """Takes samples and sends heartbeats until `stopping` is set.
+    """Takes samples and sends heartbeats until `stopping` is set. `heartbeat_s` is how often; None: others do.
 
     `schema_changed` is called with the tables whose columns are no longer those of `fingerprints()`.
     """
@@ -36,7 +36,7 @@ class Watch(threading.Thread):
         position: LogPosition,
         progress: Progress,
         heartbeat_prefix: str,
-        heartbeat_s: float,
+        heartbeat_s: float | None,
         loading: Callable[[], bool],
         fingerprints: Callable[[], Mapping[str, str]],
         schema_changed: Callable[[list[str]], None],
@@ -61,13 +61,14 @@ class Watch(threading.Thread):
         """Run until Delta stops; a source that does not answer is asked again."""
         due_heartbeat = due_tables = self._clock()
         while not self._stopping.is_set():
-            pause_s = SAMPLE_LOADING_S if self._loading() else min(SAMPLE_RESTING_S, self._heartbeat_s)
+            resting_s = SAMPLE_RESTING_S if self._heartbeat_s is None else min(SAMPLE_RESTING_S, self._heartbeat_s)
+            pause_s = SAMPLE_LOADING_S if self._loading() else resting_s
             try:
                 sample = self._reader.sample()
                 self._samples.add(sample)
                 self._progress.insert_lsn = sample.lsn
                 now = self._clock()
-                if now >= due_heartbeat:
+                if self._heartbeat_s is not None and now >= due_heartbeat:
                     due_heartbeat = now + self._heartbeat_s
                     self._position.sent(self._reader.heartbeat(self._heartbeat_prefix))
                 if now >= due_tables:

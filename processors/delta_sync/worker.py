@@ -22,7 +22,7 @@ import tenacity
 from delta_sync.applying import Applied, Part, SinkWriter
 from delta_sync.capture import Batch, Capture
 from delta_sync.changes import APPLIED, Change
-from delta_sync.decoding import Decoded, Lacking, Stretch, TableCodec, decode
+from delta_sync.decoding import Decoded, Lacking, Stretch, TableCodec, Undecodable, decode
 from delta_sync.delta_event import DeltaEvent, encode_event
 from delta_sync.errors import (
     DeltaError,
@@ -57,6 +57,7 @@ LOG_BEFORE_SLICE = 4  # log batches that go before a waiting slice: the log has 
 DRAIN_BUDGET_S = 10.0  # after SIGTERM, for what is in flight; container runtimes kill after 10 to 30 s
 RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # of the capture
 DEAD_LETTER_WINDOW_S = 60.0
+EVENTS_RETRY_S = 1.0  # for a schema that the registry does not have
 SCHEMA_RETRY_S = 0.5  # a table that is replaced by another is away for a moment
 
 Read = Callable[[str, Sequence[Lacking]], Sequence[tuple[Lacking, Row | None, int]]]
@@ -143,6 +144,7 @@ class Worker:
         self._jobs: deque[Job] = deque()
         self._load_jobs: list[Job] = []
         self._since_slice = 0
+        self._passed_lsn = 0
         self._dead_letter_times: deque[float] = deque()
         self._fatal: BaseException | None = None
         self._drained = threading.Event()
@@ -267,11 +269,11 @@ class Worker:
 
     def _begin_batches(self, batches: Sequence[Batch]) -> None:
         codecs = {name: runtime.codec for name, runtime in self._tables.items()}
-        stretches = [stretch for batch in batches for stretch in self._stretches(batch)]
+        stretches = [stretch for batch in batches for stretch in self._events_of(batch)]
         decoded = decode(stretches, codecs, self._spec.heartbeat_prefix, self._ahead.by_table())
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
-        failures = [_undecodable(item.table, item.version, item.event, item.error) for item in decoded.undecodable]
+        failures = [_undecodable(item) for item in decoded.undecodable]
         if decoded.lacking and any(job.batch.generation != batches[-1].generation for job in self._jobs if job.batch):
             # Delivered again: the same change may be read by key twice and get the same version, so the first is to
             # be in the sinks before the second is read, or an older row could overwrite a newer one.
@@ -283,6 +285,20 @@ class Worker:
         self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded))
         if not results:
             self.wake()
+
+    def _events_of(self, batch: Batch) -> Iterable[Stretch]:
+        """Return a batch's events, for as long as it takes. Raises SourceBusy when Delta stops before."""
+        while True:
+            try:
+                found = self._stretches(batch)
+            except Transient as error:
+                self._progress.waits("events", str(error))
+                log.warning("events_wait", reason=redact(str(error)))
+                if self._stopping.wait(EVENTS_RETRY_S):
+                    raise SourceBusy("Delta stops before a batch could be read.") from error
+            else:
+                self._progress.waits("events", None)
+                return found
 
     def _begin_slice(self, slice_: Slice) -> None:
         failures: list[Failure] = []
@@ -367,7 +383,10 @@ class Worker:
             self._progress.events += job.decoded.events
             if job.decoded.heartbeat_lsn is not None:
                 self._position.advance(job.decoded.heartbeat_lsn)
-                self._ahead.passed(version_of(self._epoch, job.decoded.heartbeat_lsn))
+        passed = self._position.passed_lsn
+        if passed > self._passed_lsn:
+            self._passed_lsn = passed
+            self._ahead.passed(version_of(self._epoch, passed))
         for job in [job for job in self._load_jobs if job.done()]:
             self._load_jobs.remove(job)
             assert job.slice is not None
@@ -495,9 +514,10 @@ def _rejections(results: Iterable[Future[list[Applied]]]) -> list[Failure]:
     ]
 
 
-def _undecodable(table: str, version: int, event: Mapping[str, object], error: DeltaError) -> Failure:
+def _undecodable(item: Undecodable) -> Failure:
     """A change of which not even the key can be read; what there is of the event stands in the error."""
-    return failure(Change(table, (), version, None), "decode", DeltaError(f"{error} The event was {event!r:.2000}"))
+    error = DeltaError(f"{item.error} The event was {item.event!r:.2000}")
+    return failure(Change(item.table, item.key, item.version, None), "decode", error)
 
 
 def _letter(pipeline: str, item: Failure, origin: str) -> DeadLetter:

@@ -11,7 +11,7 @@ import pytest
 from delta_sync.errors import StateBusy, StateRefused
 from delta_sync.state import StateStore
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
-from state_contract import Location, StateContract, letter
+from state_contract import Location, ServerStateContract, letter
 
 
 def new_location(server: MariaDB, folder: Path) -> Location:
@@ -30,7 +30,7 @@ def execute(server: MariaDB, statement: str) -> None:
         cursor.execute(statement)
 
 
-class TestMariaDB(StateContract):
+class TestMariaDB(ServerStateContract):
     @pytest.fixture
     def location(self, mariadb: MariaDB, tmp_path: Path) -> Location:
         return new_location(mariadb, tmp_path)

@@ -192,9 +192,9 @@ def test_a_change_without_a_legible_key_spoils_only_itself() -> None:
     for each in bad:
         found = decoded([each, insert(30, 2, "b")])
         assert found.changes == {MOVIE: [change(30, 2, "B")]}
-        ((at, version, of, error),) = found.undecodable
-        assert (at, version, of) == (MOVIE, version_of(EPOCH, each["source"]["lsn"]), each)
-        assert "below 0" in str(error)
+        (item,) = found.undecodable
+        assert (item.table, item.version, item.event) == (MOVIE, version_of(EPOCH, each["source"]["lsn"]), each)
+        assert "below 0" in str(item.error)
 
 
 def test_keys_of_several_columns() -> None:

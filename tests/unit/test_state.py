@@ -15,7 +15,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from delta_sync.errors import StateBusy, StateRefused, UsageError
-from delta_sync.state import METADATA, PipelineState, StateStore
+from delta_sync.state import PipelineState, StateStore
+from delta_sync.state_tables import METADATA
 from state_contract import Location, StateContract, letter
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
-from delta_sync.state import METADATA, VERSION_TABLE
+from delta_sync.state_tables import METADATA, VERSION_TABLE
 
 connection = context.config.attributes.get("connection")
 if connection is None:

@@ -64,7 +64,7 @@ from delta_sync.tables import Kind, Table, key_text
 from delta_sync.values import Document, Interval, decimal_text, scalar_text
 
 TOMBSTONES = ".delta_tombstones"  # what a target's companion collection is called, after the target's own name
-FLOOR_ID: Mapping[str, str] = {"_delta": "floor"}  # no key's id is a document of one field (see `bson_id`)
+FLOOR_ID = bson.ObjectId("0" * 24)  # no key's id is of that type (see `bson_id`)
 
 MAX_DOCUMENT_BYTES = 16 << 20  # MongoDB's limit
 MAX_NAMESPACE_BYTES = 255  # MongoDB's limit for `database.collection` since 4.4 (120 before)

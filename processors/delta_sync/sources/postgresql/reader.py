@@ -257,14 +257,19 @@ class PostgresReader:
             self._value("SELECT lsn::text FROM pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
         )
 
-    def drop_slot(self, name: str) -> None:
-        """Drop the replication slot, ending the connection that uses it. Nothing happens when there is none."""
+    def end_reader_of_slot(self, name: str) -> None:
+        """End the connection that reads the slot, if there is one, and wait for its end."""
         with self._connected() as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(active_pid, %s) FROM pg_replication_slots"
                 " WHERE slot_name = %s AND active_pid IS NOT NULL",
                 [TERMINATION_MS, name],
             )
+
+    def drop_slot(self, name: str) -> None:
+        """Drop the replication slot, ending the connection that uses it. Nothing happens when there is none."""
+        self.end_reader_of_slot(name)
+        with self._connected() as connection:
             connection.execute(
                 "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s", [name]
             )

@@ -1,0 +1,111 @@
+"""`deltactl worker`: one or more processes of a pipeline on Kafka, until they are told to stop."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from typing import Literal
+
+import click
+
+from delta_sync import logs, observe
+from delta_sync.errors import EpochRose, PipelineStopped
+from delta_sync.running import Running
+from deltactl.app import App, name_argument, pass_app, shared_options
+from deltactl.processes import member_name, need_kafka, on_signal
+
+STOP_BUDGET_S = 30.0  # a worker drains for 10 s, and its group notices that it leaves
+
+
+@click.command(short_help="Run a worker of a pipeline on Kafka.")
+@name_argument
+@click.option("--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="So many workers.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Serve /metrics, /healthz, /readyz and /status here.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address for --port.")
+@click.option("--log-format", type=click.Choice(["auto", "console", "json"]), default="auto", show_default=True)
+@shared_options
+@pass_app
+def worker(
+    app: App,
+    name: str,
+    processes: int,
+    port: int | None,
+    host: str,
+    log_format: Literal["auto", "console", "json"],
+) -> None:
+    """Apply a pipeline's changes from Kafka to its sinks, until Ctrl-C or SIGTERM.
+
+    As many as wanted, on any machines: together they form a consumer group, and each has some of the partitions. With
+    --processes, the first serves --port, the next one --port plus 1, and so on.
+
+    \b
+    Example:
+      deltactl worker movies --processes 2
+    """
+    spec = app.load(name)
+    need_kafka(spec, "worker")
+    logs.configure(log_format)
+    if processes > 1:
+        _run_several(app, name, processes, port, host, log_format)
+        return
+    from delta_sync.kafka.transport import KafkaTransport  # the packages of the extra `kafka`
+
+    folder = app.home(name)
+    stopping = threading.Event()
+    current: list[Running] = []
+
+    def stop() -> None:
+        stopping.set()
+        for running in current:
+            running.stop()
+
+    on_signal(stop)
+    server = None
+    try:
+        while not stopping.is_set():
+            running = Running(folder=folder, spec=spec, transport=KafkaTransport(spec, member_name()))
+            current[:] = [running]
+            if server is not None:
+                server.shutdown()
+            server = observe.serve(name, running.progress, host, port) if port is not None else None
+            try:
+                if not stopping.is_set():
+                    running.run()
+                return
+            except EpochRose:
+                continue  # the next run begins with the new epoch
+    finally:
+        if server is not None:
+            server.shutdown()
+
+
+def _run_several(app: App, name: str, processes: int, port: int | None, host: str, log_format: str) -> None:
+    """Run so many workers as child processes. When one of them fails, all end."""
+    children: list[subprocess.Popen[bytes]] = []
+    stopping = threading.Event()
+
+    def stop() -> None:
+        stopping.set()
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+
+    on_signal(stop)
+    for number in range(processes):
+        command = [sys.executable, "-m", "deltactl.main", "worker", name, "--dir", str(app.folder)]
+        command += ["--log-format", log_format, "--host", host]
+        command += ["--port", str(port + number)] if port else []
+        children.append(subprocess.Popen(command, start_new_session=True))  # noqa: S603 -- ourselves
+    status = 0
+    while any(child.poll() is None for child in children):
+        for child in children:
+            try:
+                child.wait(0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            if child.returncode and not stopping.is_set():
+                status = child.returncode
+                stop()
+    if status:
+        raise PipelineStopped(f"A worker ended with status {status}; what it said is above.")

@@ -1,0 +1,252 @@
+"""The sidecar of the Kafka transport: of several one leads, prepares the source and runs Debezium Server.
+
+The lease says who leads; the replication slot, which has one reader at a time, makes sure that two connectors never
+write at once. A leader that was killed is followed when its lease has expired. One that is frozen or cut off stops
+believing in its lease before that; whatever of it goes on holds the slot at most until the next leader, who ends the
+connection that reads it, and starts a connector of its own behind what was confirmed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from delta_debezium import supervision
+from delta_debezium.distribution import Distribution
+from delta_debezium.render import server_environment, server_properties
+from delta_debezium.server import DebeziumServer
+from delta_sync.capture import CaptureDied
+from delta_sync.errors import LeaseLost, Transient
+from delta_sync.leases import LeaseKeeper
+from delta_sync.load import SharedSamples
+from delta_sync.pipeline import Pipeline, load_processor
+from delta_sync.progress import LogPosition, Progress
+from delta_sync.secrets import redact, resolve
+from delta_sync.sinks import AnySink, open_sinks
+from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.spec import PipelineSpec
+from delta_sync.starting import Source, check_slot, prepare_source
+from delta_sync.state import Lease, StateStore
+from delta_sync.tables import Table
+from delta_sync.watch import ANSWER_S, Watch
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+LEASE = "sidecar"
+LEASE_S = 8.0  # with the time that a connector takes to start, the next leader's first event comes within 15 s
+LOOK_S = 0.5  # between looks at the server, the slot and the lease
+RETRY_S = 1.0
+STOP_BUDGET_S = 10.0  # for a server to end by itself, and for threads
+FOLDER = "debezium-server"  # in the pipeline's folder, or where `--work-dir` says
+T = TypeVar("T")
+
+
+class Sidecar:
+    """One sidecar. `run` blocks until `stop` is called, or raises why the pipeline had to stop.
+
+    `new_slot` accepts that changes may have been lost, `reload` has every table loaded again: once, when it leads.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        work_dir: Path,
+        spec: PipelineSpec,
+        member: str,
+        distribution: Distribution,
+        new_slot: bool = False,
+        reload: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder = folder
+        self._spec = spec
+        self._member = member
+        self._new_slot = new_slot
+        self._reload = reload
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._server = DebeziumServer(work_dir, distribution)
+        self.position = LogPosition(clock)
+        self.progress = Progress(self.position, clock)
+
+    def stop(self) -> None:
+        """End the server and return from `run`."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Stand by until the lease is free, then lead. Raises PipelineStopped, UsageError or CheckFailed."""
+        spec = self._spec
+        pipeline = load_processor(self._folder, spec)
+        sinks = open_sinks(spec)
+        with StateStore.open(spec.state, self._folder) as state:
+            keeper = LeaseKeeper(state, spec.name, LEASE, self._member, LEASE_S)
+            try:
+                with keeper:
+                    while not self._stopping.is_set():
+                        lease = keeper.wait(LOOK_S)
+                        self._save_status(state, "leading" if lease else "standing by")
+                        if lease is None:
+                            continue
+                        log.info("leading", member=self._member, token=lease.token)
+                        try:
+                            self._lead(keeper, lease, pipeline, sinks, state)
+                        except LeaseLost as error:
+                            log.warning("not_leading", reason=str(error))
+                        finally:
+                            self._server.stop(STOP_BUDGET_S if keeper.holds(lease) else 0.0)
+            finally:
+                self._server.kill()
+                self._save_status(state, "stopped")
+                for sink in sinks.values():
+                    sink.close()
+
+    def _lead(
+        self, keeper: LeaseKeeper, lease: Lease, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore
+    ) -> None:
+        """Prepare the source and run the server, until Delta stops or the lease is lost."""
+        spec = self._spec
+        reader, watch_reader = (
+            PostgresReader(spec.source, f"delta {spec.name} {use}", ANSWER_S) for use in ("sidecar", "watch")
+        )
+
+        def prepare() -> Source:
+            found = prepare_source(
+                spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload, lease=lease
+            )
+            self._new_slot = self._reload = False
+            return found
+
+        source = self._until_done(prepare, lambda: keeper.holds(lease))
+        if source is None:
+            return
+        leading = threading.Event()  # set when it is over
+        tables = dict(source.tables)
+        columns = dict(source.columns)
+        changed = threading.Event()
+
+        def schema_changed(names: Iterable[str]) -> None:
+            log.warning("schema_changed", tables=sorted(names))
+            changed.set()
+
+        watch = Watch(
+            reader=watch_reader,
+            samples=SharedSamples(),
+            position=self.position,
+            progress=self.progress,
+            heartbeat_prefix=self._spec.heartbeat_prefix,
+            heartbeat_s=self._spec.source.heartbeat,
+            loading=lambda: False,
+            fingerprints=lambda: columns,
+            schema_changed=schema_changed,
+            stopping=leading,
+        )
+        watch.start()
+        try:
+            self._supervise(keeper, lease, source.epoch, tables, columns, changed, reader, state)
+        finally:
+            leading.set()
+            watch_reader.abort()
+            watch.join(STOP_BUDGET_S)
+            watch_reader.close()
+            reader.close()
+
+    def _supervise(
+        self,
+        keeper: LeaseKeeper,
+        lease: Lease,
+        epoch: int,
+        tables: dict[str, Table],
+        columns: dict[str, str],
+        changed: threading.Event,
+        reader: PostgresReader,
+        state: StateStore,
+    ) -> None:
+        """Do what `supervision.decide` says, until Delta stops or the lease is lost."""
+        alive_since = ended_at = confirmed_at = None
+        failures = confirmed = 0
+        while not self._stopping.is_set():
+            now = self._clock()
+            if alive_since is not None and not self._server.alive:
+                log.warning("connector_died", reason=self._server.last_words())
+                self.progress.capture_restarts += 1
+                failures = 0 if confirmed_at is not None and confirmed_at > alive_since else failures + 1
+                alive_since, ended_at = None, now
+            try:
+                if changed.is_set():
+                    changed.clear()
+                    self._take_over_columns(reader, tables, columns)
+                slot = reader.slot(self._spec.slot)
+                if slot is not None and slot.confirmed_lsn is not None and slot.confirmed_lsn > confirmed:
+                    confirmed, confirmed_at = slot.confirmed_lsn, now
+                    self.position.advance(confirmed)
+            except Transient as error:
+                self.progress.waits("source", redact(str(error)))
+            held = keeper.holds(lease)
+            action = supervision.decide(
+                supervision.Situation(
+                    now, now + LOOK_S if held else None, alive_since, ended_at, confirmed_at, failures
+                )
+            )
+            match action:
+                case supervision.StandBy():
+                    return
+                case supervision.Start():
+                    try:
+                        self._start(epoch, tables, reader, state)
+                        alive_since = self._clock()
+                    except (Transient, CaptureDied) as error:
+                        self.progress.waits("connector", redact(str(error)))
+                        failures, ended_at = failures + 1, self._clock()
+                case supervision.Kill(why):
+                    log.warning("connector_killed", reason=why)
+                    self._server.kill()
+                case supervision.Wait() | supervision.Run():
+                    self.progress.waits("connector", None)
+            self._save_status(state, "leading")
+            self._stopping.wait(LOOK_S)
+
+    def _start(self, epoch: int, tables: Mapping[str, Table], reader: PostgresReader, state: StateStore) -> None:
+        """Start the server behind what is confirmed, in place of whoever reads the slot."""
+        spec = self._spec
+        check_slot(spec, reader, state)
+        reader.end_reader_of_slot(spec.slot)
+        properties = server_properties(spec, tables, epoch)
+        self._server.start(properties, server_environment(spec, tables, epoch, resolve))
+        log.info("connector_started", pid=self._server.pid)
+
+    def _take_over_columns(self, reader: PostgresReader, tables: dict[str, Table], columns: dict[str, str]) -> None:
+        """Publish the tables as they are now; a connector that has to be configured anew ends."""
+        current = reader.fingerprints(list(self._spec.tables))
+        found = reader.tables([name for name in current if current[name] != columns.get(name)])
+        for name, table in found.items():
+            tables[name] = table
+            columns[name] = current[name]
+        reader.publish(self._spec.publication, [tables[name] for name in self._spec.tables if name in current])
+        if found:
+            self._server.kill()
+
+    def _until_done(self, call: Callable[[], T], goes_on: Callable[[], bool]) -> T | None:
+        while goes_on() and not self._stopping.is_set():
+            try:
+                found = call()
+            except Transient as error:
+                self.progress.waits("start", redact(str(error)))
+                log.warning("start_waits", reason=redact(str(error)))
+                self._stopping.wait(RETRY_S)
+            else:
+                self.progress.waits("start", None)
+                return found
+        return None
+
+    def _save_status(self, state: StateStore, role: str) -> None:
+        document: dict[str, Any] = {**self.progress.document(), "role": "sidecar", "sidecar": role}
+        try:
+            state.save_member(self._spec.name, self._member, document)
+        except Transient as error:
+            log.warning("status_not_saved", reason=redact(str(error)))

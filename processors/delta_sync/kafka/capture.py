@@ -1,0 +1,196 @@
+"""The capture of a worker in a consumer group: batches of records, with the positions to commit once they are applied.
+
+A batch has records of several partitions, and partitions come and go. A position is committed when its batch and all
+batches before it are confirmed, and only while the partition has been this member's without a break since the batch was
+polled: after a break another member may be further already. What is not committed is delivered again, without harm.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import structlog
+
+from delta_sync.capture import Batch
+from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, Records
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+IN_FLIGHT_BATCHES = 16  # unconfirmed; enough for the worker to join some while others are in the sinks
+IN_FLIGHT_BYTES = 16 << 20  # and no more than this, beside the first: decoded, it is several times as much
+COMMIT_S = 0.2  # between commits: each is a round trip, and what is not committed is only delivered again
+
+
+class Delivered(NamedTuple):
+    """A batch that was handed over: for each partition, during which of its assignments, and what to commit."""
+
+    sequence: int
+    size_bytes: int
+    positions: Sequence[tuple[Partition, int, int]]  # partition, assignment, next offset
+
+
+class KafkaCapture:
+    """Delivers the records of some topics. `payload` of its batches is a list of `Records`.
+
+    `open_group` makes a new member; `waits` is told what it waits for, and None when it no longer does.
+    """
+
+    def __init__(
+        self,
+        open_group: Callable[[], ConsumerGroup],
+        topics: Collection[str],
+        waits: Callable[[str | None], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._open_group = open_group
+        self._topics = topics
+        self._waits = waits
+        self._clock = clock
+        self._group: ConsumerGroup | None = None
+        self._generation = 0  # rises with every loss of partitions, too: their records are delivered again
+        self._sequence = 0
+        self._confirmed = 0
+        self._delivered: deque[Delivered] = deque()
+        self._assignments: dict[Partition, int] = {}  # of the partitions that are this member's
+        self._assigned_ever = 0
+        self._committable: dict[Partition, int] = {}
+        self._committed_at = 0.0
+        self._paused = self._busy = False
+        self._lock = threading.Lock()  # of _confirmed
+
+    @property
+    def generation(self) -> int:
+        """How often it was started or lost partitions."""
+        return self._generation
+
+    @property
+    def pid(self) -> int | None:
+        """None: it is no process of its own."""
+        return None
+
+    @property
+    def partitions(self) -> frozenset[Partition]:
+        """The partitions that are this member's now."""
+        return frozenset(self._assignments)
+
+    def start(self) -> None:
+        """Join the group."""
+        self.stop()
+        self._generation += 1
+        self._paused = False
+        group = self._group = self._open_group()
+        group.subscribe(self._topics, self._came, self._go)
+
+    def poll(self, timeout_s: float) -> Batch | None:
+        """Return the next records. Nothing comes while too much is unconfirmed, but the membership is kept."""
+        group = self._group
+        assert group is not None, "it was started"
+        try:
+            self._commit_now_and_then()
+            self._hold_back(group)
+            records = group.poll(timeout_s)
+        except KafkaBusy as error:
+            if not self._busy:
+                log.warning("kafka_busy", reason=str(error))
+            self._busy = True
+            self._waits(str(error))
+            return None
+        if self._busy:
+            self._busy = False
+            self._waits(None)
+        return self._deliver(records) if records else None
+
+    def _deliver(self, records: Sequence[Records]) -> Batch:
+        self._sequence += 1
+        positions = [(some.partition, self._assignments[some.partition], some.next_offset) for some in records]
+        size_bytes = sum(len(value) for some in records for value in some.values if value is not None)
+        self._delivered.append(Delivered(self._sequence, size_bytes, positions))
+        return Batch(self._generation, self._sequence, sum(len(some.values) for some in records), records)
+
+    def confirm(self, batch: Batch) -> None:
+        """Let the batch and all before it be committed by the next `poll`."""
+        with self._lock:
+            self._confirmed = max(self._confirmed, batch.sequence)
+        group = self._group
+        if group is not None and self._paused:
+            group.wake()
+
+    def reconfigure(self) -> None:
+        """Nothing to do: whoever runs the connector sees to that."""
+
+    def stop(self) -> None:
+        """Commit what is confirmed, and leave the group."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        try:
+            self._settle()
+            group.commit(self._committable)
+        except KafkaBusy as error:
+            log.warning("not_committed", reason=str(error))
+        group.close()
+        self._assignments.clear()
+        self._committable.clear()
+        self._delivered.clear()
+
+    # ── partitions ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _came(self, partitions: Collection[Partition]) -> None:
+        for partition in partitions:
+            self._assigned_ever += 1
+            self._assignments[partition] = self._assigned_ever
+        log.info("partitions_assigned", partitions=_texts(partitions), of=len(self._assignments))
+
+    def _go(self, partitions: Collection[Partition]) -> None:
+        """Commit what is confirmed of partitions that are about to be another's. What is in flight harms nobody."""
+        self._settle()
+        going = {
+            partition: self._committable.pop(partition) for partition in partitions if partition in self._committable
+        }
+        try:
+            if going and self._group is not None:
+                self._group.commit(going)
+        except KafkaBusy as error:
+            log.warning("not_committed", reason=str(error))
+        for partition in partitions:
+            self._assignments.pop(partition, None)
+        self._generation += 1
+        log.info("partitions_revoked", partitions=_texts(partitions), left=len(self._assignments))
+
+    # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _settle(self) -> None:
+        """Move the positions of confirmed batches to where they can be committed."""
+        with self._lock:
+            confirmed = self._confirmed
+        while self._delivered and self._delivered[0].sequence <= confirmed:
+            for partition, assignment, position in self._delivered.popleft().positions:
+                if self._assignments.get(partition) == assignment:
+                    self._committable[partition] = position
+
+    def _commit_now_and_then(self) -> None:
+        self._settle()
+        now = self._clock()
+        if self._committable and self._group is not None and now - self._committed_at >= COMMIT_S:
+            self._group.commit(self._committable)
+            self._committable.clear()
+            self._committed_at = now
+
+    def _hold_back(self, group: ConsumerGroup) -> None:
+        size_bytes = sum(delivered.size_bytes for delivered in self._delivered)
+        too_much = len(self._delivered) >= IN_FLIGHT_BATCHES or (
+            len(self._delivered) > 1 and size_bytes > IN_FLIGHT_BYTES
+        )
+        if too_much and not self._paused:
+            group.pause()
+        elif self._paused and not too_much:
+            group.resume()
+        self._paused = too_much
+
+
+def _texts(partitions: Collection[Partition]) -> list[str]:
+    return [f"{topic}[{number}]" for topic, number in sorted(partitions)]

@@ -1,0 +1,128 @@
+"""The Kafka transport as a worker's run sees it: the sidecar captures the source, and this run is one of a group."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from delta_sync.capture import Batch, Capture
+from delta_sync.decoding import Stretch, Undecodable
+from delta_sync.errors import EpochRose, SourceBusy, UndecodableChange
+from delta_sync.kafka.avro import AvroDecoder, UndecodableRecord
+from delta_sync.kafka.capture import KafkaCapture
+from delta_sync.kafka.clients import admin_options, group_id, open_group
+from delta_sync.kafka.offsets import GroupOffsets
+from delta_sync.kafka.progress import GroupProgress
+from delta_sync.kafka.registry import SchemaRegistry
+from delta_sync.kafka.topics import topic_name
+from delta_sync.pipeline import Pipeline, check_columns
+from delta_sync.progress import Progress
+from delta_sync.sinks import AnySink
+from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.spec import KafkaSpec, PipelineSpec
+from delta_sync.starting import Source, read_tables
+from delta_sync.state import StateStore
+from delta_sync.tables import Table
+from delta_sync.transport import Tables, Transport
+from delta_sync.versions import version_of
+from delta_sync.watch import ANSWER_S
+
+
+class KafkaTransport(Transport):
+    """One worker's. `member` is its name among the pipeline's processes."""
+
+    sends_heartbeats = False
+
+    def __init__(self, spec: PipelineSpec, member: str) -> None:
+        assert spec.kafka is not None, "the specification has transport: kafka"
+        self._spec = spec
+        self._kafka: KafkaSpec = spec.kafka
+        self._member = member
+        self._epoch = 0
+        self._topics = {topic_name(spec.name, table): table for table in spec.tables}
+        self._decoder = AvroDecoder(SchemaRegistry(spec.kafka.registry))
+        self._columns: frozenset[str] = frozenset()
+        self._tables: Tables = dict
+        self._capture: KafkaCapture | None = None
+
+    def prepare(
+        self, pipeline: Pipeline, reader: PostgresReader, state: StateStore, sinks: Mapping[str, AnySink]
+    ) -> Source:
+        """Wait for the sidecar: it makes sure of publication and slot, and decides the epoch."""
+        del sinks
+        known = state.pipeline(self._spec.name)
+        if known is None or not state.loads(self._spec.name).keys() >= self._spec.tables.keys():
+            raise SourceBusy(
+                f"No sidecar has prepared these tables yet; start one: `deltactl sidecar {self._spec.name}`."
+            )
+        if reader.identity() != (known.system_identifier, known.timeline):
+            raise SourceBusy("The source is another server now, or was promoted or restored: the sidecar decides.")
+        columns = reader.fingerprints(list(self._spec.tables))  # before the tables: a change in between is seen later
+        tables = read_tables(self._spec, reader)
+        check_columns(pipeline, tables)
+        return Source(known.epoch, tables, {name: columns.get(name, "") for name in tables})
+
+    def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
+        """Return a member of the consumer group."""
+        self._epoch = source.epoch
+        self._tables = tables
+
+        def waits(reason: str | None) -> None:
+            progress.waits("kafka", reason)
+
+        self._capture = KafkaCapture(lambda: open_group(self._kafka, group_id(self._spec.name)), self._topics, waits)
+        return self._capture
+
+    def stretches(self, batch: Batch) -> Iterable[Stretch]:
+        """Return a batch's events. Raises Transient while the registry lacks a schema, EpochRose for a newer epoch."""
+        columns = frozenset(column.name for table in self._tables().values() for column in table.columns)
+        if columns != self._columns:
+            self._columns = columns
+            self._decoder.use(columns)
+        decoded = self._decoder.decode(batch.payload)
+        if any(stretch.epoch > self._epoch for stretch in decoded.stretches):
+            raise EpochRose("The sidecar has begun a new epoch; this worker begins anew with it.")
+        broken = [self._undecodable(record) for record in decoded.undecodable]
+        return [*decoded.stretches, Stretch(self._epoch, [], broken)] if broken else decoded.stretches
+
+    def _undecodable(self, record: UndecodableRecord) -> Undecodable:
+        place = f"{record.partition.topic}[{record.partition.number}]@{record.offset}"
+        return Undecodable(
+            self._topics[record.partition.topic],
+            version_of(self._epoch, record.offset),
+            {"record": place, "value": record.value},
+            record.error if isinstance(record.error, UndecodableChange) else UndecodableChange(str(record.error)),
+            (place,),
+        )
+
+    def check(self, reader: PostgresReader, state: StateStore) -> None:
+        """Nothing: the sidecar looks after the slot."""
+
+    def publish(self, reader: PostgresReader, tables: Sequence[Table]) -> None:
+        """Nothing: the sidecar does."""
+
+    def background(self, progress: Progress, stopping: threading.Event) -> Sequence[threading.Thread]:
+        """Return the thread that finds out how far the group is."""
+
+        def waits(reason: str | None) -> None:
+            progress.waits("kafka", reason)
+
+        reader = PostgresReader(self._spec.source, f"delta {self._spec.name} progress", ANSWER_S)
+        offsets = GroupOffsets(lambda: admin_options(self._kafka), group_id(self._spec.name), self._topics)
+        return [
+            GroupProgress(
+                reader=reader,
+                slot=self._spec.slot,
+                offsets=offsets,
+                position=progress.position,
+                waits=waits,
+                stopping=stopping,
+            )
+        ]
+
+    def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
+        """Save it as this member's."""
+        held = sorted(self._capture.partitions) if self._capture is not None else []
+        partitions = [f"{topic}[{number}]" for topic, number in held]
+        state.save_member(self._spec.name, self._member, {**document, "role": "worker", "partitions": partitions})

@@ -1,0 +1,140 @@
+"""The tables of the state store, and the types of their columns.
+
+What a store on disk has is made by `migrations/`; a change here needs a migration there, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+
+VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_MICROSECOND = dt.timedelta(microseconds=1)
+
+
+class Instant(sa.types.TypeDecorator[dt.datetime]):
+    """A moment as microseconds since 1970: databases differ in precision and time zones, not in integers."""
+
+    impl = sa.BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: dt.datetime | None, dialect: sa.Dialect) -> int | None:  # noqa: ARG002 -- SQLAlchemy's
+        """Return what is stored."""
+        return None if value is None else (value - _EPOCH) // _MICROSECOND
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> dt.datetime | None:  # noqa: ARG002 -- SQLAlchemy's
+        """Return what was given, in UTC."""
+        return None if value is None else _EPOCH + value * _MICROSECOND
+
+
+def _name(length: int) -> sa.types.TypeEngine[str]:
+    """Return a type for names, which differ by case everywhere (MariaDB's default would ignore it)."""
+    return sa.String(length).with_variant(mysql.VARCHAR(length, collation="utf8mb4_bin"), "mysql", "mariadb")
+
+
+def _text() -> sa.types.TypeEngine[str]:
+    """Return a type for text of any length (MariaDB's TEXT ends at 64 KiB)."""
+    return sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+
+
+def _blob() -> sa.types.TypeEngine[bytes]:
+    """Return a type for bytes of any number."""
+    return sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+
+
+METADATA = sa.MetaData()
+_OPTIONS: dict[str, Any] = {
+    f"{dialect}_{option}": value
+    for dialect in ("mysql", "mariadb")
+    for option, value in (("engine", "InnoDB"), ("charset", "utf8mb4"))
+}
+
+PIPELINES = sa.Table(
+    "delta_pipeline",
+    METADATA,
+    sa.Column("name", _name(64)),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("system_identifier", _name(64), nullable=False),
+    sa.Column("timeline", sa.BigInteger, nullable=False),
+    sa.Column("slot_lsn", sa.BigInteger),
+    sa.PrimaryKeyConstraint("name", name="pk_delta_pipeline"),
+    **_OPTIONS,
+)
+
+LOADS = sa.Table(
+    "delta_load",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("table_name", _name(255)),
+    sa.Column("state", _name(16), nullable=False),
+    sa.Column("after_key", _blob()),
+    sa.Column("row_count", sa.BigInteger, nullable=False),
+    sa.Column("covered_from", sa.BigInteger),
+    sa.Column("fingerprint", _text(), nullable=False),
+    sa.Column("reason", _text(), nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("started_at", Instant),
+    sa.Column("finished_at", Instant),
+    sa.PrimaryKeyConstraint("pipeline", "table_name", name="pk_delta_load"),
+    **_OPTIONS,
+)
+
+DEAD_LETTERS = sa.Table(
+    "delta_dead_letter",
+    METADATA,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True),
+    sa.Column("pipeline", _name(64), nullable=False),
+    sa.Column("identity", _name(64), nullable=False),  # a digest, because no index takes a key of any length
+    sa.Column("table_name", _name(255), nullable=False),
+    sa.Column("key_text", _text(), nullable=False),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("sink", _name(255)),
+    sa.Column("stage", _name(16), nullable=False),
+    sa.Column("error", _text(), nullable=False),
+    sa.Column("trace", _text(), nullable=False),
+    sa.Column("event", _blob(), nullable=False),
+    sa.Column("created_at", Instant, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.PrimaryKeyConstraint("id", name="pk_delta_dead_letter"),
+    sa.UniqueConstraint("pipeline", "identity", name="uq_delta_dead_letter"),
+    sa.Index("ix_delta_dead_letter_created_at", "pipeline", "created_at"),
+    sqlite_autoincrement=True,  # an id is never given twice, so that discarding an old list hits nothing new
+    **_OPTIONS,
+)
+
+STATUSES = sa.Table(
+    "delta_status",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("status", _text(), nullable=False),
+    sa.Column("saved_at", Instant, nullable=False),
+    sa.PrimaryKeyConstraint("pipeline", name="pk_delta_status"),
+    **_OPTIONS,
+)
+
+LEASES = sa.Table(
+    "delta_lease",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("name", _name(64)),
+    sa.Column("owner", _name(255), nullable=False),  # "": nobody's
+    sa.Column("token", sa.BigInteger, nullable=False),  # of the last holder; the row stays, so that it only rises
+    sa.Column("expires_at", Instant, nullable=False),  # by the database's clock
+    sa.PrimaryKeyConstraint("pipeline", "name", name="pk_delta_lease"),
+    **_OPTIONS,
+)
+
+MEMBERS = sa.Table(
+    "delta_member",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("member", _name(255)),
+    sa.Column("status", _text(), nullable=False),
+    sa.Column("saved_at", Instant, nullable=False),  # by the database's clock
+    sa.PrimaryKeyConstraint("pipeline", "member", name="pk_delta_member"),
+    **_OPTIONS,
+)

@@ -1,0 +1,118 @@
+"""What differs between the transports, seen from a run: where the log comes from, and what is said back to the source.
+
+A run (`running.py`) calls these in the order in which they stand here, from one thread unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import orjson
+
+from delta_sync.capture import Batch, Capture
+from delta_sync.decoding import Stretch
+from delta_sync.leases import LeaseKeeper
+from delta_sync.pipeline import Pipeline
+from delta_sync.progress import Progress
+from delta_sync.sinks import AnySink
+from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.spec import PipelineSpec
+from delta_sync.starting import Source, check_slot, prepare_source
+from delta_sync.state import StateStore
+from delta_sync.tables import Table
+
+Tables = Callable[[], Mapping[str, Table]]
+
+
+class Transport(ABC):
+    """How changes come from the source to this run."""
+
+    sends_heartbeats: ClassVar[bool] = True  # whether this run writes them into the log, or another process does
+
+    @abstractmethod
+    def prepare(
+        self, pipeline: Pipeline, reader: PostgresReader, state: StateStore, sinks: Mapping[str, AnySink]
+    ) -> Source:
+        """Make sure that the source is captured. Repeated as long as it raises Transient."""
+
+    @abstractmethod
+    def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
+        """Return the capture, for the tables as they are at each of its starts."""
+
+    @abstractmethod
+    def stretches(self, batch: Batch) -> Iterable[Stretch]:
+        """Return the events of a batch of that capture. Raises Transient, after which it may be called again."""
+
+    @abstractmethod
+    def check(self, reader: PostgresReader, state: StateStore) -> None:
+        """Raise PipelineStopped if going on would lose changes. Called by the capture's thread, before each start."""
+
+    @abstractmethod
+    def publish(self, reader: PostgresReader, tables: Sequence[Table]) -> None:
+        """Make the changes of exactly these tables arrive, now that they are others than before."""
+
+    def background(self, progress: Progress, stopping: threading.Event) -> Sequence[threading.Thread]:
+        """Return threads that are to run beside the stream; they end when `stopping` is set."""
+        del progress, stopping
+        return ()
+
+    def load_lease(self, state: StateStore) -> LeaseKeeper | None:
+        """Return who keeps the lease of the process that loads; None where there is only this one."""
+        del state
+        return None
+
+    @abstractmethod
+    def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
+        """Keep what the run says of itself, for `deltactl status`. Called by a thread of its own."""
+
+
+class EmbeddedTransport(Transport):
+    """All in one process and its child: the source's log is the log.
+
+    `new_slot` accepts that changes may have been lost, `reload` loads every table again.
+    """
+
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        make_capture: Callable[[Tables], Capture],
+        *,
+        new_slot: bool = False,
+        reload: bool = False,
+    ) -> None:
+        self._spec = spec
+        self._make_capture = make_capture
+        self._new_slot = new_slot
+        self._reload = reload
+        self._epoch = 0
+
+    def prepare(
+        self, pipeline: Pipeline, reader: PostgresReader, state: StateStore, sinks: Mapping[str, AnySink]
+    ) -> Source:
+        """Make sure of publication and slot, and decide the epoch."""
+        return prepare_source(self._spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload)
+
+    def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
+        """Return the child process with the Debezium Engine."""
+        del progress
+        self._epoch = source.epoch
+        return self._make_capture(tables)
+
+    def stretches(self, batch: Batch) -> Iterable[Stretch]:
+        """Return a batch's events, which are JSON."""
+        return [Stretch(self._epoch, orjson.loads(batch.payload))]
+
+    def check(self, reader: PostgresReader, state: StateStore) -> None:
+        """Raise SlotMissing unless the slot goes on where the pipeline's state was."""
+        check_slot(self._spec, reader, state)
+
+    def publish(self, reader: PostgresReader, tables: Sequence[Table]) -> None:
+        """Bring the publication up to date."""
+        reader.publish(self._spec.publication, tables)
+
+    def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
+        """Save it as the pipeline's."""
+        state.save_status(self._spec.name, document)

@@ -1,0 +1,234 @@
+"""The capture over a consumer group: what is committed, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import pytest
+
+from delta_sync.capture import Batch
+from delta_sync.kafka import capture as module
+from delta_sync.kafka.capture import KafkaCapture
+from delta_sync.kafka.consumer import KafkaBusy, Partition, Records
+
+TOPIC = "delta_movies.public.movie"
+P0, P1 = Partition(TOPIC, 0), Partition(TOPIC, 1)
+
+
+class Group:
+    """Hands out what a test puts into `coming`; commits of partitions that are not assigned are left out."""
+
+    def __init__(self) -> None:
+        self.coming: list[list[Records] | Exception | Callable[[], None]] = []
+        self.committed: dict[Partition, int] = {}
+        self.commits: list[dict[Partition, int]] = []
+        self.mine: set[Partition] = set()
+        self.paused = self.closed = False
+        self.woken = 0
+
+    def subscribe(
+        self,
+        topics: Collection[str],
+        assigned: Callable[[Collection[Partition]], None],
+        revoked: Callable[[Collection[Partition]], None],
+    ) -> None:
+        assert list(topics) == [TOPIC]
+        self._assigned, self._revoked = assigned, revoked
+
+    def give(self, *partitions: Partition) -> Callable[[], None]:
+        def happens() -> None:
+            self.mine.update(partitions)
+            self._assigned(partitions)
+
+        return happens
+
+    def take(self, *partitions: Partition) -> Callable[[], None]:
+        def happens() -> None:
+            self._revoked(partitions)
+            self.mine.difference_update(partitions)
+
+        return happens
+
+    def poll(self, timeout_s: float) -> list[Records]:
+        while self.coming and not self.paused:
+            what = self.coming.pop(0)
+            if isinstance(what, list):
+                return what
+            if isinstance(what, Exception):
+                raise what
+            what()
+        return []
+
+    def commit(self, positions: Mapping[Partition, int]) -> None:
+        self.commits.append({partition: at for partition, at in positions.items() if partition in self.mine})
+        self.committed.update(self.commits[-1])
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def lags(self) -> dict[Partition, int]:
+        return {}
+
+    def wake(self) -> None:
+        self.woken += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.groups: list[Group] = []
+        self.waits: list[str | None] = []
+        self.capture = KafkaCapture(self._open, [TOPIC], self.waits.append, lambda: self.now)
+        self.capture.start()
+
+    def _open(self) -> Group:
+        self.groups.append(Group())
+        return self.groups[-1]
+
+    @property
+    def group(self) -> Group:
+        return self.groups[-1]
+
+    def poll(self, *coming: list[Records] | Exception | Callable[[], None]) -> Batch | None:
+        self.group.coming += coming
+        self.now += 1.0
+        return self.capture.poll(0.1)
+
+    def batch(self, *coming: list[Records] | Exception | Callable[[], None]) -> Batch:
+        batch = self.poll(*coming)
+        assert batch is not None
+        return batch
+
+
+@pytest.fixture
+def bench() -> Bench:
+    made = Bench()
+    made.poll(made.group.give(P0, P1))
+    return made
+
+
+def records(partition: Partition, next_offset: int, count: int = 1, size_bytes: int = 10) -> Records:
+    return Records(partition, [b"k"] * count, [b"v" * size_bytes] * count, [b"1"] * count, [0] * count, next_offset)
+
+
+def test_a_position_is_committed_when_its_batch_is_confirmed(bench: Bench) -> None:
+    batch = bench.batch([records(P0, 5, count=5), records(P1, 3, count=3)])
+    assert batch.events == 8
+    bench.poll()
+    assert bench.group.commits == []
+    bench.capture.confirm(batch)
+    bench.poll()
+    assert bench.group.committed == {P0: 5, P1: 3}
+    bench.poll()
+    assert len(bench.group.commits) == 1  # nothing new
+
+
+def test_confirming_a_batch_confirms_all_before_it(bench: Bench) -> None:
+    bench.batch([records(P0, 5)])
+    second = bench.batch([records(P1, 3)])
+    bench.batch([records(P0, 9)])
+    bench.capture.confirm(second)
+    bench.poll()
+    assert bench.group.committed == {P0: 5, P1: 3}
+
+
+def test_what_is_confirmed_of_a_partition_is_committed_before_it_goes(bench: Bench) -> None:
+    bench.capture.confirm(bench.batch([records(P0, 2)]))
+    bench.poll()
+    confirmed = bench.batch([records(P0, 5), records(P1, 5)])
+    bench.batch([records(P0, 9)])
+    bench.capture.confirm(confirmed)
+    bench.now -= 3.0  # no commit is due
+    bench.poll(bench.group.take(P0))
+    assert bench.group.commits == [{P0: 2}, {P0: 5}]
+    bench.now += 3.0
+    bench.poll()
+    assert bench.group.committed == {P0: 5, P1: 5}
+
+
+def test_a_partition_that_went_and_came_back_is_not_committed_for_batches_of_before(bench: Bench) -> None:
+    """Another member was further, perhaps: to commit an old position would deliver it all again."""
+    before = bench.batch([records(P0, 5), records(P1, 5)])
+    bench.poll(bench.group.take(P0), bench.group.give(P0))
+    after = bench.batch([records(P0, 90)])
+    bench.capture.confirm(before)
+    bench.poll()
+    assert bench.group.committed == {P1: 5}
+    bench.capture.confirm(after)
+    bench.poll()
+    assert bench.group.committed == {P0: 90, P1: 5}
+
+
+def test_records_after_a_loss_are_of_another_generation(bench: Bench) -> None:
+    """The worker must not take what is delivered again for what follows."""
+    before = bench.batch([records(P0, 5)])
+    after = bench.batch(bench.group.take(P1), [records(P0, 9)])
+    assert after.generation > before.generation
+
+
+def test_commits_are_not_made_all_the_time(bench: Bench) -> None:
+    for offset in range(1, 5):
+        bench.now -= 1.0 - module.COMMIT_S / 4
+        bench.capture.confirm(bench.batch([records(P0, offset)]))
+    bench.poll()
+    assert bench.group.committed == {P0: 4}
+    assert len(bench.group.commits) <= 2
+
+
+def test_it_pauses_while_too_much_is_unconfirmed_and_goes_on_then(bench: Bench) -> None:
+    batches = [bench.batch([records(P0, offset)]) for offset in range(module.IN_FLIGHT_BATCHES)]
+    bench.poll([records(P0, 100)])
+    assert bench.group.paused
+    bench.capture.confirm(batches[0])
+    assert bench.group.woken == 1  # it need not wait for the end of its poll
+    assert bench.poll() is not None
+    assert not bench.group.paused
+
+
+def test_large_records_count_by_their_bytes(bench: Bench) -> None:
+    large = module.IN_FLIGHT_BYTES
+    first = bench.batch([records(P0, 1, size_bytes=large)])  # one is let through, however large
+    bench.batch([records(P0, 2, size_bytes=large)])
+    bench.poll([records(P0, 3)])
+    assert bench.group.paused
+    bench.capture.confirm(first)
+    assert bench.poll() is not None
+
+
+def test_brokers_that_are_away_are_waited_for(bench: Bench) -> None:
+    assert bench.poll(KafkaBusy("no broker answers")) is None
+    assert bench.waits == ["no broker answers"]
+    assert bench.poll([records(P0, 1)]) is not None
+    assert bench.waits == ["no broker answers", None]
+    assert len(bench.groups) == 1
+
+
+def test_stopping_commits_what_is_confirmed_and_leaves(bench: Bench) -> None:
+    confirmed = bench.batch([records(P0, 5)])
+    bench.batch([records(P1, 5)])
+    bench.capture.confirm(confirmed)
+    group = bench.group
+    bench.capture.stop()
+    assert group.committed == {P0: 5}
+    assert group.closed
+    bench.capture.stop()
+
+
+def test_a_new_start_begins_behind_what_was_committed(bench: Bench) -> None:
+    old = bench.batch([records(P0, 5)])
+    bench.capture.start()
+    bench.poll(bench.group.give(P0))
+    new = bench.batch([records(P0, 5)])
+    assert new.generation > old.generation
+    bench.capture.confirm(old)  # of a worker that was slow
+    bench.poll()
+    assert bench.group.committed == {}
+    bench.capture.confirm(new)
+    bench.poll()
+    assert bench.group.committed == {P0: 5}
