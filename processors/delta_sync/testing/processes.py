@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from delta_sync import child_exec
 from delta_sync.errors import DeltaError
 
 POLL_S = 0.01  # between two looks at /proc or at a server that starts
@@ -29,7 +30,7 @@ SIGNAL_TIMEOUT_S = 30.0  # for SIGKILL and SIGSTOP to take effect: at once, unle
 LOWEST_PORT = 10_240  # below are the well-known servers of the machine
 CLUSTER_BUS_OFFSET = 10_000  # Redis 6 has its cluster bus there; no other way to choose it
 
-_EXEC = str(Path(__file__).with_name("_exec.py"))
+_EXEC = str(Path(child_exec.__file__))
 
 
 class ServerError(DeltaError):

@@ -22,9 +22,20 @@ import pytest
 
 from delta_sync.testing.kafka import Kafka, KafkaCluster
 from delta_sync.testing.mariadb import MariaDB
+from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis, Server
 
-__all__ = ["kafka", "kafka_cluster", "mariadb", "mongodb", "opensearch", "postgresql", "redis_cluster", "redis_server"]
+__all__ = [
+    "kafka",
+    "kafka_cluster",
+    "mariadb",
+    "mongodb",
+    "opensearch",
+    "postgresql",
+    "redis_cluster",
+    "redis_server",
+    "registry",
+]
 
 SERVICES_VARIABLE = "DELTA_TEST_SERVICES"
 
@@ -111,6 +122,12 @@ def mongodb(server_stack: Stack) -> MongoStandIn:
 def opensearch(server_stack: Stack) -> OpenSearch:
     """OpenSearch, one node."""
     return server_stack.start(OpenSearch)
+
+
+@pytest.fixture(scope="session")
+def registry(server_stack: Stack) -> Apicurio:
+    """Apicurio Registry."""
+    return server_stack.start(Apicurio)
 
 
 @pytest.fixture(scope="session")

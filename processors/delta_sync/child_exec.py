@@ -1,4 +1,4 @@
-"""Become a server that dies with its parent: `python -I -S _exec.py PARENT_PID SIGNAL USER COMMAND…`.
+"""Become a program that dies with its parent: `python -I -S child_exec.py PARENT_PID SIGNAL USER COMMAND…`.
 
 A program of its own instead of `preexec_fn`, which may deadlock when the parent has threads. Imports nothing of Delta.
 Linux forgets the wish when the user id changes, so the user is changed first.
@@ -27,7 +27,7 @@ def main() -> None:
     if libc.prctl(PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != int(parent):
-        sys.exit("the parent ended before the server started")
+        sys.exit("the parent ended before the program started")
     os.execvp(command[0], command)  # noqa: S606 -- no shell is wanted
 
 
