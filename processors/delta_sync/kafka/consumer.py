@@ -6,10 +6,15 @@ the sinks; there is no automatic commit and no automatic reset.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from delta_sync.errors import PipelineStopped, Transient
+from delta_sync.errors import PipelineStopped, Transient, UsageError
+from delta_sync.kafka.settings import DEFAULT_TIMEOUTS, Timeouts
+from delta_sync.spec import KafkaSpec
+
+EPOCH_HEADER = "delta.epoch"
 
 
 class Partition(NamedTuple):
@@ -34,6 +39,9 @@ class Records(NamedTuple):
     next_offset: int
 
 
+PartitionsCall = Callable[[Collection[Partition]], None]
+
+
 class KafkaBusy(Transient):
     """Brokers are unreachable, electing or overloaded."""
 
@@ -49,12 +57,7 @@ class ConsumerGroup(Protocol):
     is not there) is a CheckFailed with what to change.
     """
 
-    def subscribe(
-        self,
-        topics: Collection[str],
-        assigned: Callable[[Collection[Partition]], None],
-        revoked: Callable[[Collection[Partition]], None],
-    ) -> None:
+    def subscribe(self, topics: Collection[str], assigned: PartitionsCall, revoked: PartitionsCall) -> None:
         """Join the group for these topics. During `poll`, `assigned` and `revoked` tell which partitions came and went.
 
         `revoked` is called while the partitions are still this member's, so that it may commit; after a loss (the
@@ -93,3 +96,27 @@ class ConsumerGroup(Protocol):
     def close(self) -> None:
         """Leave the group, so that others get the partitions at once. Commits nothing. Idempotent."""
         ...
+
+
+def open_group(spec: KafkaSpec, group_id: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> ConsumerGroup:
+    """Return a member-to-be of a group, by the client that the specification asks for. `subscribe` is what connects.
+
+    Raises UsageError when that client is not installed, or a secret cannot be resolved.
+    """
+    if spec.client == "confluent-kafka" or (spec.client == "auto" and _installed("confluent_kafka")):
+        if not _installed("confluent_kafka"):
+            raise UsageError(
+                "kafka.client is confluent-kafka, which is not installed; type: pip install 'delta-sync[fast]'"
+            )
+        from delta_sync.kafka.confluent import ConfluentGroup
+
+        return ConfluentGroup(spec, group_id, timeouts)
+    if not _installed("kafka"):
+        raise UsageError("The Kafka transport needs a client; type: pip install 'delta-sync[kafka]'")
+    from delta_sync.kafka.kafka_python import KafkaPythonGroup
+
+    return KafkaPythonGroup(spec, group_id, timeouts)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
