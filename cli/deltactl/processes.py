@@ -32,8 +32,8 @@ def need_kafka(spec: PipelineSpec, command: str) -> None:
     """Raise UsageError unless the pipeline's transport is Kafka, and its packages are installed."""
     if spec.transport != "kafka":
         raise UsageError(
-            f"Pipeline {spec.name} has transport: {spec.transport}; `deltactl {command}` is for kafka. Use `deltactl run`"
-            " for it."
+            f"Pipeline {spec.name} has transport: {spec.transport}; `deltactl {command}` is for kafka; use"
+            " `deltactl run` for it."
         )
     try:
         import kafka  # noqa: F401 -- only to see whether it is there

@@ -43,8 +43,7 @@ def sidecar(
     Example:
       deltactl sidecar movies --port 9465
     """
-    from delta_debezium.distribution import find_distribution
-
+    from delta_debezium.distribution import distribution as find_distribution
     from delta_debezium.sidecar import FOLDER, Sidecar
 
     spec = app.load(name)
@@ -57,7 +56,7 @@ def sidecar(
         work_dir=(work_dir or folder / FOLDER / member).absolute(),
         spec=spec,
         member=member,
-        distribution=find_distribution(),
+        distribution=find_distribution(click.echo),
         new_slot=new_slot,
         reload=reload,
     )

@@ -518,7 +518,17 @@ def test_reals_have_the_digits_that_json_has() -> None:
         {"name": "rs", "type": optional(array(optional("float")))},
     ]
     writer = Writer({1: envelope(columns)})
-    numbers = [0.1, 16777216.0, 9.99994610111476e-43, 3.4028234663852886e38, 1.401298464324817e-45, 1e10, 1 / 3, -2.5, float("inf")]
+    numbers = [
+        0.1,
+        16777216.0,
+        9.99994610111476e-43,
+        3.4028234663852886e38,
+        1.401298464324817e-45,
+        1e10,
+        1 / 3,
+        -2.5,
+        float("inf"),
+    ]
     rows = [{"id": 1, "r": number, "rs": [number, None]} for number in numbers]
     values: list[bytes | None] = [writer.value(1, event("c", None, row, lsn=1)) for row in rows]
     found = [one["after"] for one in all_events(AvroDecoder(writer).decode([records(values)]))]

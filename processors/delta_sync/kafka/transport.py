@@ -9,13 +9,14 @@ from typing import Any
 from delta_sync.capture import Batch, Capture
 from delta_sync.decoding import Stretch, Undecodable
 from delta_sync.errors import EpochRose, SourceBusy, UndecodableChange
+from delta_sync.kafka import settings
 from delta_sync.kafka.avro import AvroDecoder, UndecodableRecord
 from delta_sync.kafka.capture import KafkaCapture
-from delta_sync.kafka.clients import admin_options, group_id, open_group
+from delta_sync.kafka.consumer import open_group
+from delta_sync.kafka.names import group_id, topic_name
 from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.progress import GroupProgress
 from delta_sync.kafka.registry import SchemaRegistry
-from delta_sync.kafka.topics import topic_name
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
@@ -109,7 +110,9 @@ class KafkaTransport(Transport):
             progress.waits("kafka", reason)
 
         reader = PostgresReader(self._spec.source, f"delta {self._spec.name} progress", ANSWER_S)
-        offsets = GroupOffsets(lambda: admin_options(self._kafka), group_id(self._spec.name), self._topics)
+        offsets = GroupOffsets(
+            lambda: settings.resolved(settings.kafka_python(self._kafka)), group_id(self._spec.name), self._topics
+        )
         return [
             GroupProgress(
                 reader=reader,

@@ -1,0 +1,107 @@
+"""A pipeline on Kafka, from the commands to the sinks: sidecars, Debezium Server, Avro, workers in a group."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from kafka.admin import KafkaAdminClient
+
+from acceptance.harness import SHAPES, Run, Shop, Stores
+from acceptance.kafka_harness import KafkaPipeline
+from delta_sync.kafka.names import topic_name
+from delta_sync.testing.kafka import Kafka
+from delta_sync.testing.processes import wait_until
+from delta_sync.testing.registry import Apicurio
+from delta_sync.testing.servers import PostgreSQL, Redis
+
+ROWS = 300
+PARTITIONS = 4
+
+
+class Stage:
+    """A shop, its pipeline on Kafka, and the processes that a test starts."""
+
+    def __init__(self, shop: Shop, pipeline: KafkaPipeline, exits: contextlib.ExitStack) -> None:
+        self.shop = shop
+        self.pipeline = pipeline
+        self._exits = exits
+        self.stores = Stores(pipeline)
+        exits.callback(self.stores.close)
+
+    def start(self, command: str, *options: str) -> Run:
+        run = self.pipeline.process(command, *options)
+        self._exits.callback(run.kill)
+        return run
+
+    def in_step(self, *runs: Run) -> None:
+        self.pipeline.wait_until_applied(self.shop.insert_lsn(), runs)
+        differences = self.stores.differences()
+        assert differences[:10] == [], f"{len(differences)} differ"
+
+
+@pytest.fixture
+def stage(
+    postgresql: PostgreSQL, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
+) -> Iterator[Stage]:
+    name = f"shop_{uuid.uuid4().hex[:8]}"
+    with contextlib.ExitStack() as exits:
+        with psycopg.connect(postgresql.url, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        shop = Shop(postgresql.url_of(name), name)
+        shop.create(ROWS)
+        settings = {
+            "bootstrap_servers": kafka.url,
+            "registry": {"url": registry.url},
+            "partitions": PARTITIONS,
+            "replication_factor": 1,
+            "min_insync_replicas": 1,
+            "allow_unsafe": True,
+        }
+        pipeline = KafkaPipeline(
+            shop, tmp_path, {"cache": redis_server.url}, name, kafka=settings, load={"chunk_rows": 100}
+        )
+        admin = KafkaAdminClient(bootstrap_servers=kafka.url)
+        admin.create_topics(
+            {
+                topic_name(name, table): {"num_partitions": PARTITIONS, "replication_factor": 1}
+                for table in pipeline.tables
+            }
+        )
+        admin.close()
+        yield Stage(shop, pipeline, exits)
+
+
+def write(shop: Shop, text: str) -> None:
+    """Some of every kind of change."""
+    with shop.connect() as connection:
+        for shape in SHAPES:
+            with connection.transaction():
+                for number in range(0, ROWS, 3):
+                    shop.update(connection, shape, number, f"{text} {number}", whole=number % 2 == 0)
+                for number in range(1, ROWS, 9):
+                    shop.delete(connection, shape, number)
+                for number in range(ROWS, ROWS + 20):
+                    shop.delete(connection, shape, number)
+                    shop.insert(connection, shape, number, text)
+
+
+def test_a_pipeline_on_kafka_loads_and_follows(stage: Stage) -> None:
+    sidecar, worker = stage.start("sidecar"), stage.start("worker")
+    stage.in_step(sidecar, worker)
+    write(stage.shop, "while one worker runs")
+    stage.in_step(sidecar, worker)
+    second = stage.start("worker")
+    wait_until(lambda: bool(second.events("partitions_assigned")), 60.0, f"partitions for the second; {second.tail()}")
+    write(stage.shop, "while two run")
+    stage.in_step(sidecar, worker, second)
+    worker.kill()
+    write(stage.shop, "after one was killed")
+    stage.in_step(sidecar, second)
+    assert second.stop() == 0
+    assert sidecar.stop() == 0
+    assert stage.pipeline.dead_letters() == []
