@@ -6,7 +6,7 @@ import datetime as dt
 import decimal
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from delta_sync.changes import Key
 from delta_sync.decoding import Event, Image, TableCodec
@@ -132,7 +132,7 @@ def _copied(value: Any, where: str = "") -> Any:
     """Return a value with copies of the lists and dicts in it. Raises UsageError for what no row holds."""
     if value is None:
         return None
-    kind: type[Any] = type(value)
+    kind = cast("type[object]", type(value))
     if kind is list:
         return [_copied(element, where) for element in value]
     if kind is dict:

@@ -35,16 +35,26 @@ class Place(NamedTuple):
 Outcome = bytes | None | Failure  # what became of a row: a document as JSON, none, or a dead letter
 WHY = (
     "After a crash changes come again, in other batches and in another order. So what a processor makes of a row must"
-    " not depend on the clock, on chance, on earlier calls, or on what it changed outside of the row."
+    " not depend on the clock, on chance, on earlier calls, or on what these changed outside of the row. For a stir,"
+    " look-ups must answer what they answered before."
 )
 
 
+class NotRepeatable(AssertionError):
+    """The processor is not fit for delivery at least once; the message says on which row it shows."""
+
+
 class Judge:
-    """Knows what each change of the log led to first, and says so when it leads to something else."""
+    """Knows what each change of the log led to at first, and says so when it leads to something else."""
 
     def __init__(self) -> None:
         self._outcomes: dict[int, Outcome] = {}  # by position
-        self._newest: dict[tuple[str, str], int] = {}  # table and id → position of its last change
+        self._newest: dict[tuple[str, str], Outcome] = {}  # by table and id: of its last change
+
+    def note(self, job: Job) -> None:
+        """Note what changes of the log lead to, when they come first and in order."""
+        for change, outcome in _outcomes(job):
+            self._outcomes[position_of(change.version)] = self._newest[change.table, key_text(change.key)] = outcome
 
     def process(
         self,
@@ -54,35 +64,31 @@ class Judge:
         seed: int,
         made_by: Mapping[Key, int] | None = None,
     ) -> Job:
-        """Let a worker process changes. `made_by` has the positions of the changes that made a load's rows.
+        """Let a worker process changes again. `made_by` has the positions of the changes that made a load's rows.
 
-        Raises AssertionError, with the seed, when one leads to something else than before, or was changed.
+        Raises NotRepeatable, with the seed, when one leads to something else than at first, or was changed.
         """
         rows = [(change, copied_row(change.row)) for some in changes.values() for change in some if change.row]
         job = worker.process(changes, truncates)
         for change, row in rows:
             if change.row != row:
-                raise AssertionError(_changed_inside(change, row, seed))
+                raise NotRepeatable(_changed_inside(change, row, seed))
         for change, outcome in _outcomes(job):
-            position = position_of(change.version) if made_by is None else made_by[change.key]
-            known = self._outcomes.setdefault(position, outcome)
-            if not _alike(known, outcome):
+            first = self._outcomes[position_of(change.version) if made_by is None else made_by[change.key]]
+            if not _alike(first, outcome):
                 what = f"{change.table} {key_text(change.key)}"
-                raise AssertionError(_difference(what, change.row, known, outcome, seed))
-            row_id = change.table, key_text(change.key)
-            self._newest[row_id] = max(position, self._newest.get(row_id, 0))
+                raise NotRepeatable(_difference(what, change.row, first, outcome, seed))
         return job
 
     def compare(self, wanted: Mapping[Place, dict[str, Any]], found: Mapping[Place, dict[str, Any]], seed: int) -> None:
-        """Compare the documents at the end. Raises AssertionError.
+        """Compare the documents at the end. Raises NotRepeatable.
 
         Not those of rows that are dead letters: of these an older document may be left or not, as batches had it.
         """
         for place in sorted(wanted.keys() | found.keys()):
-            newest = self._outcomes[self._newest[place.table, place.id_]]
-            if wanted.get(place) != found.get(place) and not isinstance(newest, Failure):
+            if wanted.get(place) != found.get(place) and not isinstance(self._newest[place.table, place.id_], Failure):
                 what = f"{place.table} {place.id_} in sink {place.sink}"
-                raise AssertionError(_difference(what, None, wanted.get(place), found.get(place), seed))
+                raise NotRepeatable(_difference(what, None, wanted.get(place), found.get(place), seed))
 
 
 def _outcomes(job: Job) -> Iterator[tuple[Change, Outcome]]:

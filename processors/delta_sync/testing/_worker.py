@@ -37,7 +37,7 @@ class _Inline(Executor):
         return future
 
 
-def stand_in(lookup: Lookup, answers: LookupAnswers) -> Lookup:
+def _stand_in(lookup: Lookup, answers: LookupAnswers) -> Lookup:
     """Return the look-up with other answers. They are copies, as those of a service are."""
 
     def function(keys: list[Any]) -> Mapping[Any, Any]:
@@ -66,32 +66,35 @@ Truncates = Mapping[str, int]  # table → version
 
 
 class HarnessWorker:
-    """A process of Delta with its sinks, without the threads: `worker.py` is what it follows."""
+    """A process of Delta with its sinks, without the threads: `worker.py` is what it follows.
+
+    `load` imports the pipeline, `answers` stands in for its look-ups, by name. The sinks outlive a restart.
+    """
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        load: Callable[[], Pipeline],
         sinks: Sequence[str],
-        lookups: Mapping[str, Lookup],
+        answers: Mapping[str, LookupAnswers],
         tables: Mapping[str, SourceTable],
         clock: Callable[[], float],
     ) -> None:
         self.sinks = {name: MemorySink(name, store=MemoryStore(now=clock)) for name in sinks}
-        self._pipeline = pipeline
-        self._lookups = lookups
+        self._load = load
+        self._answers = answers
         self._tables = tables
         self._clock = clock
         self._stopping = threading.Event()
         self._stopping.set()  # nothing is retried: a test does not wait for a service
-        self._callers: dict[str, LookupCaller] = {}
         self.restart()
 
     def restart(self) -> None:
-        """Be a new process: nothing is cached. The sinks stay as they are."""
-        pool = _Inline()
-        self._callers = {
-            name: LookupCaller(lookup, self._stopping, self._clock, pool=pool) for name, lookup in self._lookups.items()
-        }
+        """Be a new process: the pipeline is imported again, and nothing is cached."""
+        self._pipeline, pool = self._load(), _Inline()
+        self._callers: dict[str, LookupCaller] = {}
+        for name, declared in self._pipeline.lookups.items():
+            lookup = _stand_in(declared, self._answers[name]) if name in self._answers else declared
+            self._callers[name] = LookupCaller(lookup, self._stopping, self._clock, pool=pool)
 
     def decode(self, events: Sequence[Event]) -> tuple[Changes, Truncates]:
         """Return the newest change of each key, with rows of its own, and the truncates."""

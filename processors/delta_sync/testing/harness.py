@@ -18,7 +18,7 @@ is the same in `unittest`. Each one imports the pipeline's folder anew, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,8 +33,8 @@ from delta_sync.secrets import redact
 from delta_sync.spec import load_spec
 from delta_sync.tables import key_text
 from delta_sync.testing._source import SourceTable, TableKey, claim_behind, copied_row
-from delta_sync.testing._stirring import Judge, Place, Stirring, Told
-from delta_sync.testing._worker import EPOCH, HarnessWorker, Job, LookupAnswers, stand_in
+from delta_sync.testing._stirring import Judge, NotRepeatable, Place, Stirring, Told
+from delta_sync.testing._worker import EPOCH, HarnessWorker, Job, LookupAnswers
 from delta_sync.values import Row
 from delta_sync.versions import dump_version
 
@@ -63,38 +63,38 @@ class Harness:
         """`pipeline` is its folder, with `pipeline.yaml` and `processor.py`, or the object itself.
 
         `tables` names the columns of a key that is not `id`, or gives the whole `Table`. Without the latter, a table
-        has the columns of its first row. `lookups` replaces look-ups: by their answers, where a key that is left out has
-        none, or by another function. `sinks` is for a pipeline object of which no table says `to`.
+        has the columns of its first row. `lookups` replaces look-ups: by their answers, where a key that is left out
+        has none, or by another function. `sinks` is for a pipeline object of which no table says `to`.
 
         Raises UsageError: the folder is not as `deltactl pipeline check` wants it; a name that the pipeline lacks.
         """
+        self._load_pipeline: Callable[[], Pipeline]
         if isinstance(pipeline, Pipeline):
-            self.pipeline = pipeline
+            self._load_pipeline = lambda: pipeline
             named = [sink for processor in pipeline.tables.values() for sink in processor.to]
             self.sinks = tuple(dict.fromkeys([*sinks, *named]))
         else:
             folder = Path(pipeline)
             spec = load_spec(folder)
-            self.pipeline = load_processor(folder, spec)
+            self._load_pipeline = lambda: load_processor(folder, spec)
             self.sinks = tuple(spec.sinks)
+        self.pipeline = self._load_pipeline()
         if not self.sinks:
             raise UsageError(f'No table of pipeline {self.pipeline.name} says `to`; name its sinks: sinks=["cache"].')
-        self._lookups = dict(self.pipeline.lookups)
-        for name, answers in (lookups or {}).items():
-            self._lookups[name] = stand_in(_known("look-up", name, self.pipeline.lookups), answers)
-        self._tables: dict[str, SourceTable] = {}
-        told = tables or {}
+        self._answers, told = dict(lookups or {}), dict(tables or {})
+        for name in self._answers:
+            _known("look-up", name, self.pipeline.lookups)
         for name in told:
             _known("table", name, self.pipeline.tables)
-        for name in self.pipeline.tables:
-            self._tables[name] = SourceTable(name, told.get(name, "id"))
+        self._tables = {name: SourceTable(name, told.get(name, "id")) for name in self.pipeline.tables}
         self.now_s = 0.0
         self.dead_letters: list[Failure] = []
         self._log: list[Event] = []
+        self._judge = Judge()
         self._worker = self._new_worker()
 
     def _new_worker(self) -> HarnessWorker:
-        return HarnessWorker(self.pipeline, self.sinks, self._lookups, self._tables, lambda: self.now_s)
+        return HarnessWorker(self._load_pipeline, self.sinks, self._answers, self._tables, lambda: self.now_s)
 
     # ── rows in ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -157,7 +157,9 @@ class Harness:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         """Process and apply what is new, and keep it in the log. When a look-up is busy, nothing has happened."""
-        self._finish(self._worker.process(*self._worker.decode(events)))
+        job = self._worker.process(*self._worker.decode(events))
+        self._finish(job)
+        self._judge.note(job)
         self._log += events
 
     def _finish(self, job: Job) -> None:
@@ -204,7 +206,7 @@ class Harness:
     # ── what a pipeline lives through ────────────────────────────────────────────────────────────────────────────
 
     def redeliver(self) -> None:
-        """Deliver everything again in one batch, as after a crash: to a new process, with nothing cached."""
+        """Deliver everything again in one batch, as after a crash: to a new process."""
         self._worker.restart()
         self._finish(self._worker.process(*self._worker.decode(self._log)))
 
@@ -213,37 +215,40 @@ class Harness:
         source = _known("table", table, self._tables)
         version = dump_version(EPOCH, claim_behind(len(self._log)))
         changes = [Change(table, source.key_of(row), version, copied_row(row)) for row in source.rows.values()]
-        self._finish(self._worker.process({table: changes}, {}))
+        if changes:
+            self._finish(self._worker.process({table: changes}, {}))
 
     def stir(self, seed: int = 0, runs: int | None = None) -> None:
         """Show that the processor is fit for delivery at least once: whatever happens, the documents are the same.
 
-        All changes so far come again in `runs` random histories (without it: some hundred, fewer of a long log). They
-        come in batches of any size, redelivered from anywhere while the first delivery is still under way, with loads in
-        between, and with crashes after which a dead process's writes arrive late. Each history begins with empty sinks
-        and caches; at its end the documents must be those that the changes lead to in order.
+        All changes so far come again in `runs` random histories (without it: a hundred, fewer of a long log). They come
+        in batches of any size, redelivered from anywhere while the first delivery is still under way, with loads in
+        between, and with crashes after which a dead process's writes arrive late. Each history begins with empty sinks,
+        and every process with empty caches and a processor that is imported again, if it was given as a folder. At the
+        end the documents must be those that are there now.
 
         Raises AssertionError when one row led to two documents, or when the processor changed a value inside a row:
-        with the key, both documents, and the seed that shows it in the first run. Look-ups must answer the same
-        meanwhile. The processor is not imported again: what it keeps in globals stays. What shows depends on the rows,
-        so insert some of each kind; what changes less often than once a second, such as a date, does not show.
+        with the key, both documents, and the seed that shows it in the first run. Look-ups must answer what they
+        answered before. What shows depends on the rows, so insert some of each kind; what changes less often than once
+        a second, such as a date, does not show.
         """
         __tracebackhide__ = True  # pytest then shows the line of the test
         if not self._log:
             raise UsageError("There is nothing to stir: insert some rows before.")
         if runs is None:
             runs = max(RUNS_LEAST, min(RUNS_MOST, CHANGES_TO_STIR // len(self._log)))
-        judge, worker = Judge(), self._new_worker()
-        told = [Told(*worker.decode([event])) for event in self._log]
-        for changes, truncates in told:
-            job = judge.process(worker, changes, truncates, seed)
-            for sink in self.sinks:
-                worker.apply(sink, job)
-        wanted = self._all_documents(worker)
+        try:
+            self._stir(seed, runs)
+        except NotRepeatable as error:
+            raise error.with_traceback(None) from None
+
+    def _stir(self, seed: int, runs: int) -> None:
+        told = [Told(*self._worker.decode([event])) for event in self._log]
+        wanted = self._all_documents(self._worker)
         for number in range(seed, seed + runs):
             worker = self._new_worker()
-            Stirring(worker, self._log, told, judge, number).run()
-            judge.compare(wanted, self._all_documents(worker), number)
+            Stirring(worker, self._log, told, self._judge, number).run()
+            self._judge.compare(wanted, self._all_documents(worker), number)
 
     def _all_documents(self, worker: HarnessWorker) -> dict[Place, dict[str, Any]]:
         return {
