@@ -30,7 +30,7 @@ class LookupCaller:
     """Calls one look-up for the worker. `stopping` ends retries; `clock` counts seconds for the cache.
 
     `waiting` is called with the reason when the service does not answer and, with None, when it does again. Calls are
-    made in `pool`; without it, in threads of its own.
+    made in `pool`, which `close` shuts down; without it, in threads of its own.
     """
 
     def __init__(

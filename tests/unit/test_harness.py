@@ -555,6 +555,7 @@ def test_the_message_has_the_key_both_documents_and_the_seed() -> None:
         "  stirred:  {'title': 'Casablanca', 'number': 1}",
     ]
     assert lines[4] == "The same again: stir(seed=3)."
+    assert type(caught.value) is AssertionError
     assert len(caught.traceback) == 2  # the test's line and stir: no frame of what is inside
 
 

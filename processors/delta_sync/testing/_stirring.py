@@ -32,12 +32,11 @@ class Place(NamedTuple):
     id_: str
 
 
-Outcome = bytes | None | Failure  # what became of a row: a document as JSON, none, or a dead letter
-WHY = (
-    "After a crash changes come again, in other batches and in another order. So what a processor makes of a row must"
-    " not depend on the clock, on chance, on earlier calls, or on what these changed outside of the row. For a stir,"
-    " look-ups must answer what they answered before."
-)
+Made = bytes | None | Failure  # what became of a row: a document as JSON, none, or a dead letter
+WHY = """\
+After a crash changes come again, in other batches and in another order. So what a processor makes of a row must not
+depend on the clock, on chance, on earlier calls, or on what these changed outside of the row. (Look-ups must answer
+in a stir what they answered before.)"""
 
 
 class NotRepeatable(AssertionError):
@@ -48,8 +47,8 @@ class Judge:
     """Knows what each change of the log led to at first, and says so when it leads to something else."""
 
     def __init__(self) -> None:
-        self._outcomes: dict[int, Outcome] = {}  # by position
-        self._newest: dict[tuple[str, str], Outcome] = {}  # by table and id: of its last change
+        self._outcomes: dict[int, Made] = {}  # by position
+        self._newest: dict[tuple[str, str], Made] = {}  # by table and id: of its last change
 
     def note(self, job: Job) -> None:
         """Note what changes of the log lead to, when they come first and in order."""
@@ -91,7 +90,7 @@ class Judge:
                 raise NotRepeatable(_difference(what, None, wanted.get(place), found.get(place), seed))
 
 
-def _outcomes(job: Job) -> Iterator[tuple[Change, Outcome]]:
+def _outcomes(job: Job) -> Iterator[tuple[Change, Made]]:
     for processed in job.processed:
         for failure in processed.failures:
             yield failure.change, failure
@@ -99,7 +98,7 @@ def _outcomes(job: Job) -> Iterator[tuple[Change, Outcome]]:
             yield change, None if write.document is None else _json(change, write.document)
 
 
-def _json(change: Change, document: Document) -> Outcome:
+def _json(change: Change, document: Document) -> Made:
     """Return a document as JSON, or the dead letter that it becomes because no sink takes it."""
     try:
         json = to_json(document)
@@ -108,7 +107,7 @@ def _json(change: Change, document: Document) -> Outcome:
     return Failure(change, "apply", f"it has a field {VERSION_FIELD}", "") if VERSION_FIELD in document else json
 
 
-def _alike(first: Outcome, second: Outcome) -> bool:
+def _alike(first: Made, second: Made) -> bool:
     """Whether two outcomes are the same. Of errors the text may differ, of documents the order of the fields."""
     if isinstance(first, bytes) and isinstance(second, bytes):
         return first == second or orjson.loads(first) == orjson.loads(second)
