@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import cachetools
@@ -29,7 +29,8 @@ class Answers(NamedTuple):
 class LookupCaller:
     """Calls one look-up for the worker. `stopping` ends retries; `clock` counts seconds for the cache.
 
-    `waiting` is called with the reason when the service does not answer and, with None, when it does again.
+    `waiting` is called with the reason when the service does not answer and, with None, when it does again. Calls are
+    made in `pool`, which `close` shuts down; without it, in threads of its own.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class LookupCaller:
         stopping: threading.Event,
         clock: Callable[[], float],
         waiting: Callable[[str | None], None] = lambda _: None,
+        pool: Executor | None = None,
     ) -> None:
         self._lookup = lookup
         self._stopping = stopping
         self._waiting = waiting
         self._cache: cachetools.TTLCache[Any, Any] = cachetools.TTLCache(lookup.cache_size, lookup.ttl_s, timer=clock)
-        self._pool = ThreadPoolExecutor(lookup.concurrency, thread_name_prefix=f"lookup-{lookup.name}")
+        self._pool = pool or ThreadPoolExecutor(lookup.concurrency, thread_name_prefix=f"lookup-{lookup.name}")
         self.calls = 0
         self.hits = 0
         self.misses = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from delta_sync.pipeline import Pipeline
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sinks import sink_class
 from delta_sync.spec import spec_from
+from delta_sync.testing.harness import Harness
 from deltactl.app import App
 from deltactl.main import main
 
@@ -33,6 +33,12 @@ PAGES = sorted(
         *(page for folder in ("docs", "examples") for page in (REPOSITORY / folder).rglob("*.md")),
     ]
 )
+LEAST: dict[str, Any] = {  # of a specification
+    "name": "movies",
+    "source": {"url": "postgresql://delta@db/studio"},
+    "tables": {"public.movie": {}},
+    "sinks": {"cache": {"url": "redis://cache/0"}},
+}
 PROMISES = {"roadmap.md"}  # names commands that are to come
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -164,17 +170,33 @@ def test_python_compiles_and_processors_declare_what_they_should(block: Block) -
         assert pipeline.tables
 
 
-TESTS = [block for block in blocks("python") if "SinkContract" in block.text or "processor.movie(" in block.text]
+TESTS = [block for block in blocks("python") if "SinkContract" in block.text or "Harness(" in block.text]
+
+
+def pipeline_folder(path: Path, processor: str) -> Path:
+    """Make the folder of pipeline movies, as pages take it to be there."""
+    folder = path / "pipelines" / "movies"
+    folder.mkdir(parents=True)
+    (folder / "processor.py").write_text(processor)
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(LEAST))
+    return folder
+
+
+def processor_of(page: Path) -> str:
+    """Return the processor that a page's tests are for: the README's own, else the demo's."""
+    if page.name == "README.md":
+        (processor,) = [block.text for block in blocks("python") if block.page == page and "Pipeline(" in block.text]
+        return processor
+    return (REPOSITORY / "examples" / "demo" / "processor.py").read_text()
 
 
 def test_there_are_tests_in_the_documentation() -> None:
-    assert len(TESTS) == 2
+    assert len(TESTS) == 4
 
 
 @pytest.mark.parametrize("block", TESTS, ids=id_of)
 def test_tests_in_the_documentation_pass(block: Block, tmp_path: Path) -> None:
-    (tmp_path / "pipelines" / "movies").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "examples" / "demo" / "processor.py", tmp_path / "pipelines" / "movies")
+    pipeline_folder(tmp_path, processor_of(block.page))
     (tmp_path / "test_it.py").write_text(block.text)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_it.py"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -182,15 +204,21 @@ def test_tests_in_the_documentation_pass(block: Block, tmp_path: Path) -> None:
     assert " passed" in run.stdout
 
 
+def test_what_stir_says_in_the_documentation_is_what_it_says(tmp_path: Path) -> None:
+    page = REPOSITORY / "docs" / "howto" / "test-a-processor.md"
+    (processor,) = [block.text for block in blocks("python") if block.page == page and "Pipeline(" in block.text]
+    (message,) = [block.text for block in blocks("text") if block.page == page]
+    movies = Harness(pipeline_folder(tmp_path, processor))
+    movies.insert("public.movie", id=1, title="Casablanca")
+    assert movies.documents("cache") == {"1": {"title": "Casablanca", "changes": 1}}
+    with pytest.raises(AssertionError) as caught:
+        movies.stir()
+    assert str(caught.value).startswith(message)
+
+
 @pytest.mark.parametrize("block", blocks("yaml"), ids=id_of)
 def test_yaml_is_a_specification(block: Block) -> None:
-    least: dict[str, Any] = {
-        "name": "movies",
-        "source": {"url": "postgresql://delta@db/studio"},
-        "tables": {"public.movie": {}},
-        "sinks": {"cache": {"url": "redis://cache/0"}},
-    }
-    spec = spec_from({**least, **yaml.safe_load(block.text)}, str(block.page))
+    spec = spec_from({**LEAST, **yaml.safe_load(block.text)}, str(block.page))
     for name, sink in spec.sinks.items():
         cls = sink_class(name, sink.url)
         cls.options_model.model_validate(sink.options)
