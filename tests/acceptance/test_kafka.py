@@ -13,7 +13,7 @@ from kafka.admin import KafkaAdminClient
 
 from acceptance.harness import SHAPES, Run, Shop, Stores
 from acceptance.kafka_harness import KafkaPipeline
-from delta_sync.kafka.names import topic_name
+from delta_sync.kafka.names import message_topic, topic_name
 from delta_sync.testing.kafka import Kafka
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.registry import Apicurio
@@ -66,12 +66,8 @@ def stage(
             shop, tmp_path, {"cache": redis_server.url}, name, kafka=settings, load={"chunk_rows": 100}
         )
         admin = KafkaAdminClient(bootstrap_servers=kafka.url)
-        admin.create_topics(
-            {
-                topic_name(name, table): {"num_partitions": PARTITIONS, "replication_factor": 1}
-                for table in pipeline.tables
-            }
-        )
+        topics = [*(topic_name(name, table) for table in pipeline.tables), message_topic(name)]
+        admin.create_topics({topic: {"num_partitions": PARTITIONS, "replication_factor": 1} for topic in topics})
         admin.close()
         yield Stage(shop, pipeline, exits)
 

@@ -12,6 +12,11 @@ def topic_name(pipeline: str, table: str) -> str:
     return _NOT_ALLOWED.sub("_", f"delta_{pipeline}.{table}")
 
 
+def message_topic(pipeline: str) -> str:
+    """Return the topic of the heartbeats, to which nobody listens: that Kafka has them is what counts."""
+    return topic_name(pipeline, "message")
+
+
 def group_id(pipeline: str) -> str:
     """Return the consumer group of a pipeline's workers."""
     return f"delta_{pipeline}"
