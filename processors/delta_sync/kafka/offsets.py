@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from kafka import TopicPartition
-from kafka.admin import KafkaAdminClient, OffsetSpec
+import kafka
+import kafka.admin
 from kafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from delta_sync.kafka.consumer import KafkaBusy, Partition
 from delta_sync.secrets import redact
 
+_kafka: Any = kafka  # it has no types
 T = TypeVar("T")
 
 
@@ -42,7 +43,7 @@ class GroupOffsets:
     def _asked(self, question: Callable[[Any], T]) -> T:
         try:
             if self._client is None:
-                self._client = KafkaAdminClient(**self._options())
+                self._client = _kafka.admin.KafkaAdminClient(**self._options())
             return question(self._client)
         except KafkaError as error:
             self.close()  # the next time with a new connection
@@ -53,13 +54,13 @@ class GroupOffsets:
             described = client.describe_topics(self._topics)
         except UnknownTopicOrPartitionError:
             raise KafkaBusy(f"Kafka lacks one of the topics {', '.join(self._topics)}.") from None
-        partitions = [
-            TopicPartition(topic["name"], partition["partition_index"])
+        partitions: list[Any] = [
+            _kafka.TopicPartition(topic["name"], partition["partition_index"])
             for topic in described
             for partition in topic["partitions"]
         ]
-        beginnings = client.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.EARLIEST))
-        ends = client.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+        beginnings = client.list_partition_offsets(dict.fromkeys(partitions, _kafka.admin.OffsetSpec.EARLIEST))
+        ends = client.list_partition_offsets(dict.fromkeys(partitions, _kafka.admin.OffsetSpec.LATEST))
         return {
             Partition(at.topic, at.partition): ends[at].offset
             for at in partitions

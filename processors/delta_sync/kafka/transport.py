@@ -8,7 +8,7 @@ from typing import Any
 
 from delta_sync.capture import Batch, Capture
 from delta_sync.decoding import Stretch, Undecodable
-from delta_sync.errors import EpochRose, SourceBusy, UndecodableChange
+from delta_sync.errors import EpochRose, SourceBusy
 from delta_sync.kafka import settings
 from delta_sync.kafka.avro import AvroDecoder, UndecodableRecord
 from delta_sync.kafka.capture import KafkaCapture
@@ -93,7 +93,7 @@ class KafkaTransport(Transport):
             self._topics[record.partition.topic],
             version_of(self._epoch, record.offset),
             {"record": place, "value": record.value},
-            record.error if isinstance(record.error, UndecodableChange) else UndecodableChange(str(record.error)),
+            record.error,
             (place,),
         )
 

@@ -16,14 +16,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
-from delta_sync.testing.kafka import Kafka, KafkaCluster
-from delta_sync.testing.mariadb import MariaDB
-from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis, Server
+
+if TYPE_CHECKING:  # they need packages that not everybody who tests has: each is imported when it is asked for
+    from delta_sync.testing.kafka import Kafka, KafkaCluster
+    from delta_sync.testing.mariadb import MariaDB
+    from delta_sync.testing.registry import Apicurio
 
 __all__ = [
     "kafka",
@@ -97,6 +99,8 @@ def postgresql(server_stack: Stack) -> PostgreSQL:
 @pytest.fixture(scope="session")
 def mariadb(server_stack: Stack) -> MariaDB:
     """MariaDB with a row-based binary log."""
+    from delta_sync.testing.mariadb import MariaDB
+
     return server_stack.start(MariaDB)
 
 
@@ -127,16 +131,22 @@ def opensearch(server_stack: Stack) -> OpenSearch:
 @pytest.fixture(scope="session")
 def registry(server_stack: Stack) -> Apicurio:
     """Apicurio Registry."""
+    from delta_sync.testing.registry import Apicurio
+
     return server_stack.start(Apicurio)
 
 
 @pytest.fixture(scope="session")
 def kafka(server_stack: Stack) -> Kafka:
     """Kafka, one broker."""
+    from delta_sync.testing.kafka import Kafka
+
     return server_stack.start(Kafka)
 
 
 @pytest.fixture(scope="session")
 def kafka_cluster(server_stack: Stack) -> KafkaCluster:
     """Kafka, three brokers. They take a GB of memory: for what one broker cannot show."""
+    from delta_sync.testing.kafka import KafkaCluster
+
     return server_stack.start(KafkaCluster)
