@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from importlib import import_module
 from typing import Any, TypeVar
 
-import kafka
-import kafka.admin
 from kafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from delta_sync.kafka.consumer import KafkaBusy, Partition
 from delta_sync.secrets import redact
 
-_kafka: Any = kafka  # it has no types
+# Imported by name: it has no types, and the stubs that pyright brings are of an older version.
+_kafka: Any = import_module("kafka")
+_admin: Any = import_module("kafka.admin")
 T = TypeVar("T")
 
 
@@ -43,7 +44,7 @@ class GroupOffsets:
     def _asked(self, question: Callable[[Any], T]) -> T:
         try:
             if self._client is None:
-                self._client = _kafka.admin.KafkaAdminClient(**self._options())
+                self._client = _admin.KafkaAdminClient(**self._options())
             return question(self._client)
         except KafkaError as error:
             self.close()  # the next time with a new connection
@@ -59,8 +60,8 @@ class GroupOffsets:
             for topic in described
             for partition in topic["partitions"]
         ]
-        beginnings = client.list_partition_offsets(dict.fromkeys(partitions, _kafka.admin.OffsetSpec.EARLIEST))
-        ends = client.list_partition_offsets(dict.fromkeys(partitions, _kafka.admin.OffsetSpec.LATEST))
+        beginnings = client.list_partition_offsets(dict.fromkeys(partitions, _admin.OffsetSpec.EARLIEST))
+        ends = client.list_partition_offsets(dict.fromkeys(partitions, _admin.OffsetSpec.LATEST))
         return {
             Partition(at.topic, at.partition): ends[at].offset
             for at in partitions
