@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import psycopg
 
-from delta_sync.errors import CheckFailed, Problem, Transient
+from delta_sync.errors import CheckFailed, Problem, Transient, UsageError
 from delta_sync.secrets import redact, remember, resolve
 from delta_sync.sinks import open_sinks, targets_of
 from delta_sync.sources.postgresql.catalogue import obstacles, read_catalogue
@@ -79,9 +80,42 @@ def check_sinks(spec: PipelineSpec, tables: Iterable[Table]) -> Findings:
     return Findings(tuple(f"sink {name}" for name in spec.sinks), {}, tuple(found))
 
 
+def check_transport(spec: PipelineSpec) -> Findings:
+    """Look at Kafka and the schema registry; at nothing when the transport is the embedded one."""
+    if spec.kafka is None:
+        return Findings((), {}, ())
+    need_kafka_packages()
+    from delta_sync.kafka.registry import SchemaRegistry
+    from delta_sync.kafka.topics import differences, read_cluster, wanted_topics
+
+    wanted = wanted_topics(spec)
+    registry = SchemaRegistry(spec.kafka.registry)
+    try:
+        found = differences(spec, read_cluster(spec.kafka, [topic.name for topic in wanted]))
+    except Transient as error:
+        found = [Problem("kafka", str(error).rstrip("."), "start it, or correct kafka.bootstrap_servers")]
+    except CheckFailed as error:
+        found = list(error.problems)
+    try:
+        found += registry.check()
+    finally:
+        registry.close()
+    return Findings(("kafka", *(f"topic {topic.name}" for topic in wanted), "registry"), {}, tuple(found))
+
+
+def need_kafka_packages() -> None:
+    """Raise UsageError unless the packages of the Kafka transport are installed."""
+    if importlib.util.find_spec("kafka") is None:
+        raise UsageError("The Kafka transport needs packages; type: pip install 'delta-sync[kafka]'.")
+
+
 def resolvable(spec: PipelineSpec) -> None:
     """Raise UsageError unless every reference of the specification can be resolved here."""
     texts = [spec.source.url, spec.source.password or ""]
+    if spec.kafka is not None:
+        registry, security = spec.kafka.registry, spec.kafka.security
+        texts += [registry.url, registry.password or "", registry.token or ""]
+        texts.append(security.password or "" if security is not None else "")
     for sink in spec.sinks.values():
         texts += [sink.url, *(value for value in sink.options.values() if isinstance(value, str))]
     for text in texts:

@@ -33,7 +33,16 @@ from deltactl.app import (
     warn,
     yes_option,
 )
-from deltactl.checking import Findings, check_sinks, check_source, environment, merge, resolvable
+from deltactl.checking import (
+    Findings,
+    check_sinks,
+    check_source,
+    check_transport,
+    environment,
+    merge,
+    need_kafka_packages,
+    resolvable,
+)
 from deltactl.files import diff, read_all, write_all
 from deltactl.generate import (
     function_source,
@@ -71,6 +80,9 @@ class _Plan(NamedTuple):
 @click.option(
     "--sink", "sinks", required=True, multiple=True, metavar="[NAME=]URL", help="A store; repeat it for several."
 )
+@click.option("--kafka", "bootstrap", metavar="HOST:PORT,…", help="Use Kafka as the transport, with these brokers.")
+@click.option("--registry", metavar="URL", help="The schema registry; goes with --kafka.")
+@click.option("--allow-unsafe", is_flag=True, help="Accept topics that lose changes when a broker is lost.")
 @click.option("--no-check", is_flag=True, help="Write the files whatever the checks would find.")
 @dry_run_option
 @yes_option
@@ -82,6 +94,9 @@ def create(
     source_url: str,
     tables: tuple[str, ...],
     sinks: tuple[str, ...],
+    bootstrap: str | None,
+    registry: str | None,
+    allow_unsafe: bool,
     no_check: bool,
     dry_run: bool,
     yes: bool,
@@ -96,6 +111,9 @@ def create(
     Example:
       deltactl pipeline create movies --source postgresql://delta@db/studio \\
           --table public.movie --sink cache=redis://cache/0
+
+    With --kafka and --registry the pipeline runs on Debezium Server, Kafka and any number of workers; its topics are
+    made at the end.
     """
     folder = app.home(name)
     existing = app.load(name) if (folder / SPEC_FILE).exists() else None
@@ -108,7 +126,8 @@ def create(
     source, secrets = source_from_url(source_url, f"{name}_SOURCE".upper())
     # Everything that can be wrong without asking anybody is wrong before anybody is asked.
     placeholder = [table if "." in table else f"public.{table}" for table in tables]
-    draft = spec_from_options(name, source, placeholder, urls, existing)
+    kafka = _kafka_options(bootstrap, registry, allow_unsafe=allow_unsafe, existing=existing)
+    draft = spec_from_options(name, source, placeholder, urls, existing, kafka)
     secrets |= draft.secrets
     with environment(secrets):
         resolvable(draft.spec)
@@ -121,6 +140,22 @@ def create(
     _carry_out(app, folder, plan, dry_run=dry_run, yes=yes)
 
 
+def _kafka_options(
+    bootstrap: str | None, registry: str | None, *, allow_unsafe: bool, existing: PipelineSpec | None
+) -> dict[str, Any]:
+    """Return what the options say of the Kafka transport; nothing when it is not asked for. Raises UsageError."""
+    is_kafka = existing is not None and existing.kafka is not None
+    if not is_kafka and bool(bootstrap) != bool(registry):
+        raise UsageError("--kafka and --registry go together: brokers, and the registry of what is in their records.")
+    if not is_kafka and not bootstrap:
+        if allow_unsafe:
+            raise UsageError("--allow-unsafe is for topics; it goes with --kafka and --registry.")
+        return {}
+    options: dict[str, Any] = {"bootstrap_servers": bootstrap} if bootstrap else {}
+    options |= {"registry": {"url": registry}} if registry else {}
+    return options | ({"allow_unsafe": True} if allow_unsafe else {})
+
+
 def _plan(
     folder: Path,
     draft: PipelineSpec,
@@ -131,12 +166,12 @@ def _plan(
     running: bool,
 ) -> _Plan:
     with connect(draft.source, "deltactl") as connection:
-        spec = _with_schemas(connection, draft, given)
+        spec = _fitting_the_cluster(_with_schemas(connection, draft, given))
         parts: list[Findings] = []
         if check:
             parts.append(check_source(connection, spec, running=running, fresh=existing is None))
             tables = parts[0].tables
-            parts.append(check_sinks(spec, tables.values()))
+            parts += [check_sinks(spec, tables.values()), check_transport(spec)]
             merge(parts).refuse_fatal()
         else:
             tables = read_tables(connection, list(spec.tables))
@@ -164,6 +199,21 @@ def _plan(
         if f'"{table.id}"' not in present and f"'{table.id}'" not in present
     )
     return _Plan(spec, {}, findings, files, missing)
+
+
+def _fitting_the_cluster(spec: PipelineSpec) -> PipelineSpec:
+    """Return the specification with as many copies of each record as there are brokers, where that is accepted."""
+    kafka = spec.kafka
+    if kafka is None or not kafka.allow_unsafe:
+        return spec
+    need_kafka_packages()
+    from delta_sync.kafka.topics import read_cluster
+
+    brokers = read_cluster(kafka, []).brokers
+    copies = min(kafka.replication_factor, brokers)
+    data = spec.model_dump(mode="json", exclude_defaults=True)
+    data["kafka"] |= {"replication_factor": copies, "min_insync_replicas": min(kafka.min_insync_replicas, copies)}
+    return spec_from(data, f"Pipeline {spec.name}")
 
 
 def _with_schemas(connection: psycopg.Connection, draft: PipelineSpec, given: Sequence[str]) -> PipelineSpec:
@@ -199,7 +249,7 @@ def _carry_out(app: App, folder: Path, plan: _Plan, *, dry_run: bool, yes: bool)
         "changed": sorted(file for file in plan.files if old.get(file) != plan.files[file]),
         "export": exports,
         "problems": [describe(problem) for problem in plan.findings.problems],
-        "next": f"deltactl run {name}",
+        "next": f"deltactl {'sidecar' if plan.spec.transport == 'kafka' else 'run'} {name}",
     }
     if not app.json:
         print_problems(plan.findings.problems)
@@ -217,6 +267,7 @@ def _carry_out(app: App, folder: Path, plan: _Plan, *, dry_run: bool, yes: bool)
             warn(changes, has_secrets=False)
         confirm(f"Change pipeline {name}?", yes=yes)
     write_all(folder, plan.files)
+    result["topics"] = _create_topics(plan.spec)
     if app.json:
         print_json({**result, "written": True}, has_secrets=False)
         return
@@ -224,7 +275,18 @@ def _carry_out(app: App, folder: Path, plan: _Plan, *, dry_run: bool, yes: bool)
         say(f"Wrote {folder}: {', '.join(file for file in plan.files if not file.startswith('../'))}.")
     else:
         say(f"Changed {folder}." if changes else f"{folder} is as it should be; nothing changed.")
+    if result["topics"]:
+        say(f"Made the topics {', '.join(result['topics'])}.")
     _advise(app, plan, exports)
+
+
+def _create_topics(spec: PipelineSpec) -> list[str]:
+    """Create the topics that are missing, and return their names."""
+    if spec.kafka is None:
+        return []
+    from delta_sync.kafka.topics import create_topics, wanted_topics
+
+    return create_topics(spec.kafka, wanted_topics(spec))
 
 
 def _advise(app: App, plan: _Plan, exports: Sequence[str]) -> None:
@@ -237,4 +299,7 @@ def _advise(app: App, plan: _Plan, exports: Sequence[str]) -> None:
     if app.is_running(name):
         say(f"Pipeline {name} is running; it takes the changes up when you start it again.")
     folder = "" if app.folder == App().folder else f" --dir {app.folder}"
-    say(f"Next: deltactl run {name}{folder}")
+    if plan.spec.transport == "kafka":
+        say(f"Next: deltactl sidecar {name}{folder}, and deltactl worker {name}{folder}: two or more of each")
+    else:
+        say(f"Next: deltactl run {name}{folder}")

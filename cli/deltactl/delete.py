@@ -29,6 +29,7 @@ from deltactl.app import (
     shared_options,
     yes_option,
 )
+from deltactl.checking import need_kafka_packages
 
 
 @click.command(short_help="Delete what a pipeline has made.")
@@ -41,7 +42,7 @@ from deltactl.app import (
 @shared_options
 @pass_app
 def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool, dry_run: bool, yes: bool) -> None:
-    """Delete what a pipeline has made: its slot and publication in the source, and its state.
+    """Delete what a pipeline has made: its slot and publication in the source, its topics in Kafka, and its state.
 
     Its documents stay in the sinks without --documents, its files without --files. A publication that pipeline.yaml
     names stays: somebody else made it. The pipeline must not be running.
@@ -51,6 +52,8 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
       deltactl pipeline delete movies --dry-run
     """
     spec = app.load(name)
+    if spec.kafka is not None:
+        need_kafka_packages()
     folder = app.home(name)
     if app.is_running(name):
         raise PipelineRunning(f"Pipeline {name} is running; stop it first (Ctrl-C where it runs).")
@@ -60,10 +63,12 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
             store = StateStore.open(spec.state, folder, create=False)
             targets = _targets_for_delete(spec, connection) if documents else []
             slot, publication = (None, None) if connection is None else _source_objects(connection, spec)
+            topics = _topics_of(spec)
             doomed = {
                 "documents": [f"{sink.name}: {target.place}" for sink, some in targets for target in some],
                 "slot": slot,
                 "publication": publication,
+                "topics": topics,
                 "state": None if store is None else spec.state,
                 "files": str(folder) if files else None,
             }
@@ -74,6 +79,7 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
                         *(["documents", place] for place in doomed["documents"] or ()),
                         ["replication slot", slot or "-"],
                         ["publication", publication or "-"],
+                        *(["topic", topic] for topic in topics),
                         ["state", doomed["state"] or "-"],
                         *([["files", folder]] if files else []),
                     ],
@@ -86,6 +92,7 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
             dropped = sum(sink.drop(target) for sink, some in targets for target in some)
             if connection is not None:
                 _drop_source_objects(connection, slot, publication)
+            _delete_topics(spec, topics)
             _forget(spec, folder, store)
         finally:
             if connection is not None:
@@ -152,6 +159,22 @@ def _drop_source_objects(connection: psycopg.Connection, slot: str | None, publi
         raise CheckFailed(
             [Problem("source", f"the server refuses: {said}", "give the role what it lacks, or use --keep-source")]
         ) from error
+
+
+def _topics_of(spec: PipelineSpec) -> list[str]:
+    """Return the names of the pipeline's topics that are there."""
+    if spec.kafka is None:
+        return []
+    from delta_sync.kafka.topics import read_cluster, wanted_topics
+
+    return sorted(read_cluster(spec.kafka, [topic.name for topic in wanted_topics(spec)]).topics)
+
+
+def _delete_topics(spec: PipelineSpec, topics: list[str]) -> None:
+    if spec.kafka is not None and topics:
+        from delta_sync.kafka.topics import delete_topics
+
+        delete_topics(spec.kafka, topics)
 
 
 def _forget(spec: PipelineSpec, folder: Path, store: StateStore | None) -> None:

@@ -115,10 +115,12 @@ def spec_from_options(
     tables: Sequence[str],
     sinks: Mapping[str, str],
     existing: PipelineSpec | None = None,
+    kafka: Mapping[str, Any] | None = None,
 ) -> Draft:
     """Return the specification that the options of `pipeline create` describe.
 
-    What `existing` says beyond them (limits, options of tables and sinks that stay) is kept. Raises UsageError.
+    What `existing` says beyond them (limits, options of tables and sinks that stay) is kept. `kafka` has what the
+    options say of that transport: without it, the transport stays what it was. Raises UsageError.
     """
     data: dict[str, Any] = {} if existing is None else existing.model_dump(mode="json", exclude_defaults=True)
     old_source: dict[str, Any] = data.get("source", {})
@@ -137,6 +139,10 @@ def spec_from_options(
         kept = {key: value for key, value in old_tables.get(table, {}).get("sinks", {}).items() if key in sinks}
         new_tables[table] = {"sinks": kept} if kept else {}
     data |= {"name": name, "source": {**old_source, **source}, "tables": new_tables, "sinks": new_sinks}
+    if kafka:
+        old_kafka: dict[str, Any] = data.get("kafka", {})
+        registry: dict[str, Any] = {**old_kafka.get("registry", {}), **kafka.get("registry", {})}
+        data |= {"transport": "kafka", "kafka": {**old_kafka, **kafka, "registry": registry}}
     return Draft(spec_from(data, f"Pipeline {name}"), secrets)
 
 

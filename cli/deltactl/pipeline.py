@@ -29,7 +29,7 @@ from deltactl.app import (
     shared_options,
     warn,
 )
-from deltactl.checking import Findings, check_sinks, check_source, merge, resolvable
+from deltactl.checking import Findings, check_sinks, check_source, check_transport, merge, resolvable
 from deltactl.files import read_all
 from deltactl.schema import schema
 
@@ -90,8 +90,9 @@ def show(app: App, name: str) -> None:
       deltactl pipeline show movies
     """
     spec = app.load(name)
-    data = spec.model_dump(mode="json")
+    data: dict[str, Any] = spec.model_dump(mode="json")
     data |= {"slot": spec.slot, "publication": spec.publication}
+    kafka: dict[str, Any] = data["kafka"] or {}
     if app.json:
         print_json(data)
         return
@@ -109,6 +110,7 @@ def show(app: App, name: str) -> None:
             ["state", spec.state],
             *([key, data[key]] for key in ("tombstone_ttl", "dead_letter_ttl")),
             *([f"{group}.{key}", value] for group in ("errors", "load") for key, value in data[group].items()),
+            *([f"kafka.{key}", value] for key, value in kafka.items() if value is not None),
             *([f"connector.{key}", value] for key, value in spec.connector.items()),
         ],
     )
@@ -129,7 +131,7 @@ def check(app: App, name: str) -> None:
     resolvable(spec)
     with connect(spec.source, "deltactl") as connection:
         parts = [check_source(connection, spec, running=app.is_running(name))]
-    parts.append(check_sinks(spec, parts[0].tables.values()))
+    parts += [check_sinks(spec, parts[0].tables.values()), check_transport(spec)]
     if all(table in parts[0].tables for table in spec.tables):
         parts.append(_check_files(app.home(name), spec, parts[0].tables))
     findings = merge(parts)
@@ -143,7 +145,7 @@ def check(app: App, name: str) -> None:
                 say(f"{click.style('✓', fg='green')} {where}")
         print_problems(findings.problems)
         if not fatal and not app.is_running(name):
-            say(f"Next: deltactl run {name}")
+            say(f"Next: deltactl {'run' if spec.kafka is None else 'sidecar'} {name}")
     if fatal:
         raise click.exceptions.Exit(1)
 

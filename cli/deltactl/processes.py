@@ -11,6 +11,7 @@ from types import FrameType
 
 from delta_sync.errors import UsageError
 from delta_sync.spec import PipelineSpec
+from deltactl.checking import need_kafka_packages
 
 
 def member_name() -> str:
@@ -35,7 +36,4 @@ def need_kafka(spec: PipelineSpec, command: str) -> None:
             f"Pipeline {spec.name} has transport: {spec.transport}; `deltactl {command}` is for kafka; use"
             " `deltactl run` for it."
         )
-    try:
-        import kafka  # noqa: F401 -- only to see whether it is there
-    except ImportError:
-        raise UsageError("The Kafka transport needs packages; type: pip install 'delta-sync[kafka]'.") from None
+    need_kafka_packages()

@@ -320,9 +320,10 @@ class Pipeline:
         name: str,
         tables: Sequence[str] = (),
         sink_options: Mapping[str, Mapping[str, Any]] | None = None,
+        create: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        """Create it, over `tables` (without their schema) if there are any given.
+        """Create it, over `tables` (without their schema) if there are any given, with further options of `create`.
 
         `options` are added to `pipeline.yaml`, as a user would do with an editor, and `sink_options` to its sinks.
         """
@@ -339,7 +340,7 @@ class Pipeline:
         source = shop.url.replace("postgres:postgres@", f"postgres:${{file:{password}}}@")
         listed = [argument for table in self.tables for argument in ("--table", table)]
         stores = [argument for sink, url in sinks.items() for argument in ("--sink", f"{sink}={url}")]
-        created = self.deltactl("pipeline", "create", name, "--source", source, *listed, *stores)
+        created = self.deltactl("pipeline", "create", name, "--source", source, *listed, *stores, *create)
         assert created.returncode == 0, created.stderr
         file = self.home / "pipeline.yaml"
         head, _, text = file.read_text().partition("\n")

@@ -12,7 +12,7 @@ from delta_sync.kafka import settings
 from delta_sync.kafka.names import group_id, topic_name
 from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.progress import Barrier
-from delta_sync.spec import KafkaSpec
+from delta_sync.spec import load_spec
 from delta_sync.testing.processes import wait_until
 
 
@@ -27,11 +27,15 @@ class KafkaPipeline(Pipeline):
         name: str,
         tables: Sequence[str] = (),
         *,
-        kafka: Mapping[str, Any],
+        bootstrap_servers: str,
+        registry: str,
         **options: Any,
     ) -> None:
-        super().__init__(shop, folder, sinks, name, tables, transport="kafka", kafka=dict(kafka), **options)
-        self.kafka = KafkaSpec.model_validate(kafka)
+        create = ["--kafka", bootstrap_servers, "--registry", registry, "--allow-unsafe"]
+        super().__init__(shop, folder, sinks, name, tables, create=create, **options)
+        kafka = load_spec(self.home).kafka
+        assert kafka is not None
+        self.kafka = kafka
         topics = [topic_name(name, table) for table in self.tables]
         self.offsets = GroupOffsets(lambda: settings.kafka_python(self.kafka), group_id(name), topics)
 

@@ -9,18 +9,15 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from kafka.admin import KafkaAdminClient
 
 from acceptance.harness import SHAPES, Run, Shop, Stores
 from acceptance.kafka_harness import KafkaPipeline
-from delta_sync.kafka.names import message_topic, topic_name
 from delta_sync.testing.kafka import Kafka
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import PostgreSQL, Redis
 
 ROWS = 300
-PARTITIONS = 4
 
 
 class Stage:
@@ -54,21 +51,15 @@ def stage(
             connection.execute(f"CREATE DATABASE {name}")
         shop = Shop(postgresql.url_of(name), name)
         shop.create(ROWS)
-        settings = {
-            "bootstrap_servers": kafka.url,
-            "registry": {"url": registry.url},
-            "partitions": PARTITIONS,
-            "replication_factor": 1,
-            "min_insync_replicas": 1,
-            "allow_unsafe": True,
-        }
         pipeline = KafkaPipeline(
-            shop, tmp_path, {"cache": redis_server.url}, name, kafka=settings, load={"chunk_rows": 100}
+            shop,
+            tmp_path,
+            {"cache": redis_server.url},
+            name,
+            bootstrap_servers=kafka.url,
+            registry=registry.url,
+            load={"chunk_rows": 100},
         )
-        admin = KafkaAdminClient(bootstrap_servers=kafka.url)
-        topics = [*(topic_name(name, table) for table in pipeline.tables), message_topic(name)]
-        admin.create_topics({topic: {"num_partitions": PARTITIONS, "replication_factor": 1} for topic in topics})
-        admin.close()
         yield Stage(shop, pipeline, exits)
 
 
