@@ -17,6 +17,7 @@ from rich.text import Text
 from delta_sync.secrets import redact
 from delta_sync.state import StateStore
 from deltactl.app import App, name_argument, pass_app, print_json, say, shared_options
+from deltactl.members import combined, members_of
 
 WATCH_S = 1.0  # as often as the worker saves it
 STALE_S = 15.0  # a worker that has saved nothing for this long is stuck, or its machine is
@@ -45,6 +46,9 @@ def status(app: App, name: str, watch: bool) -> None:
         if store is None:
             return current(name, None, None, 0, running=running, now=_now())
         with store:
+            if spec.transport == "kafka":
+                members = members_of(store.members(name), store.database_now())
+                return combined(name, members, store.loads(name), store.count_dead_letters(name))
             found = store.status(name)
             document, saved_at = found if found is not None else (None, None)
             return current(name, document, saved_at, store.count_dead_letters(name), running=running, now=_now())
@@ -122,6 +126,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines += [(f"sink {sink}", _sink(numbers)) for sink, numbers in sinks.items()]
     loads: Mapping[str, Mapping[str, Any]] = found.get("loads") or {}
     lines += [(f"load {table}", _load(load)) for table, load in loads.items()]
+    lines += [(f"{member['role']}", _member(member)) for member in found.get("members") or ()]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
@@ -141,6 +146,12 @@ def _load(load: Mapping[str, Any]) -> str:
         # The estimate is the planner's: a load may well find more rows than that.
         text += f" of about {estimate:,} ({min(99, 100 * rows // estimate)} %)"
     return text
+
+
+def _member(member: Mapping[str, Any]) -> str:
+    held = len(member["partitions"])
+    text = f"{member['member']}: {member['state']}" + (f", {held} partition{'s' * (held != 1)}" if held else "")
+    return text + (f": {member['reason']}" if member.get("reason") else "")
 
 
 def _bytes(count: int) -> str:

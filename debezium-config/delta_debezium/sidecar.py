@@ -100,6 +100,10 @@ class Sidecar:
                             log.warning("not_leading", reason=str(error))
                         finally:
                             self._server.stop(STOP_BUDGET_S if keeper.holds(lease) else 0.0)
+                self.progress.end("stopped", "it was asked to stop")
+            except BaseException as error:
+                self.progress.end("failed", redact(str(error)) or type(error).__name__)
+                raise
             finally:
                 self._server.kill()
                 self._save_status(state, "stopped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,10 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: Stage) -> None:
     wait_until(lambda: bool(second.events("partitions_assigned")), 60.0, f"partitions for the second; {second.tail()}")
     write(stage.shop, "while two run")
     stage.in_step(sidecar, worker, second)
+    status = json.loads(stage.pipeline.deltactl("status", stage.pipeline.name, "--json").stdout)
+    assert status["state"] == "streaming", status
+    assert [member["state"] for member in status["members"]] == ["leading", "streaming", "streaming"]
+    assert all(member["partitions"] for member in status["members"][1:])
     worker.kill()
     write(stage.shop, "after one was killed")
     stage.in_step(sidecar, second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ def spec_of(*tables: str, **kafka: Any) -> PipelineSpec:
     return spec_from(data, "test")
 
 
-def sound(spec: PipelineSpec, brokers: int = 3, **settings: str) -> Cluster:
-    return Cluster(brokers, {topic.name: topic for topic in wanted_topics(spec)}, settings)
+def sound(spec: PipelineSpec, brokers: int = 3, settings: Mapping[str, str] | None = None) -> Cluster:
+    return Cluster(brokers, {topic.name: topic for topic in wanted_topics(spec)}, settings or {})
 
 
 def changed(cluster: Cluster, **fields: Any) -> Cluster:
@@ -122,7 +123,7 @@ def test_what_is_lost_with_fewer_copies_is_said_and_has_to_be_accepted() -> None
 
 def test_brokers_that_make_topics_by_themselves() -> None:
     spec = spec_of()
-    problem = one(differences(spec, sound(spec, **{"auto.create.topics.enable": "true"})))
+    problem = one(differences(spec, sound(spec, settings={"auto.create.topics.enable": "true"})))
     assert not problem.fatal
     assert "unnoticed" in problem.what
 
