@@ -120,6 +120,17 @@ class _Debezium:
                 errors.setdefault(str(result.name()), []).extend(messages)
         return {"unknown": unknown, "errors": errors}
 
+    def validate_client(self, definition: str, options: Mapping[str, str]) -> dict[str, Any]:
+        """The same for the options of a class of Kafka's, by that class's own definition of them."""
+        found = self._class(definition)
+        config = found.configDef() if hasattr(found, "configDef") else found.CONFIG_DEF
+        known = {str(name) for name in config.names()}
+        errors: dict[str, list[str]] = {}
+        for result in config.validate(self._class("java.util.HashMap")(self._properties(options))):
+            if str(result.name()) in options and (messages := [str(message) for message in result.errorMessages()]):
+                errors[str(result.name())] = messages
+        return {"unknown": [name for name in options if name not in known], "errors": errors}
+
     def _driver_property(self, name: str, value: str) -> str | None:
         """Return what pgjdbc says against a value, if anything; None when it does not know the property."""
         known = self._class("org.postgresql.PGProperty").forName(name)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from delta_debezium import mysql, postgresql
 from delta_debezium.options import Option, check_columns, overridden
 from delta_debezium.properties import expression_literal, properties_text
 from delta_sync.errors import UsageError
 from delta_sync.secrets import has_reference
-from delta_sync.spec import PipelineSpec
+from delta_sync.spec import KafkaSpec, PipelineSpec, RegistrySpec, SecuritySpec
 from delta_sync.tables import Table
 
 OFFSETS_FILE = "offsets.dat"  # of connectors whose server keeps no position for them
@@ -100,88 +99,182 @@ def engine_properties(spec: PipelineSpec, tables: Mapping[str, Table], state_dir
 
 # ── Debezium Server ──────────────────────────────────────────────────────────────────────────────────────────────
 
-MAX_REQUEST_BYTES = (
-    16 << 20
-)  # three times a row of 5 MB: with its `before`, and escaping; brokers and topics must agree
+EPOCH_HEADER = "delta.epoch"  # on every record: the epoch in decimal digits, ASCII, such as b"7"
+
+LINGER_MS = 5  # how long a record waits for others, so what it adds to the delay at most; a poll's records come at once
+BATCH_BYTES = 256 << 10  # of records of one partition in one request: some hundred; Kafka's 16 KB are some dozens
+BUFFER_BYTES = 64 << 20  # of records that brokers have not acknowledged; Debezium sends a poll's and waits for them
+
+_PRODUCER = "debezium.sink.kafka.producer."
+_FORMAT = "debezium.format."
+_JAAS = f"{_PRODUCER}sasl.jaas.config"
+_LOGIN_MODULES = {
+    "PLAIN": "org.apache.kafka.common.security.plain.PlainLoginModule",
+    "SCRAM-SHA-256": "org.apache.kafka.common.security.scram.ScramLoginModule",
+    "SCRAM-SHA-512": "org.apache.kafka.common.security.scram.ScramLoginModule",
+}
+_COMPATIBLE_API = re.compile(r"/apis/ccompat/v\d+/*$")
 
 
-class KafkaSettings(NamedTuple):
-    """Where Debezium Server writes. `producer` has further options of Kafka's producer, which win."""
-
-    bootstrap_servers: str
-    registry_url: str  # Apicurio Registry's API: http://host:8080/apis/registry/v3
-    producer: Mapping[str, str] = {}
-    http_port: int = 8080  # of Debezium Server's health checks
-
-
-def server_properties(spec: PipelineSpec, tables: Mapping[str, Table], kafka: KafkaSettings) -> str:
+def server_properties(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int) -> str:
     """Return `application.properties` of a Debezium Server that writes Avro to Kafka.
 
-    A reference becomes an environment variable, because `${env:NAME}` means something else there: start the server with
-    those of `server_environment`. Raises UsageError.
+    Every record gets the header `delta.epoch` with `epoch`. A value with a reference becomes an environment variable:
+    start the server with those of `server_environment`. Raises UsageError.
     """
-    if spec.source.kind != "postgresql":
-        raise UsageError(
-            f"transport: kafka is for PostgreSQL so far, and source.url begins with {spec.source.kind}://."
-        )
-    entries = _server_entries(spec, tables, kafka)
+    entries = _server_entries(spec, tables, epoch)
     variables = _variables(entries)
-    return properties_text({name: _expression(value, variables) for name, value in entries.items()})
+    return properties_text(
+        {
+            name: f"${{{variables[name]}}}" if name in variables else expression_literal(value)
+            for name, value in entries.items()
+        }
+    )
 
 
 def server_environment(
-    spec: PipelineSpec, tables: Mapping[str, Table], kafka: KafkaSettings, resolve: Callable[[str], str]
+    spec: PipelineSpec, tables: Mapping[str, Table], epoch: int, resolve: Callable[[str], str]
 ) -> dict[str, str]:
     """Return the environment variables that `server_properties` refers to. `resolve` turns a reference into its value.
 
     The values are escaped as the server expects them: it expands `$` in a variable's value, too.
     """
-    variables = _variables(_server_entries(spec, tables, kafka))
-    return {variable: expression_literal(resolve(reference)) for reference, variable in variables.items()}
+    entries = _server_entries(spec, tables, epoch)
+    return {
+        variable: expression_literal(_resolved(name, entries[name], resolve))
+        for name, variable in _variables(entries).items()
+    }
 
 
-def _server_entries(spec: PipelineSpec, tables: Mapping[str, Table], kafka: KafkaSettings) -> dict[str, str]:
+def _server_entries(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int) -> dict[str, str]:
+    """Return the server's options; secrets are still references."""
+    if spec.source.kind != "postgresql":
+        raise UsageError(
+            f"transport: kafka is for PostgreSQL so far, and source.url begins with {spec.source.kind}://."
+        )
+    kafka = spec.kafka
+    assert kafka is not None, "the specification asks for kafka: with transport: kafka"
     source = connector_config(spec, tables) | {option.name: option.value for option in _offset_options(spec, ".")}
     # Avro's names are ASCII; this adjustment is the one that keeps different names different.
+    source["record.processing.threads"] = "AVAILABLE_CORES"  # as for the engine
     source |= {"schema.name.adjustment.mode": "avro_unicode", "field.name.adjustment.mode": "avro_unicode"}
-    producer = {
+    entries = {
+        "quarkus.http.host-enabled": "false",  # nobody asks it; it would need a port of its own
+        "quarkus.log.console.json.enabled": "false",
+        # It warns of every name with an underscore, which `avro_unicode` escapes.
+        'quarkus.log.category."io.debezium.schema.SchemaNameAdjuster".level': "ERROR",
+        "debezium.sink.type": "kafka",
+        # The producer's own `delivery.timeout.ms` decides when a record has failed, not a second clock.
+        "debezium.sink.kafka.wait.message.delivery.timeout.ms": "0",
+        **{f"{_PRODUCER}{name}": value for name, value in _producer_options(kafka).items()},
+        "debezium.format.key": "avro",
+        "debezium.format.value": "avro",
+        "debezium.format.header": "json",
+        "debezium.format.header.schemas.enable": "false",  # else each header repeats a schema beside its number
+        **{f"{_FORMAT}{name}": value for name, value in _registry_options(kafka.registry).items()},
+        "debezium.transforms": "epoch",
+        "debezium.transforms.epoch.type": "org.apache.kafka.connect.transforms.InsertHeader",
+        "debezium.transforms.epoch.header": EPOCH_HEADER,
+        "debezium.transforms.epoch.value.literal": str(epoch),
+        **{f"{SOURCE_PREFIX}{name}": value for name, value in source.items()},
+    }
+    return entries | {f"{SOURCE_PREFIX}custom.sanitize.pattern": _masked_names(entries)}
+
+
+def _producer_options(kafka: KafkaSpec) -> dict[str, str]:
+    return {
         "bootstrap.servers": kafka.bootstrap_servers,
         "key.serializer": "org.apache.kafka.common.serialization.ByteArraySerializer",
         "value.serializer": "org.apache.kafka.common.serialization.ByteArraySerializer",
         "acks": "all",  # what is confirmed to the source must survive a broker
         "enable.idempotence": "true",  # a retry keeps the order of a key's changes
         "compression.type": "lz4",
-        "linger.ms": "5",
-        "max.request.size": str(MAX_REQUEST_BYTES),
-        **kafka.producer,
+        "linger.ms": str(LINGER_MS),
+        "batch.size": str(BATCH_BYTES),
+        "max.request.size": str(kafka.max_message_bytes),
+        "buffer.memory": str(max(BUFFER_BYTES, 2 * kafka.max_message_bytes)),
+        **(_security_options(kafka.security) if kafka.security else {}),
     }
-    registry = {
-        "url": kafka.registry_url,
-        "auto-register": "true",
-        "find-latest": "false",
-        "dereference-schema": "true",  # else a schema refers to others, and cannot be read by itself
-        "headers.enabled": "false",  # the schema's id is in the payload, as Confluent's format has it
-    }
-    return {
-        "quarkus.http.port": str(kafka.http_port),
-        "quarkus.log.console.json.enabled": "false",
-        "debezium.sink.type": "kafka",
-        **{f"debezium.sink.kafka.producer.{name}": value for name, value in producer.items()},
-        "debezium.format.key": "avro",
-        "debezium.format.value": "avro",
-        **{f"debezium.format.apicurio.registry.{name}": value for name, value in registry.items()},
-        **{f"{SOURCE_PREFIX}{name}": value for name, value in source.items()},
-    }
+
+
+def _security_options(security: SecuritySpec) -> dict[str, str]:
+    options: dict[str, str] = {"security.protocol": security.protocol}
+    if security.mechanism is not None:
+        assert security.username is not None
+        assert security.password is not None
+        options["sasl.mechanism"] = security.mechanism
+        options["sasl.jaas.config"] = (
+            f"{_LOGIN_MODULES[security.mechanism]} required"
+            f" username={_jaas_text(security.username)} password={_jaas_text(security.password)};"
+        )
+    if security.ca_file is not None:
+        options |= {"ssl.truststore.type": "PEM", "ssl.truststore.location": security.ca_file}
+    if security.certificate_file is not None:
+        # Kafka takes both in one file, or their text. They are read when the server starts, like any reference.
+        options |= {
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.certificate.chain": f"${{file:{security.certificate_file}}}",
+            "ssl.keystore.key": f"${{file:{security.key_file}}}",
+        }
+    return options
+
+
+def _registry_options(registry: RegistrySpec) -> dict[str, str]:
+    """Return the options of the converter: Apicurio's own, or Confluent's, which any registry with its API serves.
+
+    Both write the schema's id into the payload (a zero byte, then four bytes), and schemas that refer to no others.
+    Apicurio's client cannot be given a token, so Confluent's is used with one.
+    """
+    if _COMPATIBLE_API.search(registry.url) and registry.token is None:
+        options = {
+            "url": _COMPATIBLE_API.sub("/apis/registry/v3", registry.url),
+            "auto-register": "true",
+            "find-latest": "false",  # a record is written with its own schema, not with a later one
+            "dereference-schema": "true",  # else a schema refers to others, and cannot be read by itself
+            "headers.enabled": "false",  # the schema's id is in the payload, as Confluent's format has it
+        }
+        if registry.username is not None and registry.password is not None:
+            options |= {"auth.username": registry.username, "auth.password": registry.password}
+        return {f"apicurio.registry.{name}": value for name, value in options.items()}
+    options = {"schema.registry.url": registry.url, "auto.register.schemas": "true"}
+    if registry.token is not None:
+        options |= {"bearer.auth.credentials.source": "STATIC_TOKEN", "bearer.auth.token": registry.token}
+    elif registry.username is not None:
+        options["basic.auth.credentials.source"] = "USER_INFO"
+        options["basic.auth.user.info"] = f"{registry.username}:{registry.password}"
+    return options
+
+
+# ── secrets: by the server's environment, never in its file ──────────────────────────────────────────────────────
 
 
 def _variables(entries: Mapping[str, str]) -> dict[str, str]:
-    found = dict.fromkeys(reference for value in entries.values() for reference in _REFERENCE.findall(value))
-    return {reference: f"DELTA_SECRET_{number}" for number, reference in enumerate(found, 1)}
+    """Return the environment variable of each entry that has a reference (`${env:NAME}` means something else there)."""
+    secret = [name for name, value in entries.items() if has_reference(value)]
+    return {name: f"DELTA_SECRET_{number}" for number, name in enumerate(secret, 1)}
 
 
-def _expression(value: str, variables: Mapping[str, str]) -> str:
-    if not has_reference(value):
-        return expression_literal(value)
-    literals, references = _REFERENCE.split(value), _REFERENCE.findall(value)
-    expanded = [f"${{{variables[reference]}}}" for reference in references]
-    return "".join(expression_literal(text) + then for text, then in zip(literals, [*expanded, ""], strict=True))
+def _masked_names(entries: Mapping[str, str]) -> str:
+    """Return a regular expression for the options whose values Debezium shall not log: its own, and all references.
+
+    It logs every option when it starts, with prefixes of its own, and by itself it knows of neither tokens nor keys.
+    """
+    prefixes = re.compile(rf"{re.escape(SOURCE_PREFIX)}|{re.escape(_PRODUCER)}|{re.escape(_FORMAT)}")
+    secret = [re.escape(prefixes.sub("", name, count=1)) for name in _variables(entries)]
+    return f".*({'|'.join(['secret', 'password', *secret])})"
+
+
+def _resolved(name: str, value: str, resolve: Callable[[str], str]) -> str:
+    escape = _jaas_escape if name == _JAAS else str
+    return _REFERENCE.sub(lambda match: escape(resolve(match[0])), value)
+
+
+def _jaas_text(text: str) -> str:
+    """Return a quoted value of a JAAS configuration; what references become is escaped when they are resolved."""
+    literals, references = _REFERENCE.split(text), _REFERENCE.findall(text)
+    escaped = (_jaas_escape(literal) + then for literal, then in zip(literals, [*references, ""], strict=True))
+    return f'"{"".join(escaped)}"'
+
+
+def _jaas_escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')

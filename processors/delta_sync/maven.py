@@ -98,7 +98,7 @@ def _fetch(artifact: str, scratch: Path, report: Report) -> None:
                     status = child.wait(REPORT_EVERY_S)
                     break
                 except subprocess.TimeoutExpired:
-                    report(f"fetching {artifact}: {_size_mb(scratch)} MB so far")
+                    report(f"fetching {artifact}: {_size_mb(scratch / 'repository')} MB so far")
         finally:
             child.kill()  # when we are interrupted: an archive that nobody waits for
             child.wait()

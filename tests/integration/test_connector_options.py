@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from debezium_jvm import DebeziumJvm
 from delta_debezium.engine import EmbeddedCapture
 from delta_debezium.properties import expression_literal, properties_text
-from delta_debezium.render import SOURCE_PREFIX, KafkaSettings, connector_config, engine_properties, server_properties
+from delta_debezium.render import SOURCE_PREFIX, connector_config, engine_properties, server_properties
 from delta_sync.capture import Batch
+from delta_sync.maven import cache_dir
 from delta_sync.secrets import resolve
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.tables import Column, Kind, Table
-from delta_sync.testing.jars import cache_dir
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import PostgreSQL
 
-KAFKA = KafkaSettings("kafka:9092", "http://registry/apis/registry/v3")
+KAFKA = {"bootstrap_servers": "kafka:9092", "registry": {"url": "http://registry/apis/ccompat/v7"}}
 NEWER_THAN_MARIADB_CONNECTOR = {"statistics.metrics.enabled"}  # came with 3.6; the published connector is of 3.5
 
 # Everything that the URL of a source can turn into an option.
@@ -79,13 +79,35 @@ def test_every_option_is_known_and_valid(jvm: DebeziumJvm, url: str) -> None:
 
 
 def test_the_servers_source_options_are_known_and_valid(jvm: DebeziumJvm) -> None:
-    text = server_properties(*pipeline(POSTGRESQL, *TABLES, transport="kafka"), KAFKA)
+    text = server_properties(*pipeline(POSTGRESQL, *TABLES, transport="kafka", kafka=KAFKA), 1)
     entries: dict[str, str] = jvm.ask("read_properties", text=text)
     options = {
         name.removeprefix(SOURCE_PREFIX): value for name, value in entries.items() if name.startswith(SOURCE_PREFIX)
     }
     assert "field.name.adjustment.mode" in options
     assert jvm.ask("validate", options=options) == {"unknown": [], "errors": {}}
+
+
+SECURITY: list[dict[str, str] | None] = [
+    None,
+    {"protocol": "SASL_SSL", "mechanism": "SCRAM-SHA-512", "username": "u", "password": "${env:K}", "ca_file": "/ca"},
+    {"protocol": "SSL", "certificate_file": "/c.pem", "key_file": "/k.pem"},
+]
+
+
+@pytest.mark.parametrize("security", SECURITY)
+def test_the_servers_other_options_are_known_and_valid(jvm: DebeziumJvm, security: dict[str, str] | None) -> None:
+    """Those of Kafka's producer and of the transformation. The registry's: `test_debezium_server.py` uses them."""
+    spec, tables = pipeline(POSTGRESQL, *TABLES, transport="kafka", kafka={**KAFKA, "security": security})
+    entries: dict[str, str] = jvm.ask("read_properties", text=server_properties(spec, tables, 1))
+    for definition, prefix in (
+        ("org.apache.kafka.clients.producer.ProducerConfig", "debezium.sink.kafka.producer."),
+        ("org.apache.kafka.connect.transforms.InsertHeader", "debezium.transforms.epoch."),
+    ):
+        options = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+        transformation = options.pop("type", definition)  # of whoever loads the transformation
+        assert (transformation, bool(options)) == (definition, True)
+        assert jvm.ask("validate_client", definition=definition, options=options) == {"unknown": [], "errors": {}}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from redis.retry import Retry
 from delta_sync.testing.kafka import Kafka, KafkaCluster, admin_client
 from delta_sync.testing.processes import ServerError, free_port, wait_until
 from delta_sync.testing.registry import Apicurio
-from delta_sync.testing.servers import MongoStandIn, NativeServer, OpenSearch, PostgreSQL, Redis, Server
+from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis, Server
 
 NO_ANSWER_S = 1  # long enough for a server that runs to answer, as it has in every test before it is frozen
 GONE_TIMEOUT_S = 60

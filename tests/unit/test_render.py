@@ -16,7 +16,6 @@ from delta_debezium.options import quoted
 from delta_debezium.properties import expression_literal
 from delta_debezium.reference import reference_page
 from delta_debezium.render import (
-    KafkaSettings,
     connector_config,
     connector_json,
     engine_properties,
@@ -24,11 +23,13 @@ from delta_debezium.render import (
     server_properties,
 )
 from delta_sync.errors import UsageError
+from delta_sync.secrets import resolve
 from delta_sync.sources.postgresql.codec import CONNECTOR_OPTIONS
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.tables import Column, Kind, Table
 
-KAFKA = KafkaSettings("kafka:9092", "http://registry/apis/registry/v3")
+KAFKA: dict[str, Any] = {"bootstrap_servers": "kafka:9092", "registry": {"url": "http://registry/apis/ccompat/v7"}}
+EPOCH = 3
 
 
 def table(
@@ -270,28 +271,150 @@ def test_mysql_and_mariadb_keep_their_positions_in_files_and_register_under_an_i
 # ── Debezium Server ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def on_kafka(url: str = "postgresql://delta@db/studio", **kafka: Any) -> tuple[PipelineSpec, dict[str, Table]]:
+    return pipeline(url, transport="kafka", kafka={**KAFKA, **kafka})
+
+
+def server_options(url: str = "postgresql://delta@db/studio", **kafka: Any) -> dict[str, str]:
+    text = server_properties(*on_kafka(url, **kafka), EPOCH)
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def starting_with(prefix: str, options: dict[str, str]) -> dict[str, str]:
+    return {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
+
+
 def test_the_server_gets_secrets_by_environment_and_never_in_its_file() -> None:
-    spec, tables = pipeline("postgresql://${env:USER}@db/studio", transport="kafka")
-    text = server_properties(spec, tables, KAFKA)
+    spec, tables = on_kafka("postgresql://${env:USER}@db/studio")
+    text = server_properties(spec, tables, EPOCH)
     assert "debezium.source.database.user=${DELTA_SECRET_1}\n" in text
     assert "debezium.source.database.password=${DELTA_SECRET_2}\n" in text
     assert "env:" not in text
     values = {"${env:USER}": "me", "${env:PW}": "pa$$wo${rd}"}
-    environment = server_environment(spec, tables, KAFKA, values.__getitem__)
+    environment = server_environment(spec, tables, EPOCH, values.__getitem__)
     assert environment == {"DELTA_SECRET_1": "me", "DELTA_SECRET_2": r"pa\$\$wo\${rd}"}
 
 
+def test_the_server_does_not_log_what_is_a_secret() -> None:
+    security = {"protocol": "SSL", "certificate_file": "/c.pem", "key_file": "/k.pem"}
+    registry = {"url": "http://registry", "token": "${env:TOKEN}"}
+    options = server_options(security=security, registry=registry)
+    masked = re.compile(options["debezium.source.custom.sanitize.pattern"].replace("\\\\", "\\"))
+    assert [name for name in options if options[name].startswith("${")] == [
+        "debezium.sink.kafka.producer.ssl.keystore.certificate.chain",
+        "debezium.sink.kafka.producer.ssl.keystore.key",
+        "debezium.format.bearer.auth.token",
+        "debezium.source.database.password",
+    ]
+    # As Debezium names them when it logs them.
+    for name in (
+        "schema.history.internal.kafka.producer.ssl.keystore.key",
+        "value.converter.bearer.auth.token",
+        "database.password",
+        "database.sslpassword",
+    ):
+        assert masked.fullmatch(name)
+    assert not masked.fullmatch("database.user")
+
+
 def test_the_server_confirms_what_kafka_has_stored_for_good() -> None:
-    text = server_properties(*pipeline(transport="kafka"), KAFKA._replace(producer={"linger.ms": "50"}))
-    for line in ("acks=all", "enable.idempotence=true", "linger.ms=50"):
-        assert f"debezium.sink.kafka.producer.{line}\n" in text
-    assert "debezium.source.tombstones.on.delete=true\n" in text
-    assert text.isascii()
+    options = server_options(max_message_bytes=40 << 20)
+    producer = starting_with("debezium.sink.kafka.producer.", options)
+    assert (producer["bootstrap.servers"], producer["acks"], producer["enable.idempotence"]) == (
+        "kafka\\:9092".replace("\\", ""),
+        "all",
+        "true",
+    )
+    assert producer["max.request.size"] == str(40 << 20)
+    assert int(producer["buffer.memory"]) >= 2 * (40 << 20)
+    assert options["debezium.source.tombstones.on.delete"] == "true"
+    assert options["debezium.source.offset.storage"].endswith("MemoryOffsetBackingStore")
+    assert "security.protocol" not in producer
+
+
+def test_every_record_has_the_epoch() -> None:
+    assert starting_with("debezium.transforms", server_options()) == {
+        "": "epoch",
+        ".epoch.type": "org.apache.kafka.connect.transforms.InsertHeader",
+        ".epoch.header": "delta.epoch",
+        ".epoch.value.literal": "3",
+    }
+
+
+def test_a_login_to_kafka_is_quoted_as_jaas_has_it() -> None:
+    security = {"mechanism": "SCRAM-SHA-512", "username": 'a"b', "password": "${env:KAFKA}"}
+    spec, tables = on_kafka(security={"protocol": "SASL_SSL", "ca_file": "/ca.pem", **security})
+    options = dict(line.split("=", 1) for line in server_properties(spec, tables, EPOCH).splitlines())
+    producer = starting_with("debezium.sink.kafka.producer.", options)
+    assert (producer["security.protocol"], producer["sasl.mechanism"]) == ("SASL_SSL", "SCRAM-SHA-512")
+    assert (producer["ssl.truststore.type"], producer["ssl.truststore.location"]) == ("PEM", "/ca.pem")
+    assert producer["sasl.jaas.config"] == "${DELTA_SECRET_1}"
+    values = {"${env:KAFKA}": 'x"y\\z$', "${env:PW}": "p"}
+    assert server_environment(spec, tables, EPOCH, values.__getitem__)["DELTA_SECRET_1"] == (
+        "org.apache.kafka.common.security.scram.ScramLoginModule required"
+        r' username="a\"b" password="x\"y\\z\$";'
+    )
+
+
+def test_the_clients_certificate_and_key_are_read_when_the_server_starts(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    certificate.write_text("-----BEGIN CERTIFICATE-----\nAA==\n")
+    key.write_text("-----BEGIN PRIVATE KEY-----\nBB==\n")
+    security = {"protocol": "SSL", "certificate_file": str(certificate), "key_file": str(key)}
+    spec, tables = on_kafka(security=security)
+    environment = server_environment(spec, tables, EPOCH, lambda reference: resolve(reference, {"PW": "p"}))
+    assert list(environment.values())[:2] == [certificate.read_text().rstrip(), key.read_text().rstrip()]
+
+
+@pytest.mark.parametrize(
+    ("registry", "expected"),
+    [
+        (
+            {"url": "https://registry:8443/base/apis/ccompat/v7/"},
+            {"apicurio.registry.url": "https://registry:8443/base/apis/registry/v3"},
+        ),
+        (
+            {"url": "http://registry/apis/ccompat/v8", "username": "me", "password": "${env:REGISTRY}"},
+            {
+                "apicurio.registry.url": "http://registry/apis/registry/v3",
+                "apicurio.registry.auth.username": "me",
+                "apicurio.registry.auth.password": "${DELTA_SECRET_1}",
+            },
+        ),
+        (
+            {"url": "http://registry:8081", "username": "me", "password": "${env:REGISTRY}"},
+            {
+                "schema.registry.url": "http://registry:8081",
+                "basic.auth.credentials.source": "USER_INFO",
+                "basic.auth.user.info": "${DELTA_SECRET_1}",
+            },
+        ),
+        (
+            {"url": "http://registry/apis/ccompat/v7", "token": "${env:REGISTRY}"},
+            {
+                "schema.registry.url": "http://registry/apis/ccompat/v7",
+                "bearer.auth.credentials.source": "STATIC_TOKEN",
+                "bearer.auth.token": "${DELTA_SECRET_1}",
+            },
+        ),
+    ],
+)
+def test_the_registry_is_spoken_to_in_its_own_way(registry: dict[str, str], expected: dict[str, str]) -> None:
+    options = starting_with("debezium.format.", server_options(registry=registry))
+    fixed = ("key", "value", "header", "header.schemas.enable", "auto.register.schemas")
+    ours = ("auto-register", "find-latest", "dereference-schema", "headers.enabled")
+    rest = {
+        name: value
+        for name, value in options.items()
+        if name not in fixed and name.removeprefix("apicurio.registry.") not in ours
+    }
+    assert rest == expected
+    assert ("apicurio.registry.dereference-schema" in options) == ("apicurio.registry.url" in options)
 
 
 def test_the_server_is_for_postgresql_so_far() -> None:
     with pytest.raises(UsageError, match="PostgreSQL so far"):
-        server_properties(*pipeline("mysql://delta@db/studio", transport="kafka"), KAFKA)
+        server_options("mysql://delta@db/studio")
 
 
 def test_an_expression_literal_keeps_other_characters() -> None:

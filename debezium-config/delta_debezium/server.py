@@ -1,0 +1,173 @@
+"""Debezium Server as a child process: the connector of the Kafka transport.
+
+What is confirmed to the source has been acknowledged by Kafka, so it may be killed at any moment: what it had not
+confirmed is sent once more by the next one. When to start it again is for its owner to decide (`supervision`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from delta_debezium.distribution import Distribution
+from delta_sync import child_exec
+from delta_sync.capture import CaptureDied
+from delta_sync.secrets import redact
+
+HEAP_MB = 384  # 256 MB did, with 64 MB for the producer and what a batch of large rows takes
+LAST_LINES_CHARS = 500  # of what is not in the server's format
+LAST_WORDS_BYTES = 64 << 10  # of the log: a Java stack with its causes has some thousand
+
+# Of our environment: what a JVM needs of a machine. Not all of it, for DEBEZIUM_… and QUARKUS_… would count as options.
+_INHERITED = frozenset({"HOME", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "LANG", "LC_ALL", "PATH", "TMPDIR"})
+
+
+class DebeziumServer:
+    """One Debezium Server in a folder of its own. It ends when this process does, however that ends.
+
+    Linux ties it to the *thread* that called `start`: call it from one that lives as long as the server shall.
+    """
+
+    def __init__(self, folder: Path, distribution: Distribution, heap_mb: int = HEAP_MB) -> None:
+        """Keep `config/application.properties` and `server.log` in `folder`, which nobody else may read."""
+        self._folder = folder
+        self._distribution = distribution
+        self._heap_mb = heap_mb
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log_file(self) -> Path:
+        """What it prints; of the run before, with `.1` behind its name."""
+        return self._folder / "server.log"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs. It may hang all the same: only heartbeats that come through show that it works."""
+        return self._child is not None and self._child.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """The process, while it runs."""
+        return self._child.pid if self._child is not None and self.alive else None
+
+    def start(self, properties: str, environment: Mapping[str, str]) -> None:
+        """Start it with what `render.server_properties` and `render.server_environment` return.
+
+        It begins to deliver some seconds later. `environment` has the secrets; they are in no file. Raises CaptureDied.
+        """
+        self.kill()
+        try:
+            self._write_configuration(properties)
+            self._child = self._spawn(environment)
+        except OSError as error:
+            raise CaptureDied(f"Debezium Server cannot be started: {error}.") from error
+
+    def _write_configuration(self, properties: str) -> None:
+        config = self._folder / "config"
+        config.mkdir(parents=True, exist_ok=True)
+        self._folder.chmod(0o700)
+        file = config / "application.properties"
+        file.touch(mode=0o600)
+        file.chmod(0o600)
+        file.write_text(properties, encoding="ascii")
+
+    def _spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        if self.log_file.exists():
+            self.log_file.replace(self.log_file.with_name(f"{self.log_file.name}.1"))
+        # A program of its own ties it to us: `preexec_fn` may deadlock where there are threads.
+        tie = [sys.executable, "-I", "-S", child_exec.__file__, str(os.getpid()), str(int(signal.SIGKILL)), "-"]
+        inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
+        with os.fdopen(os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
+            return subprocess.Popen(  # noqa: S603 -- the command is ours
+                [*tie, *self._command()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+                env={**inherited, **environment},
+                start_new_session=True,  # Ctrl-C is for the sidecar, which ends it
+            )
+
+    def _command(self) -> list[str]:
+        return [
+            self._distribution.java,
+            f"-Xmx{self._heap_mb}m",
+            "-XX:+UseSerialGC",  # one core's worth of work: fewer threads, less memory
+            "-XX:TieredStopAtLevel=1",  # starts in half the time; the steady rate is the same
+            "-XX:+ExitOnOutOfMemoryError",  # a JVM that lost a thread to it would hang
+            "--add-opens=java.base/java.lang=ALL-UNNAMED",  # Quarkus
+            "--enable-native-access=ALL-UNNAMED",  # lz4
+            "-Duser.language=en",  # Debezium lower-cases names by the locale, and Turkish has another i
+            "-Duser.timezone=UTC",  # a range of timestamps arrives as text, in the session's time zone
+            "-cp",
+            self._distribution.class_path,
+            "io.debezium.server.Main",
+        ]
+
+    def last_words(self) -> str:
+        """Return why it ended, as far as its log says, in one paragraph without secrets."""
+        status = self._child.poll() if self._child is not None else None
+        try:
+            text = self.log_file.read_bytes()[-LAST_WORDS_BYTES:].decode(errors="replace")
+        except OSError:
+            text = ""
+        # Its own status is 0 whatever happened.
+        how = f" by {signal.Signals(-status).name}" if status is not None and status < 0 else ""
+        return redact(f"Debezium Server ended{how}: {reason(text) or 'its log names no error'}")
+
+    def stop(self, budget_s: float) -> None:
+        """End it, by force when it takes longer than the budget. Idempotent."""
+        child = self._child
+        if child is None:
+            return
+        child.terminate()
+        try:
+            child.wait(budget_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it at once. Nothing is lost: what was not confirmed comes again. Idempotent."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+
+
+# ── last words ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+_ENTRY = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ (\w+) +\[[^]]*\] (?:\([^)]*\) )?", re.MULTILINE)
+_CAUSE = "\nCaused by: "
+_JVM_DIES = "Terminating due to "  # what -XX:+ExitOnOutOfMemoryError says
+_CLASS = re.compile(r"^(?:[a-z]\w*\.)+[A-Z][\w.$]*(?:: )?")  # of an exception, before its message
+
+
+def reason(log: str) -> str:
+    """Return what a log says about the end: the cause behind its last error; nothing when it holds no more than that.
+
+    What is not in the server's format comes from the JVM, which has said why it could not start.
+    """
+    if (place := log.rfind(_JVM_DIES)) >= 0:
+        return log[place:].splitlines()[0]
+    before, *entries = _ENTRY.split(log)  # level and text of each
+    errors = [text for level, text in zip(entries[::2], entries[1::2], strict=True) if level in ("ERROR", "FATAL")]
+    if not errors:
+        return "" if entries else " ".join(before.split())[-LAST_LINES_CHARS:]
+    engines = [text for text in errors if text.startswith("Engine has failed")]
+    head, *causes = (engines or errors)[-1].split(_CAUSE)
+    messages = [_message(text) for text in (head.removeprefix("Engine has failed with : "), *causes)]
+    innermost = messages[-1]
+    # A socket says only that it was refused; what is around it says which.
+    around = [message for message in messages[-2:-1] if innermost in message]
+    return around[0] if around else innermost
+
+
+def _message(text: str) -> str:
+    first = text.partition("\n\tat ")[0].strip()
+    while (shorter := _CLASS.sub("", first, count=1)) not in ("", first):
+        first = shorter
+    return " ".join(first.split())
