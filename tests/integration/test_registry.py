@@ -203,7 +203,7 @@ def test_debezium_servers_records_are_what_a_dump_reads(chain: Chain, client: Sc
     chain.db.execute("TRUNCATE wide")
     chain.db.execute("ALTER TABLE wide ADD new_one int")
     chain.db.execute("INSERT INTO wide (id, new_one) VALUES (5000, 1)")
-    chain.db.execute("SELECT pg_logical_emit_message(true, 'delta', 'x')")
+    chain.db.execute("SELECT pg_logical_emit_message(true, %s, 'x')", [chain.spec.heartbeat_prefix])
 
     # inserts; delete, tombstone and insert; delete and tombstone; update; truncate; insert
     polled = chain.polled(chain.topics[0], rows + 3 + 2 + 1 + 1 + 1)
@@ -232,7 +232,7 @@ def test_debezium_servers_records_are_what_a_dump_reads(chain: Chain, client: Sc
     newest = [event["after"]["id"] for event in decoder.decode([polled]).stretches[0].events if event["after"]]
     assert newest == [*range(3, rows), 1000, 2, 5000], "the newest of each key"
     (message,) = decoder.decode([chain.polled(chain.topics[1], 1)]).stretches
-    heartbeat = decode([message], {}, "delta").heartbeat_lsn
+    heartbeat = decode([message], {}, chain.spec.heartbeat_prefix).heartbeat_lsn
     assert heartbeat is not None
     assert heartbeat > events[-1]["source"]["lsn"]
 
