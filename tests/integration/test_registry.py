@@ -31,7 +31,18 @@ from delta_sync.testing.kafka import Kafka, admin_client
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import PostgreSQL
-from integration.test_postgresql_values import SETUP, VALUES, differences, dump, quoted, read_types, sections_of
+from integration.test_postgresql_values import (
+    LONG,
+    LONG_ARRAY,
+    LONG_VALUES,
+    SETUP,
+    VALUES,
+    differences,
+    dump,
+    quoted,
+    read_types,
+    sections_of,
+)
 
 ANSWERS_S = 30.0
 ARRIVES_S = 60.0  # a start takes five seconds, on a busy machine some more
@@ -99,7 +110,7 @@ def test_another_server_is_no_registry(registry: Apicurio) -> None:
 # ── the real chain ───────────────────────────────────────────────────────────────────────────────────────────────
 
 NAME = "avrochain"
-TABLE = "public.wide"
+TABLE, LONG_TABLE = "public.wide", "public.long"
 NAMES = ("дата2", "größe_1", "1st", "名", "a.b", "😀", "_", "MiXed")  # of columns, as Debezium has to escape them
 
 
@@ -119,6 +130,12 @@ class Chain:
         columns = [f"{quoted(name)} int DEFAULT 7" for name in NAMES]
         columns += [f"c_{number} {type_.name}" for number, type_ in enumerate(self.types)]
         self.db.execute(f"CREATE TABLE wide (id int PRIMARY KEY, {', '.join(columns)})")
+        long_types = read_types(LONG_VALUES, sections_of(version, extensions=False)).values()
+        self.long_types = [type_ for type_ in long_types if type_.in_log]
+        columns = [f"c_{number} {type_.name}" for number, type_ in enumerate(self.long_types)]
+        self.db.execute(f"CREATE TABLE long (id int PRIMARY KEY, {', '.join(columns)})")
+        for number in range(len(columns)):
+            self.db.execute(f"ALTER TABLE long ALTER c_{number} SET STORAGE EXTERNAL")
         self.spec = spec_from(
             {
                 "name": NAME,
@@ -126,16 +143,16 @@ class Chain:
                     "url": f"postgresql://postgres@127.0.0.1:{postgresql.port}/{NAME}",
                     "password": "${env:POSTGRES}",
                 },
-                "tables": {TABLE: {}},
+                "tables": {TABLE: {}, LONG_TABLE: {}},
                 "sinks": {"cache": {"url": "redis://cache"}},
                 "transport": "kafka",
                 "kafka": {"bootstrap_servers": kafka.url, "registry": {"url": registry.url}},
             },
             "the test",
         )
-        self.db.execute(f"CREATE PUBLICATION {self.spec.publication} FOR TABLE wide")
+        self.db.execute(f"CREATE PUBLICATION {self.spec.publication} FOR TABLE wide, long")
         self.db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [self.spec.slot])
-        self.topics = [f"delta_{NAME}.{TABLE}", f"delta_{NAME}.message"]
+        self.topics = [f"delta_{NAME}.{name}" for name in (TABLE, "message", LONG_TABLE)]
         with admin_client(kafka.url) as admin:
             admin.create_topics({topic: {"num_partitions": 1} for topic in self.topics}, wait_for_metadata=True)
         self._kafka = kafka
@@ -145,7 +162,7 @@ class Chain:
         self.server.start(server_properties(self.spec, tables, EPOCH), environment)
 
     def tables(self) -> dict[str, Table]:
-        return read_tables(self.db, [TABLE])
+        return read_tables(self.db, [TABLE, LONG_TABLE])
 
     def polled(self, topic: str, count: int) -> Records:
         """Return all records of a topic, once there are so many."""
@@ -235,6 +252,29 @@ def test_debezium_servers_records_are_what_a_dump_reads(chain: Chain, client: Sc
     heartbeat = decode([message], {}, chain.spec.heartbeat_prefix).heartbeat_lsn
     assert heartbeat is not None
     assert heartbeat > events[-1]["source"]["lsn"]
+
+
+def test_unchanged_toast_values_are_seen_to_be_missing(chain: Chain, client: SchemaRegistry) -> None:
+    values: list[str] = []
+    for type_ in chain.long_types:
+        value = type_.values[0].replace("long", LONG)
+        many = type_.name.endswith("[]")
+        values.append(f"(SELECT array_agg({value}) FROM generate_series(1, {LONG_ARRAY}) g)" if many else value)
+    chain.db.execute(f"INSERT INTO long VALUES (1, {', '.join(values)})")
+    chain.db.execute("UPDATE long SET id = 2")
+    polled = chain.polled(chain.topics[2], 4)  # insert; delete, tombstone and insert
+    (stretch,) = AvroDecoder(client).decode([polled]).stretches
+    (absent,) = [event["after"] for event in stretch.events if event["op"] == "c" and event["after"]["id"] == 2]
+    (whole,) = [
+        event["after"]
+        for event in AvroDecoder(client).decode([polled._replace(keys=[None] * 4)]).stretches[0].events
+        if event["op"] == "c" and event["after"]["id"] == 1
+    ]
+    table = chain.tables()[LONG_TABLE]
+    long_columns = [column.name for column in table.columns if column.name != "id"]
+    assert codec.unavailable_columns(table, absent) == long_columns
+    assert codec.unavailable_columns(table, whole) == []
+    assert codec.table_codec(table).row(whole) is not None
 
 
 def test_the_schemas_of_the_unit_tests_are_debeziums(chain: Chain, client: SchemaRegistry) -> None:
