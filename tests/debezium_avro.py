@@ -108,7 +108,7 @@ MESSAGE: Schema = {
     "namespace": "io.debezium.connector.postgresql",
     "fields": [
         {"name": "op", "type": "string"},
-        *TIMES,
+        TIMES[0],
         {"name": "source", "type": SOURCE},
         {"name": "transaction", "type": ["null", TRANSACTION], "default": None},
         {
@@ -116,8 +116,9 @@ MESSAGE: Schema = {
             "type": {
                 "type": "record",
                 "name": "Message",
+                "namespace": "io.debezium.connector.postgresql",
                 "fields": [
-                    {"name": "prefix", "type": "string"},
+                    {"name": "prefix", "type": ["null", "string"], "default": None},
                     {"name": "content", "type": ["null", "bytes"], "default": None},
                 ],
             },

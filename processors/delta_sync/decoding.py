@@ -14,7 +14,9 @@ from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import POSITION_BITS
 
-Event = dict[str, Any]  # Debezium's envelope: before, after, source, op
+Event = dict[str, Any]
+"""Debezium's envelope: before, after, source, op. It has `unsure` when a value of `after` may stand for NULL."""
+
 Image = dict[str, Any]  # its before or after: column name → value as the event carries it
 
 
@@ -176,7 +178,7 @@ def _decode_table(
             continue
         fits = image.keys() == columns or columns <= image.keys() <= all_columns
         all_fit = all_fit and fits
-        if fits and not lacks(image):
+        if fits and not lacks(image) and "unsure" not in event:
             try:
                 good.append(new(Change, (table, key, version, to_row(image))))
                 continue

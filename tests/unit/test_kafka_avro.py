@@ -97,8 +97,7 @@ def test_tombstones_are_left_out(writer: Writer, decoder: AvroDecoder) -> None:
 
 def test_a_message_is_read_as_a_whole(writer: Writer, decoder: AvroDecoder) -> None:
     block = source(5000, table="", schema="", txId=None)
-    times = dict.fromkeys(("ts_ms", "ts_us", "ts_ns"), None)
-    written = {"op": "m", "source": block, "message": {"prefix": "delta", "content": b"\x00\xff"}, **times}
+    written = {"op": "m", "source": block, "message": {"prefix": "delta", "content": b"\x00\xff"}, "ts_ms": None}
     value = writer.value(MESSAGES, written | {"transaction": None})
     decoded = decoder.decode([records([value, value], [None, None])])
     for one in all_events(decoded):
@@ -567,6 +566,48 @@ def test_events_are_what_the_tables_codec_takes(writer: Writer, decoder: AvroDec
     assert first.row is not None
     assert first.row["rating"] == Decimal("0.2")
     assert (second.key, second.row) == ((1,), None)
+
+
+def default(name: str, kind: Any, value: Any) -> Any:
+    """A nullable column with a default, as the converters of Apicurio and Confluent describe it."""
+    inner = kind if isinstance(kind, dict) else {"type": kind}
+    return {"name": name, "type": [inner | {"connect.default": value}, "null"], "default": value}
+
+
+def test_a_default_may_stand_for_null(writer: Writer) -> None:
+    """The converters write a column's default where the row has NULL, so nobody can tell: the row is read by key."""
+    columns = [
+        {"name": "id", "type": {"type": "int", "connect.default": 7}, "default": 7},  # NOT NULL: it is what it is
+        default("i", "int", 7),
+        default("s", "string", ""),
+        default("r", "float", 0.1),
+        default("y", "bytes", "\u00ff\u0000"),
+        {"name": "n", "type": ["null", "int"], "default": None},
+    ]
+    told = Writer({1: envelope(columns)})
+    usual = {"id": 7, "i": 8, "s": "x", "r": 0.5, "y": b"", "n": None}
+    rows = [usual, usual | {"i": 7}, usual | {"s": ""}, usual | {"r": 0.1}, usual | {"y": b"\xff\0"}, usual]
+    events = [event("c", None, row, lsn=number) for number, row in enumerate(rows)] + [event("d", usual, None, lsn=9)]
+    found = all_events(AvroDecoder(told).decode([records([told.value(1, one) for one in events])]))
+    assert ["unsure" in one for one in found] == [False, True, True, True, True, False, False]
+    table = Table(
+        "public",
+        "movie",
+        (
+            Column("id", "integer", Kind.INTEGER),
+            Column("i", "integer", Kind.INTEGER),
+            Column("s", "text", Kind.TEXT),
+            Column("r", "real", Kind.FLOAT),
+            Column("y", "bytea", Kind.BYTES),
+            Column("n", "integer", Kind.INTEGER),
+        ),
+        ("id",),
+    )
+    for one, lacks in zip(found, [False, True, True, True, True, False, False], strict=True):
+        decoded = decode([Stretch(3, [one])], {"public.movie": table_codec(table)}, "delta")
+        assert bool(decoded.lacking) == lacks
+        assert bool(decoded.changes) != lacks
+        assert not decoded.misfits
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
-from typing import Any, NamedTuple, Protocol, TypeGuard, cast
+from typing import Any, Final, NamedTuple, Protocol, TypeGuard, cast
 
 import orjson
 from fastavro import parse_schema
@@ -331,9 +331,13 @@ class _Reader:
                 "connector."
             )
         self._floats: list[str] = []
+        self._defaults: list[tuple[str, object]] = []
         if row is not None:
-            for field in row["fields"]:
+            whole_row = _row_of({field["name"]: field["type"] for field in schema["fields"]})
+            assert whole_row is not None
+            for field, whole_field in zip(row["fields"], whole_row["fields"], strict=True):
                 field["name"] = names.get(field["name"]) or column_name(field["name"])
+                self._defaults += [(field["name"], value) for value in _defaults(whole_field)]
             self._floats = [field["name"] for field in row["fields"] if _has_float(field["type"])]
         self._envelope = envelope
         self._whole = parse_schema(envelope)
@@ -392,6 +396,10 @@ class _Reader:
             for image in (after, before):
                 if image is not None:
                     _shorten(image, self._floats)
+        if self._defaults and after is not None:
+            for name, default in self._defaults:
+                if default is _ANY or after[name] == default:
+                    event["unsure"] = True
 
     def learn(self, value: bytes, event: Event) -> None:
         """Try to find a template in a record that was read as a whole, and in none before."""
@@ -421,6 +429,37 @@ def _row_of(fields: Mapping[str, Json]) -> dict[str, Any] | None:
             if _is_object(branch) and branch["type"] == "record":
                 return branch
     return None
+
+
+_ANY: Final = object()  # any value
+
+
+def _defaults(field: Mapping[str, Any]) -> list[object]:
+    """Return the values of a nullable column that may stand for NULL.
+
+    The converters of Apicurio (3.2) and Confluent (before 7.3) write a column's default in place of NULL, and have no
+    option not to. So its default may be one or the other.
+    """
+    kind = field["type"]
+    if not _is_list(kind) or "null" not in kind:
+        return []
+    found = [field.get("default")]
+    found += [branch.get("connect.default") for branch in kind if _is_object(branch)]
+    others = [branch for branch in kind if branch != "null"]
+    bare = _bare(others[0]) if len(others) == 1 else None
+    return [_default(bare, value) for value in found if value is not None]
+
+
+def _default(kind: Json, value: Any) -> object:
+    match kind:
+        case "boolean" | "int" | "long" | "double" | "string":
+            return value
+        case "float":
+            return _shortened(value)
+        case "bytes" if isinstance(value, str):
+            return value.encode("latin-1", "replace")  # what JSON has for Avro's bytes
+        case _:
+            return _ANY
 
 
 def _is_list(value: Json) -> TypeGuard[list[Json]]:
