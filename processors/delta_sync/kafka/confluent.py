@@ -18,6 +18,7 @@ from delta_sync.secrets import redact
 from delta_sync.spec import KafkaSpec
 
 SLICE_S = 0.1  # a poll looks so often whether it was woken: the client has nothing to wake it by
+ATTEMPT_S = 1.0  # of the first connection, between two looks at what the client has to tell
 POLL_BYTES = 4 << 20  # a poll takes no more once it has so much: with large records, 2000 of them would not fit
 RECORDS_PER_TAKE = 250  # between two looks at the bytes: 4 MB of 16 KB each
 
@@ -32,7 +33,6 @@ _PRIVILEGES = {
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 }
-_WITHOUT_BROKERS = {KafkaError._ALL_BROKERS_DOWN}
 _NO_TOPIC = {KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART}
 _FOR_GOOD = {
     KafkaError.INVALID_SESSION_TIMEOUT,
@@ -40,6 +40,8 @@ _FOR_GOOD = {
     KafkaError.GROUP_MAX_SIZE_REACHED,
     KafkaError.INVALID_GROUP_ID,
 }
+
+_TO_TELL = {*_LOGIN, *_PRIVILEGES, *_NO_TOPIC, *_FOR_GOOD, KafkaError._ALL_BROKERS_DOWN, KafkaError._SSL}
 
 _log = logging.getLogger("delta_sync.kafka.confluent")
 
@@ -55,7 +57,8 @@ class ConfluentGroup:
         self._next: dict[Partition, int] = {}  # of every partition of ours, the position that `poll` returns next
         self._unplaced: set[Partition] = set()  # those of which it could not be found out where they start
         self._taken: dict[Partition, list[Message]] = {}  # of the client, and not returned yet
-        self._uncommitted: dict[Partition, int] = {}  # a rebalance takes no commits: these wait for its end
+        self._uncommitted: dict[Partition, int] = {}
+        self._deferred = False  # a rebalance takes no commits, so they wait for its end
         self._paused = False
         self._woken = threading.Event()
         self._assigned: PartitionsCall = _ignore
@@ -68,18 +71,28 @@ class ConfluentGroup:
         if self._consumer is None:
             self._consumer = Consumer({**self._options, "error_cb": self._errors.append}, logger=_log)
         with self._translated():
-            missing: list[str] = []
-            for topic in topics:
-                found = self._consumer.list_topics(topic, timeout=settings.REQUEST_TIMEOUT_S).topics[topic]
-                if found.error is not None and found.error.code() in _NO_TOPIC:
-                    missing.append(topic)
-                elif found.error is not None:
-                    raise KafkaException(found.error)
+            missing = [topic for topic in topics if not self._is_there(topic)]
             if missing:
                 raise refusals.topics_missing(missing)
             self._consumer.subscribe(
                 sorted(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
+
+    def _is_there(self, topic: str) -> bool:
+        consumer = self._connected()
+        deadline = time.monotonic() + settings.REQUEST_TIMEOUT_S
+        while True:
+            try:
+                found = consumer.list_topics(topic, timeout=ATTEMPT_S).topics[topic]
+            except KafkaException:
+                consumer.poll(0)  # lets the client tell why: a refused login counts as a timeout
+                self._raise_errors()
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                if found.error is not None and found.error.code() not in _NO_TOPIC:
+                    raise KafkaException(found.error)
+                return found.error is None
 
     # ── rebalances: the client calls these during consume, on our own thread ─────────────────────────────────────
 
@@ -157,7 +170,8 @@ class ConfluentGroup:
                 failure, self._failure = self._failure, None
                 raise failure
             with self._translated():
-                self._commit()
+                if self._deferred:
+                    self._commit()
                 self._place()
                 self._take(min(SLICE_S, max(0.0, deadline - time.monotonic())))
                 if self._taken and not self._paused:
@@ -228,7 +242,8 @@ class ConfluentGroup:
             failed = [partition.error for partition in done if partition.error is not None]
         except KafkaException as error:
             failed = [error.args[0]]
-        if any(error.code() in _REBALANCING for error in failed):
+        self._deferred = any(error.code() in _REBALANCING for error in failed)
+        if self._deferred:
             return
         if left := [error for error in failed if error.code() not in _LOST]:
             raise KafkaException(left[0])
@@ -272,7 +287,7 @@ class ConfluentGroup:
     def _raise_errors(self) -> None:
         errors, self._errors[:] = list(self._errors), []
         for error in errors:
-            if error.code() in _LOGIN | _PRIVILEGES | _NO_TOPIC | _FOR_GOOD or error.code() in _WITHOUT_BROKERS:
+            if error.code() in _TO_TELL:
                 raise KafkaException(error)
             _log.info("%s", redact(error.str()))  # of one broker or connection, which the client mends by itself
 
@@ -295,10 +310,8 @@ class ConfluentGroup:
                 raise refusals.refused(
                     error.str(), f"change the group {self._group_id} or the broker's limits"
                 ) from raised
-            # The cause is often among what it told before: why it could not log in, or connect.
-            for earlier in self._errors:
-                if earlier.code() in _LOGIN:
-                    raise refusals.login_refused(self._spec, earlier.str()) from raised
+            if error.code() == KafkaError._SSL:
+                raise refusals.certificate_refused(self._spec, error.str()) from raised
             raise KafkaBusy(f"Kafka ({self._spec.bootstrap_servers}): {redact(error.str())}") from raised
 
 

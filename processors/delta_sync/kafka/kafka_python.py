@@ -22,8 +22,15 @@ SLICE_S = 0.1  # a poll looks so often whether it was woken: the client has noth
 _kafka: Any = import_module("kafka")
 _errors: Any = import_module("kafka.errors")
 _assignors: Any = import_module("kafka.coordinator.assignors.cooperative_sticky")
+_compat: Any = import_module("kafka.net.compat")
 _coordinators: Any = import_module("kafka.coordinator.consumer")
 _structs: Any = import_module("kafka.structs")
+
+_LOGIN: tuple[type[Exception], ...] = (
+    _errors.SaslAuthenticationFailedError,
+    _errors.UnsupportedSaslMechanismError,
+)
+CERTIFICATE_REFUSED = "CERTIFICATE_VERIFY_FAILED"  # in OpenSSL's words; the client's own error says nothing of it
 
 
 class KafkaPythonGroup:
@@ -39,7 +46,8 @@ class KafkaPythonGroup:
         self._options = settings.resolved(settings.kafka_python_consumer(spec, group_id, timeouts))
         self._consumer: Any = None
         self._mine: set[Partition] = set()
-        self._uncommitted: dict[Partition, int] = {}  # a rebalance takes no commits: these wait for its end
+        self._uncommitted: dict[Partition, int] = {}
+        self._deferred = False  # a rebalance takes no commits, so they wait for its end
         self._woken = threading.Event()
         self._assigned: PartitionsCall = _ignore
         self._revoked: PartitionsCall = _ignore
@@ -49,7 +57,7 @@ class KafkaPythonGroup:
         self._assigned, self._revoked = assigned, revoked
         with self._translated():
             if self._consumer is None:
-                self._consumer = _Consumer(self._happened, self._options)
+                self._consumer = _Consumer(self._happened, {**self._options, "kafka_client": _network})
             missing = [topic for topic in topics if not self._consumer.partitions_for_topic(topic)]
             if missing:
                 raise refusals.topics_missing(missing)
@@ -62,7 +70,8 @@ class KafkaPythonGroup:
                 failure, self._failure = self._failure, None
                 raise failure
             with self._translated():
-                self._commit()
+                if self._deferred:
+                    self._commit()
                 left_s = min(SLICE_S, max(0.0, deadline - time.monotonic()))
                 found: Mapping[Any, Sequence[Any]] = self._consumer.poll(timeout_ms=1000 * left_s)
             if found:
@@ -102,7 +111,8 @@ class KafkaPythonGroup:
             self._commit()
 
     def _commit(self) -> None:
-        if not self._uncommitted or self._consumer.group_metadata().state is not _structs.MemberState.STABLE:
+        self._deferred = self._consumer.group_metadata().state is not _structs.MemberState.STABLE
+        if self._deferred or not self._uncommitted:
             return
         offsets = {
             _structs.TopicPartition(*partition): _structs.OffsetAndMetadata(offset, "", -1)
@@ -111,9 +121,11 @@ class KafkaPythonGroup:
         try:
             self._consumer.commit(offsets, timeout_ms=1000 * settings.REQUEST_TIMEOUT_S)
         except _errors.RebalanceInProgressError:
+            self._deferred = True
             return
         except _errors.CommitFailedError as error:
             if error.args and isinstance(error.args[0], _errors.RebalanceInProgressError):
+                self._deferred = True
                 return
             # Otherwise the membership is lost, which the next poll will tell; the positions are another's now.
         self._uncommitted.clear()
@@ -147,7 +159,7 @@ class KafkaPythonGroup:
             raise refusals.positions_expired(_positions(error.args[0])) from error
         except _errors.LogTruncationError as error:
             raise refusals.positions_expired(_positions(dict.fromkeys(error.divergent_offsets))) from error
-        except (_errors.SaslAuthenticationFailedError, _errors.UnsupportedSaslMechanismError) as error:
+        except _LOGIN as error:
             raise refusals.login_refused(self._spec, error) from error
         except _errors.TopicAuthorizationFailedError as error:
             topics: Collection[str] = error.args[0] if error.args else ()
@@ -165,11 +177,13 @@ class KafkaPythonGroup:
         except _errors.UnsupportedCodecError as error:
             raise refusals.refused(error, "install what reads this compression; for lz4: pip install lz4") from error
         except _errors.KafkaError as error:
+            if CERTIFICATE_REFUSED in str(error):
+                raise refusals.certificate_refused(self._spec, error) from error
             raise KafkaBusy(f"Kafka ({self._spec.bootstrap_servers}): {redact(str(error))}") from error
 
 
 class _Consumer(_kafka.KafkaConsumer):  # type: ignore[misc]  # it has no types
-    """The client, but for four things: it takes a partition without a position from its beginning, it ends its
+    """The client, but for some things: it takes a partition without a position from its beginning, it ends its
     thread when it cannot connect, it takes up a join that ended between two polls, and it tells of rebalances on the
     thread that polls.
 
@@ -224,6 +238,38 @@ class _Consumer(_kafka.KafkaConsumer):  # type: ignore[misc]  # it has no types
         while self._notes:
             self._happened(*self._notes.pop(0))
         return found
+
+
+def _network(**options: Any) -> Any:
+    """Make the client's network part, so that a refused login is an error and not a connection that fails for ever.
+
+    It remembers what was refused and raises it at the next attempt, but in 3.0.12 nothing tells it; and it forgets the
+    answer of a broker that closes the connection behind it.
+    """
+    network = _compat.KafkaNetClient(**options)
+    manager = network._manager
+    connect, build_transport = manager._connect, manager._build_transport
+
+    async def connect_and_tell(node: Any, connection: Any, **how: Any) -> None:
+        await connect(node, connection, **how)
+        error = connection.init_future.exception
+        if isinstance(error, _LOGIN) or CERTIFICATE_REFUSED in str(error):
+            manager._auth_failures[node.node_id] = error
+
+    async def build_transport_that_reads_to_the_end(*args: Any, **how: Any) -> Any:
+        transport = await build_transport(*args, **how)
+        receive = transport._sock_recv
+
+        def data_before_errors() -> tuple[bytes, Any]:
+            data, error = receive()
+            return data, None if data else error  # the error will be there when it reads again
+
+        transport._sock_recv = data_before_errors
+        return transport
+
+    manager._connect = connect_and_tell
+    manager._build_transport = build_transport_that_reads_to_the_end
+    return network
 
 
 class _Coordinator(_coordinators.ConsumerCoordinator):  # type: ignore[misc]  # it has no types

@@ -23,6 +23,14 @@ def login_refused(spec: KafkaSpec, error: object) -> CheckFailed:
     )
 
 
+def certificate_refused(spec: KafkaSpec, error: object) -> CheckFailed:
+    """The broker's certificate is none that is trusted, or the broker does not take ours."""
+    return _failed(
+        f"no TLS with {spec.bootstrap_servers} ({redact(str(error))})",
+        "correct ca_file, certificate_file and key_file in kafka.security; the broker's certificate must be for its name",
+    )
+
+
 def not_allowed(spec: KafkaSpec, group_id: str, topics: Collection[str], error: object) -> CheckFailed:
     """Kafka knows the user, who lacks a privilege on the group, or on these topics."""
     security = spec.security

@@ -32,6 +32,9 @@ FRAME_OVERHEAD_BYTES = 1 << 20  # of an answer: headers, and a line for each par
 
 # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 REQUEST_TIMEOUT_S = 10.0  # of one request: a broker that is silent for longer is frozen, and another must be asked
+RECONNECT_S = (
+    2.0  # between two attempts, at most (defaults: 10 and 30 s): who waits for a broker sees at once it is back
+)
 FETCH_WAIT_S = 0.5  # how long a broker holds a fetch for which it has nothing; the answer comes with the first record
 METADATA_MAX_AGE_S = 30.0  # after so long a new partition is seen (default: 5 min), and its first rows wait no longer
 
@@ -56,6 +59,7 @@ def kafka_python(spec: KafkaSpec) -> Options:
         "client_id": CLIENT_ID,
         "request_timeout_ms": _ms(REQUEST_TIMEOUT_S),
         "bootstrap_timeout_ms": _ms(REQUEST_TIMEOUT_S),
+        "reconnect_backoff_max_ms": _ms(RECONNECT_S),
         "metadata_max_age_ms": _ms(METADATA_MAX_AGE_S),
     }
     if security is not None:
@@ -103,7 +107,8 @@ def confluent(spec: KafkaSpec) -> Options:
         "bootstrap.servers": spec.bootstrap_servers,
         "client.id": CLIENT_ID,
         "socket.timeout.ms": _ms(REQUEST_TIMEOUT_S),
-        "reconnect.backoff.max.ms": 2000,  # default 10 s: nobody should wait so long for a broker that is back
+        "reconnect.backoff.max.ms": _ms(RECONNECT_S),
+        "metadata.recovery.strategy": "none",  # in 2.16 "rebootstrap" is some hundred attempts a second, without backoff
         "topic.metadata.refresh.interval.ms": _ms(METADATA_MAX_AGE_S),
         "enable.metrics.push": False,  # nothing is sent to the cluster that nobody asked for
     }
