@@ -24,9 +24,10 @@ $(READY): requirements/dev.txt pyproject.toml tests/servers/install.sh
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-jars: $(READY) ## the test servers that come from neither Python packages nor this machine
+jars: $(READY) ## the servers that come from neither Python packages nor this machine (once, some 900 MB)
 	tests/servers/install.sh $(PYTHON) servers
 	$(BIN)/python -m delta_sync.testing.jars
+	$(BIN)/python -m delta_debezium.distribution
 
 # Tests wait for servers and disks half of the time, so four at once suit two cores. A file's tests stay together; the
 # files come in their order, the slow acceptance tests first.

@@ -1,14 +1,18 @@
-"""Where Debezium Server and a Java for it are, or how they get there."""
+"""Where Debezium Server and a Java for it are, or how they get there.
+
+`python -m delta_debezium.distribution` fetches it ahead, when an image is built or before tests.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from delta_sync.errors import CheckFailed, Problem
+from delta_sync.errors import CheckFailed, DeltaError, Problem
 from delta_sync.maven import Report, unpacked
 
 HOME_VARIABLE = "DEBEZIUM_SERVER_HOME"
@@ -128,3 +132,16 @@ def wanted(path: str) -> bool:
             return name.startswith(_CONFLUENT)
         case _:
             return False
+
+
+def main() -> None:
+    """Fetch what is missing, and say where it is."""
+    found = distribution(lambda text: print(text, file=sys.stderr))  # noqa: T201 -- of a command
+    print(found.home)  # noqa: T201
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DeltaError as error:
+        sys.exit(str(error))

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import struct
+import subprocess
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,8 +29,9 @@ from delta_sync.secrets import resolve
 from delta_sync.sources.postgresql.catalogue import read_tables
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import PipelineSpec, spec_from
+from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.kafka import Kafka, admin_client
-from delta_sync.testing.processes import wait_until
+from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import PostgreSQL
 from delta_sync.versions import parse_lsn
@@ -296,6 +298,44 @@ def test_changes_and_heartbeats_arrive_in_avro_with_the_epoch(
         # Confirmed beyond the last of them, so the heartbeat shows that all of it is in Kafka.
         wait_until(lambda: chain.confirmed() > truncate.lsn, ARRIVES_S, "the confirmation")
         check_that_secrets_are_in_no_file(chain)
+
+
+def test_kafkas_producer_takes_a_certificate_and_a_key_as_pem(tmp_path: Path) -> None:
+    """It reads them when it is made, so that needs no broker; then the server ends, because there is no source."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=delta"]
+    subprocess.run([*request, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    nowhere = free_port()
+    spec = spec_from(
+        {
+            "name": "tls",
+            "source": {"url": f"postgresql://postgres@127.0.0.1:{nowhere}/postgres"},
+            "tables": {"public.item": {}},
+            "sinks": {"cache": {"url": "redis://cache"}},
+            "transport": "kafka",
+            "kafka": {
+                "bootstrap_servers": f"127.0.0.1:{nowhere}",
+                "registry": {"url": "http://registry/apis/ccompat/v7"},
+                "security": {
+                    "protocol": "SSL",
+                    "ca_file": str(certificate),
+                    "certificate_file": str(certificate),
+                    "key_file": str(key),
+                },
+            },
+        },
+        "the test",
+    )
+    tables = {"public.item": Table("public", "item", (Column("id", "int", Kind.INTEGER),), ("id",))}
+    server = DebeziumServer(tmp_path / "server", the_distribution())
+    server.start(server_properties(spec, tables, EPOCH), server_environment(spec, tables, EPOCH, resolve))
+    wait_until(lambda: not server.alive, ARRIVES_S, "its end")
+    assert f"Connection to 127.0.0.1:{nowhere} refused" in server.last_words()
+    log = server.log_file.read_text()
+    assert "security.protocol = SSL" in log
+    assert "consumer started" in log  # of Debezium: the sink, when its producer is made
+    inside = key.read_text().splitlines()[1]
+    assert not [file for file in server.log_file.parent.rglob("*") if file.is_file() and inside in file.read_text()]
 
 
 def check_that_secrets_are_in_no_file(chain: Chain) -> None:
