@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 
 import structlog
 
-from delta_sync.errors import DeltaError
+from delta_sync.errors import DeltaError, LeaseLost
 from delta_sync.state import Lease, StateStore
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -28,7 +28,7 @@ RENEWALS_PER_TTL = 3  # one may fail, and the next still comes in time
 # that is set by some seconds, and for what the holder does between its last look at `held` and the end of that.
 MARGIN = 0.2
 LOOK_S = 1.0  # how late `on_lost` can be on a machine that was suspended: its timers do not count that time
-STOP_BUDGET_S = 5.0  # for a renewal that is under way; one that hangs longer would only lengthen the end
+STOP_BUDGET_S = 5.0  # for a renewal that is under way, and for giving back: longer is longer than an answer takes
 
 
 def local_clock() -> float:
@@ -93,6 +93,14 @@ class LeaseKeeper:
         """Whether a lease is surely ours: less than its time without the margin has passed since we last asked."""
         return self.lease is not None
 
+    def require(self) -> Lease:
+        """Return the lease; raises LeaseLost if it is not held. For writes: there, None would mean without a lease."""
+        lease = self.lease
+        if lease is None:
+            pipeline, name, owner, _ = self._asked
+            raise LeaseLost(f"{owner!r} does not have the lease {name!r} of pipeline {pipeline!r}; wait for it.")
+        return lease
+
     def holds(self, lease: Lease) -> bool:
         """Return whether this very lease is surely still ours."""
         return self.lease == lease
@@ -152,7 +160,10 @@ class LeaseKeeper:
         return self
 
     def stop(self) -> None:
-        """End the threads and give the lease back, so that another need not wait for it. Idempotent."""
+        """End the threads and give the lease back, so that another need not wait for it. Idempotent.
+
+        Takes some seconds at most: if the state store does not answer, the lease expires by itself.
+        """
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -162,8 +173,11 @@ class LeaseKeeper:
         with self._changing:
             holding = self._holding
             self._replace(None)
+        # In a thread of its own, because a server that hangs would keep us from ending.
         if holding is not None:
-            self._give_back(holding.lease)
+            giving = threading.Thread(target=self._give_back, args=(holding.lease,), name="lease release", daemon=True)
+            giving.start()
+            giving.join(STOP_BUDGET_S)
 
     def __enter__(self) -> Self:
         return self.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from delta_sync.errors import StateBusy, StateRefused
 from delta_sync.state import StateStore
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
-from state_contract import Location, ServerStateContract, letter
+from state_contract import CLOCK_STEP, Location, ServerStateContract, letter
 
 
 def new_location(server: MariaDB, folder: Path) -> Location:
@@ -69,3 +70,13 @@ def test_a_read_only_server_is_not_transient(mariadb: MariaDB, tmp_path: Path) -
         assert store.count_dead_letters("movies") == 0
         with pytest.raises(StateRefused, match="denied"):
             store.add_dead_letters("movies", [letter(1)])
+
+
+def test_its_clock_is_in_utc_whatever_the_servers_time_zone(mariadb: MariaDB, tmp_path: Path) -> None:
+    execute(mariadb, "SET GLOBAL time_zone = '+05:00'")
+    try:
+        with StateStore.open(new_location(mariadb, tmp_path).url, tmp_path) as store:
+            before = dt.datetime.now(dt.UTC)
+            assert before - CLOCK_STEP <= store.database_now() <= dt.datetime.now(dt.UTC) + CLOCK_STEP
+    finally:
+        execute(mariadb, "SET GLOBAL time_zone = 'SYSTEM'")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from delta_sync import leases
+from delta_sync.errors import LeaseLost
 from delta_sync.leases import MARGIN, LeaseKeeper
 from delta_sync.state import Lease, StateStore
 from delta_sync.testing.processes import wait_until
@@ -242,3 +244,32 @@ def test_it_is_lost_while_a_renewal_hangs(tmp_path: Path, clock: Clock) -> None:
             with cut_off(tmp_path):
                 clock.now_s += 0.3
                 assert lost.wait(WAIT_S)
+
+
+def test_it_ends_while_the_state_store_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "STOP_BUDGET_S", 0.01)
+    ended = threading.Event()
+    with StateStore.open("sqlite:///state.db", tmp_path, busy_timeout_s=10 * WAIT_S) as patient:
+        keeper = LeaseKeeper(patient, "movies", "load", "me", TTL_S)
+        assert keeper.renew()
+
+        def stop() -> None:
+            keeper.stop()
+            ended.set()
+
+        stopping = threading.Thread(target=stop, daemon=True)
+        with cut_off(tmp_path):
+            stopping.start()
+            assert ended.wait(WAIT_S)
+            assert not keeper.held
+        wait_until(lambda: patient.lease("movies", "load") is None, WAIT_S, "giving it back when the store answers")
+
+
+def test_what_is_written_needs_a_lease(keeper: LeaseKeeper, clock: Clock) -> None:
+    """`keeper.lease` would be None when it is lost, which means a write without one."""
+    with pytest.raises(LeaseLost, match="'me' does not have the lease 'load'"):
+        keeper.require()
+    assert taken(keeper) == keeper.require()
+    clock.now_s += BELIEVED_S
+    with pytest.raises(LeaseLost):
+        keeper.require()
