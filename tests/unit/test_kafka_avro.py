@@ -165,7 +165,7 @@ def test_a_row_may_hold_what_a_source_begins_with(writer: Writer, decoder: AvroD
         text = quoted.decode()
     except UnicodeDecodeError:
         pytest.fail("it is text")
-    lead = "\x163.6.3.Final\x14postgresql\x0cmovies"
+    lead = LEAD.decode()
     events = [event("u", None, movie(number, title=f"{lead}{text}{lead}"), lsn=10 + number) for number in range(3)]
     found = all_events(decoder.decode([records([writer.value(MOVIES, one) for one in events])]))
     assert [what_matters(one) for one in found] == [what_matters(one) for one in events]
@@ -237,6 +237,9 @@ def test_the_partition_with_the_newest_event_comes_last(writer: Writer, decoder:
 # ── what is no event ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+LEAD = b"\x163.6.3.Final\x14postgresql\x0cmovies"  # how a source begins
+
+
 def good(writer: Writer, number: int) -> bytes:
     return writer.value(MOVIES, event("u", None, movie(number), lsn=100 + number))
 
@@ -256,6 +259,7 @@ def bad_values(writer: Writer) -> dict[str, bytes]:
         "truncated in the source": whole[:-30],
         "truncated at the end": whole[:-1],
         "trailing bytes": whole + b"x",
+        "bytes before the source": whole.replace(LEAD, b"\0" + LEAD),
         "image cut out": whole[:7] + whole[17:],
         "not UTF-8": whole.replace(b"The film", b"\xff\xff\xff film"),
         "no such branch": whole[:5] + b"\x0a" + whole[6:],

@@ -7,7 +7,6 @@ go on being decoded while the registry is away.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -157,7 +156,3 @@ def _retry_after_s(reply: requests.Response) -> float | None:
     """Return what the registry wishes; None for the form with a date, which nobody sends here."""
     text = reply.headers.get("Retry-After", "")
     return float(text) if text.isdecimal() else None
-
-
-SchemaSource = Callable[[int], Schema]
-"""`SchemaRegistry.schema`, or what stands for it."""
