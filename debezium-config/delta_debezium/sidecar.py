@@ -38,7 +38,7 @@ from delta_sync.watch import ANSWER_S, Watch
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 LEASE = "sidecar"
-LEASE_S = 8.0  # with the time that a connector takes to start, the next leader's first event comes within 15 s
+LEASE_S = 5.0  # with the time that a connector takes to start, the next leader's first event comes within 15 s
 LOOK_S = 0.5  # between looks at the server, the slot and the lease
 RETRY_S = 1.0
 STOP_BUDGET_S = 10.0  # for a server to end by itself, and for threads

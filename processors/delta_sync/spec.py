@@ -242,6 +242,9 @@ class KafkaSpec(_Model):
     retention: Duration = Field(
         default=5 * 86400.0, ge=3600, description="How long records are kept; must be below tombstone_ttl."
     )
+    session_timeout: Duration = Field(
+        default=45.0, ge=6, le=1800, description="A worker that says nothing for so long loses its partitions."
+    )
     max_message_bytes: int = Field(default=16 << 20, ge=1 << 20, description="Of a record; a change may be that large.")
     allow_unsafe: bool = Field(
         default=False, description="Accept topics that lose records when a broker does; for tests and trials."

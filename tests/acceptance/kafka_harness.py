@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import itertools
+import random
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from acceptance.harness import IN_STEP_TIMEOUT_S, Pipeline, Run, Source
+import psutil
+import psycopg
+
+from acceptance.harness import IN_STEP_TIMEOUT_S, SHAPES, Pipeline, Run, Shop, Source, Stores
 from delta_sync.errors import Transient
 from delta_sync.kafka import settings
 from delta_sync.kafka.names import group_id, topic_name
@@ -14,6 +23,10 @@ from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.progress import Barrier
 from delta_sync.spec import load_spec
 from delta_sync.testing.processes import wait_until
+from delta_sync.testing.servers import PostgreSQL, Redis, Server
+
+WRITER_PAUSE_S = 0.02  # the machine has other things to do
+MARKS_FROM = 1_000_000  # keys that only `comes_through` writes
 
 
 class KafkaPipeline(Pipeline):
@@ -64,3 +77,125 @@ class KafkaPipeline(Pipeline):
 
         tails = "; ".join(run.tail() for run in runs)
         wait_until(applied, IN_STEP_TIMEOUT_S, f"applying what was written; {tails}")
+
+
+class Writing(threading.Thread):
+    """Changes random rows until it is stopped; when the source is away, it tries again."""
+
+    def __init__(self, shop: Shop, rows: int, seed: int) -> None:
+        super().__init__(name="writer")
+        self.transactions = 0
+        self.failure: BaseException | None = None
+        self._shop = shop
+        self._rows = rows
+        self._random = random.Random(seed)
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """End it, and raise what went wrong."""
+        self._stopping.set()
+        self.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with self._shop.connect() as connection:
+                    while not self._stopping.wait(WRITER_PAUSE_S):
+                        self._write(connection)
+            except psycopg.OperationalError:
+                self._stopping.wait(0.2)
+            except BaseException as error:  # noqa: BLE001 -- `stop` raises it
+                self.failure = error
+                return
+
+    def _write(self, connection: psycopg.Connection) -> None:
+        with connection.transaction():
+            for _ in range(self._random.choice((1, 1, 3, 30))):
+                shape, number = self._random.choice(SHAPES), self._random.randrange(self._rows)
+                text = f"{self.transactions} "
+                if self._random.random() < 0.2:
+                    self._shop.delete(connection, shape, number)
+                elif not self._shop.update(connection, shape, number, text, whole=self._random.random() < 0.5):
+                    self._shop.insert(connection, shape, number, text)
+        self.transactions += 1
+
+
+class KafkaStage:
+    """A shop, its pipeline on Kafka, and the processes that a test starts."""
+
+    def __init__(self, shop: Shop, pipeline: KafkaPipeline, exits: contextlib.ExitStack) -> None:
+        self.shop = shop
+        self.pipeline = pipeline
+        self._exits = exits
+        self._marks = itertools.count(MARKS_FROM)
+        self.stores = Stores(pipeline)
+        exits.callback(self.stores.close)
+
+    def start(self, command: str, *options: str) -> Run:
+        """Start a sidecar or a worker, which ends with the test."""
+        run = self.pipeline.process(command, *options)
+        self._exits.callback(run.kill)
+        return run
+
+    def writing(self, rows: int, seed: int) -> Writing:
+        """Start a writer, which ends with the test."""
+        writer = Writing(self.shop, rows, seed)
+        writer.start()
+        self._exits.callback(writer.stop)
+        return writer
+
+    def comes_through(self, what: str, *runs: Run) -> float:
+        """Insert a row, wait until it is in the cache, and return how many seconds that took."""
+        number, shape = next(self._marks), SHAPES[0]
+        began = time.monotonic()
+        with self.shop.connect() as connection, connection.transaction():
+            self.shop.insert(connection, shape, number, "mark")
+
+        def there() -> bool:
+            for run in runs:
+                assert run.running, f"a process ended with status {run.exit_status}; {run.tail()}"
+            return self.stores.revision("cache", shape, number) is not None
+
+        tails = "; ".join(run.tail() for run in runs)
+        wait_until(there, IN_STEP_TIMEOUT_S, f"a change that comes through {what}; {tails}")
+        return time.monotonic() - began
+
+    def in_step(self, *runs: Run) -> None:
+        """Wait until everything that was written is in the stores, and compare every row."""
+        self.pipeline.wait_until_applied(self.shop.insert_lsn(), runs)
+        differences = self.stores.differences()
+        assert differences[:10] == [], f"{len(differences)} differ"
+
+
+@contextlib.contextmanager
+def kafka_stage(
+    postgresql: PostgreSQL, cache: Redis, brokers: Server, registry: Server, folder: Path, rows: int, **options: Any
+) -> Iterator[KafkaStage]:
+    """Make a stage with so many rows in each of the shop's tables."""
+    name = f"shop_{uuid.uuid4().hex[:8]}"
+    with contextlib.ExitStack() as exits:
+        with psycopg.connect(postgresql.url, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        shop = Shop(postgresql.url_of(name), name)
+        shop.create(rows)
+        pipeline = KafkaPipeline(
+            shop,
+            folder,
+            {"cache": cache.url},
+            name,
+            bootstrap_servers=brokers.url,
+            registry=registry.url,
+            load={"chunk_rows": 100},
+            **options,
+        )
+        yield KafkaStage(shop, pipeline, exits)
+
+
+def child_of(run: Run, name: str) -> psutil.Process:
+    """Return the child process of a run whose command line holds `name`."""
+    for child in psutil.Process(run.pid).children(recursive=True):
+        if any(name in part for part in child.cmdline()):
+            return child
+    raise AssertionError(f"process {run.pid} has no child {name}; {run.tail()}")

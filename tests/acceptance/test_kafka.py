@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
-from acceptance.harness import SHAPES, Run, Shop, Stores
-from acceptance.kafka_harness import KafkaPipeline
+from acceptance.harness import SHAPES, Shop
+from acceptance.kafka_harness import KafkaStage, kafka_stage
 from delta_sync.testing.kafka import Kafka
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.registry import Apicurio
@@ -21,47 +18,12 @@ from delta_sync.testing.servers import PostgreSQL, Redis
 ROWS = 300
 
 
-class Stage:
-    """A shop, its pipeline on Kafka, and the processes that a test starts."""
-
-    def __init__(self, shop: Shop, pipeline: KafkaPipeline, exits: contextlib.ExitStack) -> None:
-        self.shop = shop
-        self.pipeline = pipeline
-        self._exits = exits
-        self.stores = Stores(pipeline)
-        exits.callback(self.stores.close)
-
-    def start(self, command: str, *options: str) -> Run:
-        run = self.pipeline.process(command, *options)
-        self._exits.callback(run.kill)
-        return run
-
-    def in_step(self, *runs: Run) -> None:
-        self.pipeline.wait_until_applied(self.shop.insert_lsn(), runs)
-        differences = self.stores.differences()
-        assert differences[:10] == [], f"{len(differences)} differ"
-
-
 @pytest.fixture
 def stage(
     postgresql: PostgreSQL, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
-) -> Iterator[Stage]:
-    name = f"shop_{uuid.uuid4().hex[:8]}"
-    with contextlib.ExitStack() as exits:
-        with psycopg.connect(postgresql.url, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
-        shop = Shop(postgresql.url_of(name), name)
-        shop.create(ROWS)
-        pipeline = KafkaPipeline(
-            shop,
-            tmp_path,
-            {"cache": redis_server.url},
-            name,
-            bootstrap_servers=kafka.url,
-            registry=registry.url,
-            load={"chunk_rows": 100},
-        )
-        yield Stage(shop, pipeline, exits)
+) -> Iterator[KafkaStage]:
+    with kafka_stage(postgresql, redis_server, kafka, registry, tmp_path, ROWS) as made:
+        yield made
 
 
 def write(shop: Shop, text: str) -> None:
@@ -78,7 +40,7 @@ def write(shop: Shop, text: str) -> None:
                     shop.insert(connection, shape, number, text)
 
 
-def test_a_pipeline_on_kafka_loads_and_follows(stage: Stage) -> None:
+def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage) -> None:
     sidecar, worker = stage.start("sidecar"), stage.start("worker")
     stage.in_step(sidecar, worker)
     write(stage.shop, "while one worker runs")

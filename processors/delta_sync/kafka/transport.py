@@ -72,7 +72,11 @@ class KafkaTransport(Transport):
         def waits(reason: str | None) -> None:
             progress.waits("kafka", reason)
 
-        self._capture = KafkaCapture(lambda: open_group(self._kafka, group_id(self._spec.name)), self._topics, waits)
+        session_s = self._kafka.session_timeout
+        timeouts = settings.DEFAULT_TIMEOUTS._replace(session_s=session_s, heartbeat_s=min(3.0, session_s / 3))
+        self._capture = KafkaCapture(
+            lambda: open_group(self._kafka, group_id(self._spec.name), timeouts), self._topics, waits
+        )
         return self._capture
 
     def stretches(self, batch: Batch) -> Iterable[Stretch]:
