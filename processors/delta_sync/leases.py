@@ -49,8 +49,8 @@ class LeaseKeeper:
 
     `on_lost` is called with a lease that is believed in no longer, once, by one of the keeper's threads, and not for
     one that `stop` gives back. It is called at the moment the time is over, even while a renewal hangs. The keeper
-    does not take the lease again before it has returned: so it should stop the work that needs the lease, or see to it
-    that this work looks at `holds`, but never wait for somebody who waits for `stop`.
+    does not believe in a lease again before it has returned: so it should stop the work that needs the lease, or see
+    to it that this work looks at `holds`, but never wait for somebody who waits for `stop`.
 
     The trap: `held` says that there is a lease, perhaps another one than a moment ago. Work that was begun under a
     lease asks `holds(lease)`.

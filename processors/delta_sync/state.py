@@ -175,8 +175,9 @@ class StateStore:
         """Open the store at an SQLAlchemy URL, create it where there is none, and bring its tables up to date.
 
         A relative SQLite path is relative to `folder`. With `create=False` (for commands that only look), nothing is
-        created, and None returned where there is no store. Raises UsageError when the URL cannot be used,
-        StaleStateStore when a newer Delta wrote the store.
+        created, and None returned where there is no store. `busy_timeout_s` is how long a call waits for another
+        process's lock, and how long a server lets a process keep its own that does nothing: it may be frozen. Raises
+        UsageError when the URL cannot be used, StaleStateStore when a newer Delta wrote the store.
         """
         parsed = parse_url(url, folder)
         where = parsed.render_as_string(hide_password=True)
