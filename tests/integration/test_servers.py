@@ -115,6 +115,8 @@ def registry_probe(server: Apicurio) -> Probe:
         reply.raise_for_status()
         return len(json.loads(reply.json()["schema"])["symbols"]) - 1
 
+    return Probe(write, read)
+
 
 def kafka_probe(server: Kafka | KafkaCluster) -> Probe:
     def create() -> None:
