@@ -19,7 +19,7 @@ from delta_sync import child_exec
 from delta_sync.capture import CaptureDied
 from delta_sync.secrets import redact
 
-HEAP_MB = 384  # 256 MB did, with 64 MB for the producer and what a batch of large rows takes
+HEAP_MB = 384  # thirty rows of 14 MB in a row went through it; with a larger kafka.max_message_bytes give it more
 LAST_LINES_CHARS = 500  # of what is not in the server's format
 LAST_WORDS_BYTES = 64 << 10  # of the log: a Java stack with its causes has some thousand
 
