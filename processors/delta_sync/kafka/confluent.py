@@ -191,18 +191,27 @@ class ConfluentGroup:
         # `consume` waits until there are as many as it was asked for, or the time is over.
         messages = consumer.consume(RECORDS_PER_TAKE, 0) or consumer.consume(1, timeout_s)
         while messages:
+            last: tuple[str | None, int | None] | None = None  # anew each time: `consume` may take partitions away
+            mine: list[Message] = []
             for message in messages:
                 if message.error() is not None:
                     self._message_error(message)
                     continue
-                partition = Partition(message.topic(), message.partition())  # type: ignore[arg-type]  # None only with errors
-                if partition in self._next and partition not in self._unplaced:
-                    self._taken.setdefault(partition, []).append(message)
-                    size += len(message)
+                place = (message.topic(), message.partition())  # equal to a Partition, at a third of its price
+                if place != last:
+                    last, mine = place, self._ours(Partition(*place))  # type: ignore[arg-type]  # None only with errors
+                mine.append(message)
+            size += sum(map(len, messages))
             records += len(messages)
             if records >= settings.RECORDS_PER_POLL or size >= POLL_BYTES:
                 return
             messages = consumer.consume(RECORDS_PER_TAKE, 0)
+
+    def _ours(self, partition: Partition) -> list[Message]:
+        """Return where to put records of a partition; if it is not ours, or may start elsewhere, to be forgotten."""
+        if partition not in self._next or partition in self._unplaced:
+            return []
+        return self._taken.setdefault(partition, [])
 
     def _columns(self, partition: Partition, messages: Sequence[Message]) -> Records:
         next_offset = int(messages[-1].offset() or 0) + 1  # every record has one; an error would not

@@ -27,7 +27,7 @@ def certificate_refused(spec: KafkaSpec, error: object) -> CheckFailed:
     """The broker's certificate is none that is trusted, or the broker does not take ours."""
     return _failed(
         f"no TLS with {spec.bootstrap_servers} ({redact(str(error))})",
-        "correct ca_file, certificate_file and key_file in kafka.security; the broker's certificate must be for its name",
+        "correct ca_file, certificate_file and key_file in kafka.security, or the broker's certificate and its name",
     )
 
 

@@ -25,8 +25,8 @@ CLIENT_ID = "delta"  # what brokers log, and what quotas are for
 # times smaller, and one answer of each in memory make 30 MB. A larger record still arrives, alone.
 FETCH_BYTES = 1 << 20  # of one broker's answer; at 1 ms for a round trip, 1 GB/s
 PARTITION_FETCH_BYTES = 512 << 10  # so that an answer has two partitions at least, and one full one starves no other
-QUEUED_KB = 8 << 10  # confluent-kafka's own queue of decompressed records: 8 MB feed a worker for a tenth of a second
-QUEUED_RECORDS = 20_000  # … and it has some hundred bytes of its own for each: 4 MB
+QUEUED_KB = 4 << 10  # confluent-kafka's own queue of decompressed records: 4 MB are some batches of a worker
+QUEUED_RECORDS = 4000  # … of each partition, two batches: beside the bytes, each takes some hundred of its own
 RECORDS_PER_POLL = 2000  # a batch of the worker; Debezium's own has 2048
 FRAME_OVERHEAD_BYTES = 1 << 20  # of an answer: headers, and a line for each partition
 
@@ -108,7 +108,7 @@ def confluent(spec: KafkaSpec) -> Options:
         "client.id": CLIENT_ID,
         "socket.timeout.ms": _ms(REQUEST_TIMEOUT_S),
         "reconnect.backoff.max.ms": _ms(RECONNECT_S),
-        "metadata.recovery.strategy": "none",  # in 2.16 "rebootstrap" is some hundred attempts a second, without backoff
+        "metadata.recovery.strategy": "none",  # the other, in 2.16, is hundreds of attempts a second
         "topic.metadata.refresh.interval.ms": _ms(METADATA_MAX_AGE_S),
         "enable.metrics.push": False,  # nothing is sent to the cluster that nobody asked for
     }
