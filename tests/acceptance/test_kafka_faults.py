@@ -1,4 +1,4 @@
-"""Kafka with three brokers, two sidecars, two workers: each is killed or frozen while a writer runs; nothing is lost."""
+"""Kafka with three brokers, two sidecars, two workers: each is killed or frozen while a writer runs; all is there."""
 
 from __future__ import annotations
 
