@@ -166,7 +166,7 @@ class KafkaStage:
         """Wait until everything that was written is in the stores, and compare every row."""
         self.pipeline.wait_until_applied(self.shop.insert_lsn(), runs)
         differences = self.stores.differences()
-        assert differences[:10] == [], f"{len(differences)} differ"
+        assert differences[:10] == [], f"{len(differences)} differ: {differences[:3]}"
 
 
 @contextlib.contextmanager
