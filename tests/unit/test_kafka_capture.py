@@ -181,10 +181,21 @@ def test_commits_are_not_made_all_the_time(bench: Bench) -> None:
     assert len(bench.group.commits) <= 2
 
 
-def test_it_pauses_while_too_much_is_unconfirmed_and_goes_on_then(bench: Bench) -> None:
+def test_it_waits_while_too_much_is_unconfirmed(bench: Bench) -> None:
+    batches = [bench.batch([records(P0, offset)]) for offset in range(module.IN_FLIGHT_BATCHES)]
+    assert bench.poll([records(P0, 100)]) is None
+    assert not bench.group.paused  # clients throw away what they fetched ahead
+    bench.capture.confirm(batches[0])
+    assert bench.poll() is None  # the one that was confirmed is looked at when it was waited for
+    assert bench.poll() is not None
+
+
+def test_it_pauses_when_that_lasts_and_goes_on_then(bench: Bench) -> None:
     batches = [bench.batch([records(P0, offset)]) for offset in range(module.IN_FLIGHT_BATCHES)]
     bench.poll([records(P0, 100)])
-    assert bench.group.paused
+    bench.now += module.PAUSE_AFTER_S
+    bench.poll()
+    assert bench.group.paused  # from now on it polls, which keeps the membership
     bench.capture.confirm(batches[0])
     assert bench.group.woken == 1  # it need not wait for the end of its poll
     assert bench.poll() is not None
@@ -195,9 +206,9 @@ def test_large_records_count_by_their_bytes(bench: Bench) -> None:
     large = module.IN_FLIGHT_BYTES
     first = bench.batch([records(P0, 1, size_bytes=large)])  # one is let through, however large
     bench.batch([records(P0, 2, size_bytes=large)])
-    bench.poll([records(P0, 3)])
-    assert bench.group.paused
+    assert bench.poll([records(P0, 3)]) is None
     bench.capture.confirm(first)
+    bench.poll()
     assert bench.poll() is not None
 
 

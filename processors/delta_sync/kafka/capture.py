@@ -22,6 +22,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 IN_FLIGHT_BATCHES = 16  # unconfirmed; enough for the worker to join some while others are in the sinks
 IN_FLIGHT_BYTES = 16 << 20  # and no more than this, beside the first: decoded, it is several times as much
+PAUSE_AFTER_S = 5.0  # a pause lets clients throw away what they fetched ahead, so it is for sinks that are really stuck
 COMMIT_S = 0.2  # between commits: each is a round trip, and what is not committed is only delivered again
 
 
@@ -60,7 +61,9 @@ class KafkaCapture:
         self._committable: dict[Partition, int] = {}
         self._committed_at = 0.0
         self._paused = self._busy = False
+        self._full_since: float | None = None
         self._lock = threading.Lock()  # of _confirmed
+        self._news = threading.Event()  # something was confirmed
 
     @property
     def generation(self) -> int:
@@ -82,6 +85,7 @@ class KafkaCapture:
         self.stop()
         self._generation += 1
         self._paused = False
+        self._full_since = None
         group = self._group = self._open_group()
         group.subscribe(self._topics, self._came, self._go)
 
@@ -91,7 +95,8 @@ class KafkaCapture:
         assert group is not None, "it was started"
         try:
             self._commit_now_and_then()
-            self._hold_back(group)
+            if self._hold_back(group, timeout_s):
+                return None
             records = group.poll(timeout_s)
         except KafkaBusy as error:
             if not self._busy:
@@ -115,6 +120,7 @@ class KafkaCapture:
         """Let the batch and all before it be committed by the next `poll`."""
         with self._lock:
             self._confirmed = max(self._confirmed, batch.sequence)
+        self._news.set()
         group = self._group
         if group is not None and self._paused:
             group.wake()
@@ -180,16 +186,32 @@ class KafkaCapture:
             self._committable.clear()
             self._committed_at = now
 
-    def _hold_back(self, group: ConsumerGroup) -> None:
-        size_bytes = sum(delivered.size_bytes for delivered in self._delivered)
-        too_much = len(self._delivered) >= IN_FLIGHT_BATCHES or (
-            len(self._delivered) > 1 and size_bytes > IN_FLIGHT_BYTES
-        )
-        if too_much and not self._paused:
+    def _hold_back(self, group: ConsumerGroup, timeout_s: float) -> bool:
+        """Wait for room, for so long; return whether there is none yet. Only then, and for long, the group is paused."""
+        if not self._is_full():
+            self._full_since = None
+            if self._paused:
+                self._paused = False
+                group.resume()
+            return False
+        if self._paused:
+            return False  # `poll` returns nothing then, but keeps the membership
+        now = self._clock()
+        self._full_since = now if self._full_since is None else self._full_since
+        if now - self._full_since >= PAUSE_AFTER_S:
+            self._paused = True
             group.pause()
-        elif self._paused and not too_much:
-            group.resume()
-        self._paused = too_much
+            return False
+        self._news.clear()
+        self._settle()  # what was confirmed before the clearing
+        if self._is_full():
+            self._news.wait(timeout_s)
+        return True
+
+    def _is_full(self) -> bool:
+        size_bytes = sum(delivered.size_bytes for delivered in self._delivered)
+        many = len(self._delivered)
+        return many >= IN_FLIGHT_BATCHES or (many > 1 and size_bytes > IN_FLIGHT_BYTES)
 
 
 def _texts(partitions: Collection[Partition]) -> list[str]:
