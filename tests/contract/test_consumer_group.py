@@ -421,6 +421,18 @@ def test_those_who_leave_do_so_at_once(world: World) -> None:
     assert time.monotonic() - begun < PATIENT.session_s
 
 
+def test_a_rebalance_ends_though_its_members_seldom_poll(world: World) -> None:
+    """Each step of it then comes between two polls, as when every poll is followed by a flush."""
+    first, second = world.member(), world.member()
+    turns(first, until=lambda: len(first.partitions) == 3)
+    deadline = time.monotonic() + WAIT_S
+    while not (first.partitions and second.partitions):
+        assert time.monotonic() < deadline
+        for member in (first, second):
+            member.poll(0)
+            world.committed()  # a connection and three requests, in which the group can answer
+
+
 @pytest.mark.parametrize("clients", [CLIENTS, CLIENTS[::-1]])
 def test_both_clients_share_a_group(kafka: Kafka, exits: ExitStack, clients: tuple[Client, Client]) -> None:
     """So that one can take the other's place, a worker at a time."""

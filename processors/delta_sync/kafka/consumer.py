@@ -62,7 +62,8 @@ class ConsumerGroup(Protocol):
 
         `revoked` is called while the partitions are still this member's, so that it may commit; after a loss (the
         member was away for too long) they are another's already, and a commit is ignored. A partition without a
-        committed position is read from its beginning.
+        committed position is read from its beginning. What they raise is raised by the next `poll`, and no record is
+        lost by it. Call it once; again only after KafkaBusy.
         """
         ...
 
@@ -74,7 +75,10 @@ class ConsumerGroup(Protocol):
         ...
 
     def commit(self, positions: Mapping[Partition, int]) -> None:
-        """Commit positions. Those of partitions that are no longer this member's are left out, silently."""
+        """Commit positions. Those of partitions that are no longer this member's are left out, silently.
+
+        While the group rebalances it takes no commits: then this returns, and `poll` commits them as soon as it can.
+        """
         ...
 
     def pause(self) -> None:
@@ -86,7 +90,11 @@ class ConsumerGroup(Protocol):
         ...
 
     def lags(self) -> dict[Partition, int]:
-        """Return how many records of each assigned partition lie behind its committed or read position. Asks nobody."""
+        """Return how many records of each assigned partition have not been read yet. Asks nobody.
+
+        It is what the last answer of a broker told, so it stands still while paused, and a partition of which nothing
+        has been fetched yet is left out.
+        """
         ...
 
     def wake(self) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 
+LONGEST_NAME = 249  # Kafka's limit, at which Debezium cuts
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def topic_name(pipeline: str, table: str) -> str:
-    """Return the topic of a table (`schema.name`). What Kafka does not allow in a name is `_`, as Debezium has it."""
-    return _NOT_ALLOWED.sub("_", f"delta_{pipeline}.{table}")
+    """Return the topic of a table (`schema.name`), as Debezium makes it: a UTF-16 unit that Kafka does not allow is `_`.
+
+    Two tables may come out alike; `topics.wanted_topics` refuses them.
+    """
+    name = f"delta_{pipeline}.{table}"
+    return _NOT_ALLOWED.sub(lambda match: "_" * (len(match.group().encode("utf-16-le")) // 2), name)[:LONGEST_NAME]
 
 
 def message_topic(pipeline: str) -> str:

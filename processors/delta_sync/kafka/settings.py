@@ -147,6 +147,8 @@ def confluent_consumer(spec: KafkaSpec, group_id: str, timeouts: Timeouts = DEFA
         "message.max.bytes": FETCH_BYTES,  # of what it would send; fetch.max.bytes may not be below it
         "receive.message.max.bytes": _largest_frame(spec),
         "fetch.wait.max.ms": _ms(FETCH_WAIT_S),
+        # Default 1 s: when the queue is full, for so long nothing is fetched, though it is empty after a tenth of that.
+        "fetch.queue.backoff.ms": FETCH_BACKOFF_MS,
         "queued.max.messages.kbytes": QUEUED_KB,
         "queued.min.messages": QUEUED_RECORDS,
     }
