@@ -186,7 +186,6 @@ def test_it_waits_while_too_much_is_unconfirmed(bench: Bench) -> None:
     assert bench.poll([records(P0, 100)]) is None
     assert not bench.group.paused  # clients throw away what they fetched ahead
     bench.capture.confirm(batches[0])
-    assert bench.poll() is None  # the one that was confirmed is looked at when it was waited for
     assert bench.poll() is not None
 
 
@@ -208,7 +207,6 @@ def test_large_records_count_by_their_bytes(bench: Bench) -> None:
     bench.batch([records(P0, 2, size_bytes=large)])
     assert bench.poll([records(P0, 3)]) is None
     bench.capture.confirm(first)
-    bench.poll()
     assert bench.poll() is not None
 
 

@@ -187,7 +187,7 @@ class KafkaCapture:
             self._committed_at = now
 
     def _hold_back(self, group: ConsumerGroup, timeout_s: float) -> bool:
-        """Wait for room, for so long; return whether there is none yet. Only then, and for long, the group is paused."""
+        """Wait for room, for so long; return whether to poll later. When that goes on, the group is paused instead."""
         if not self._is_full():
             self._full_since = None
             if self._paused:

@@ -9,7 +9,7 @@ _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def topic_name(pipeline: str, table: str) -> str:
-    """Return the topic of a table (`schema.name`), as Debezium makes it: a UTF-16 unit that Kafka does not allow is `_`.
+    """Return the topic of a table (`schema.name`), as Debezium makes it: a UTF-16 unit that Kafka forbids is `_`.
 
     Two tables may come out alike; `topics.wanted_topics` refuses them.
     """

@@ -26,6 +26,7 @@ CLIENT_ID = "delta"  # what brokers log, and what quotas are for
 FETCH_BYTES = 1 << 20  # of one broker's answer; at 1 ms for a round trip, 1 GB/s
 PARTITION_FETCH_BYTES = 512 << 10  # so that an answer has two partitions at least, and one full one starves no other
 QUEUED_KB = 4 << 10  # confluent-kafka's own queue of decompressed records: 4 MB are some batches of a worker
+FETCH_BACKOFF_MS = 20
 QUEUED_RECORDS = 4000  # … of each partition, two batches: beside the bytes, each takes some hundred of its own
 RECORDS_PER_POLL = 2000  # a batch of the worker; Debezium's own has 2048
 FRAME_OVERHEAD_BYTES = 1 << 20  # of an answer: headers, and a line for each partition

@@ -178,7 +178,7 @@ def _client(spec: KafkaSpec) -> Generator[Any]:
             yield client
         finally:
             client.close()
-    except _errors.AuthenticationFailedError as error:
+    except (_errors.SaslAuthenticationFailedError, _errors.UnsupportedSaslMechanismError) as error:
         raise refusals.login_refused(spec, error) from error
     except (_errors.TopicAuthorizationFailedError, _errors.ClusterAuthorizationFailedError) as error:
         raise refusals.refused(
