@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from delta_sync.errors import UsageError
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.tables import Column, Table
+from delta_sync.urls import check_url
 
 LINE_LENGTH = 88  # what formatters take unless told otherwise: ours must not be the first diff
 
@@ -49,18 +50,16 @@ def split_sinks(options: Sequence[str], kind_of: Mapping[str, str]) -> dict[str,
     return sinks
 
 
-def without_secrets(url: str, variable: str) -> tuple[str, dict[str, str]]:
+def without_secrets(url: str, variable: str, what: str = "The URL") -> tuple[str, dict[str, str]]:
     """Return the URL with the secrets that it spells out as references to environment variables, and their values.
 
     A password becomes `${env:VARIABLE_PASSWORD}`; parameters that are secrets by their name are replaced, too.
-    What is a reference already stays as it is. Raises UsageError when it is no URL.
+    What is a reference already stays as it is. Raises UsageError, naming `what`, when it is no URL.
     """
+    check_url(url, what)
     masked, references = _mask(url)
-    try:
-        parts = urlsplit(masked)
-        password = parts.password
-    except ValueError as error:
-        raise UsageError(f"{_shown(url)} is not a URL: {error}.") from None
+    parts = urlsplit(masked)
+    password = parts.password
     secrets: dict[str, str] = {}
     netloc, query = parts.netloc, parts.query
     if password and not _is_placeholder(password):
@@ -90,7 +89,7 @@ def source_from_url(url: str, variable: str) -> tuple[dict[str, str], dict[str, 
 
     Returns the secrets that the URL spelt out, too, by environment variable. Raises UsageError.
     """
-    clean, secrets = without_secrets(url, variable)
+    clean, secrets = without_secrets(url, variable, "--source")
     masked, references = _mask(clean)
     parts = urlsplit(masked)
     authority, password = parts.netloc, parts.password
@@ -131,7 +130,7 @@ def spec_from_options(
     secrets: dict[str, str] = {}
     new_sinks: dict[str, Any] = {}
     for sink, url in sinks.items():
-        clean, found = without_secrets(url, f"{name}_{sink}".upper())
+        clean, found = without_secrets(url, f"{name}_{sink}".upper(), f"--sink {sink}")
         secrets |= found
         new_sinks[sink] = {**old_sinks.get(sink, {}), "url": clean}
     new_tables: dict[str, Any] = {}
@@ -159,11 +158,6 @@ def _unmask(text: str, references: Sequence[str]) -> str:
 
 def _is_placeholder(text: str) -> bool:
     return re.fullmatch("\x7f\\d+\x7f", text) is not None
-
-
-def _shown(url: str) -> str:
-    """A URL that cannot be taken apart could hold its password anywhere."""
-    return f"{url.partition('://')[0]}://…" if "://" in url else "What is given"
 
 
 # ── processor.py ─────────────────────────────────────────────────────────────────────────────────────────────────

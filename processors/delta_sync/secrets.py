@@ -68,7 +68,8 @@ def redact(text: str) -> str:
     return _URL_PASSWORD.sub(r"\1***@", text)
 
 
-_URL_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/@:]*:)(?!\$\{)[^\s/@]+@")
+# Up to the last @ of the word, because one in plain text may have any character; a quotation mark ends the word first.
+_URL_PASSWORD = re.compile(r"""(\b[a-z][a-z0-9+.-]*://[^\s/@:]*:)(?!\$\{)(?:[^\s"']+|[^\s/@]+)@""")
 
 
 def literal_password(url: str) -> str | None:

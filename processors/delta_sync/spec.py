@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -26,6 +25,7 @@ from pydantic import (
 
 from delta_sync.errors import UsageError
 from delta_sync.secrets import has_reference, literal_password
+from delta_sync.urls import check_url
 
 SPEC_FILE = "pipeline.yaml"
 PROCESSOR_FILE = "processor.py"
@@ -95,6 +95,7 @@ class SourceSpec(_Model):
     @field_validator("url")
     @classmethod
     def _no_password(cls, value: str) -> str:
+        _must_be_readable(value, "source.url")
         if literal_password(value):
             raise ValueError(
                 "source.url spells out a password; move it to source.password as ${env:NAME} or ${file:/path}"
@@ -104,7 +105,7 @@ class SourceSpec(_Model):
     @property
     def kind(self) -> str:
         """`postgresql`, `mysql` or `mariadb`: the URL's scheme, in its canonical form."""
-        scheme = urlsplit(self.url).scheme
+        scheme = self.url.partition("://")[0].lower() if "://" in self.url else ""
         return {"postgres": "postgresql"}.get(scheme, scheme)
 
 
@@ -126,6 +127,7 @@ class SinkSpec(BaseModel):
 
     @model_validator(mode="after")
     def _secrets_are_references(self) -> SinkSpec:
+        _must_be_readable(self.url, "the sink's url")
         if literal_password(self.url):
             raise ValueError("the sink's url spells out a password; write it as ${env:NAME} or ${file:/path}")
         for name, value in self.options.items():
@@ -212,8 +214,9 @@ class RegistrySpec(_Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> RegistrySpec:
-        if urlsplit(self.url).scheme not in ("http", "https"):
+        if not self.url.lower().startswith(("http://", "https://")):
             raise ValueError("url must begin with http:// or https://")
+        _must_be_readable(self.url, "url")
         if literal_password(self.url):
             raise ValueError("url spells out a password; give username, and password as ${env:NAME} or ${file:/path}")
         if (self.username is None) != (self.password is None):
@@ -334,6 +337,13 @@ def _must_refer(value: object, where: str) -> str | None:
     if value is None or (isinstance(value, str) and has_reference(value)):
         return value
     raise ValueError(f"{where} must be a reference, ${{env:NAME}} or ${{file:/path}}, never the secret itself")
+
+
+def _must_be_readable(url: str, what: str) -> None:
+    try:
+        check_url(url, what)
+    except UsageError as error:
+        raise ValueError(str(error).rstrip(".")) from None  # what pydantic makes a finding of
 
 
 def parse_spec(text: str, where: str) -> PipelineSpec:
