@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from delta_sync.errors import UsageError
+from delta_sync.secrets import has_reference, is_reference, is_secret_parameter
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.tables import Column, Table
 from delta_sync.urls import check_url
@@ -18,7 +19,6 @@ from delta_sync.urls import check_url
 LINE_LENGTH = 88  # what formatters take unless told otherwise: ours must not be the first diff
 
 _REFERENCE = re.compile(r"\$\{(?:env|file):[^}]*\}")
-_SECRET_PARAMETERS = frozenset({"password", "sslpassword", "api_key", "apikey", "token", "secret"})
 _NAMED = re.compile(r"^([^=/:?]*)=(.*)$", re.DOTALL)
 
 
@@ -62,17 +62,17 @@ def without_secrets(url: str, variable: str, what: str = "The URL") -> tuple[str
     password = parts.password
     secrets: dict[str, str] = {}
     netloc, query = parts.netloc, parts.query
-    if password and not _is_placeholder(password):
+    if password and not is_reference(_unmask(password, references)):
         name = f"{variable}_PASSWORD"
-        secrets[name] = unquote(_unmask(password, references))
+        secrets[name] = _literal(_unmask(password, references), what)
         user, _, host = netloc.rpartition("@")
         netloc = f"{user.partition(':')[0]}:${{env:{name}}}@{host}"
     pairs: list[str] = []
     for pair in query.split("&") if query else []:
         key, _, value = pair.partition("=")
-        if unquote(key).lower() in _SECRET_PARAMETERS and value and not _is_placeholder(value):
-            name = f"{variable}_{unquote(key).upper()}"
-            secrets[name] = unquote(_unmask(value, references))
+        if is_secret_parameter(unquote(key), _unmask(value, references)):
+            name = re.sub(r"\W", "_", f"{variable}_{unquote(key)}".upper())
+            secrets[name] = _literal(_unmask(value, references), what)
             pair = f"{key}=${{env:{name}}}"
         pairs.append(pair)
     if not secrets:
@@ -145,6 +145,12 @@ def spec_from_options(
     return Draft(spec_from(data, f"Pipeline {name}"), secrets)
 
 
+def _literal(text: str, what: str) -> str:
+    if has_reference(text):
+        raise UsageError(f"{what}: a secret is either spelt out or a reference such as ${{env:NAME}}, not both.")
+    return unquote(text)
+
+
 def _mask(url: str) -> tuple[str, list[str]]:
     # A path in ${file:/path} would end the URL's authority, so references stand aside while it is taken apart.
     references: list[str] = _REFERENCE.findall(url)
@@ -154,10 +160,6 @@ def _mask(url: str) -> tuple[str, list[str]]:
 
 def _unmask(text: str, references: Sequence[str]) -> str:
     return re.sub("\x7f(\\d+)\x7f", lambda match: references[int(match[1])], text)
-
-
-def _is_placeholder(text: str) -> bool:
-    return re.fullmatch("\x7f\\d+\x7f", text) is not None
 
 
 # ── processor.py ─────────────────────────────────────────────────────────────────────────────────────────────────

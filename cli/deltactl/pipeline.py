@@ -11,6 +11,7 @@ import click
 from delta_debezium.render import connector_json
 from delta_sync.errors import DeltaError, Problem
 from delta_sync.pipeline import check_columns, load_processor
+from delta_sync.secrets import hidden
 from delta_sync.sinks import installed
 from delta_sync.sources.postgresql.connection import connect
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec
@@ -90,7 +91,7 @@ def show(app: App, name: str) -> None:
       deltactl pipeline show movies
     """
     spec = app.load(name)
-    data: dict[str, Any] = spec.model_dump(mode="json")
+    data: dict[str, Any] = hidden(spec.model_dump(mode="json"))
     data |= {"slot": spec.slot, "publication": spec.publication}
     kafka: dict[str, Any] = data["kafka"] or {}
     if app.json:
@@ -111,7 +112,7 @@ def show(app: App, name: str) -> None:
             *([key, data[key]] for key in ("tombstone_ttl", "dead_letter_ttl")),
             *([f"{group}.{key}", value] for group in ("errors", "load") for key, value in data[group].items()),
             *([f"kafka.{key}", value] for key, value in kafka.items() if value is not None),
-            *([f"connector.{key}", value] for key, value in spec.connector.items()),
+            *([f"connector.{key}", value] for key, value in data["connector"].items()),
         ],
     )
 

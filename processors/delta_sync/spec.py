@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from delta_sync.errors import UsageError
-from delta_sync.secrets import has_reference, literal_password
+from delta_sync.secrets import is_reference, is_secret_name, spelt_out
 from delta_sync.urls import check_url
 
 SPEC_FILE = "pipeline.yaml"
@@ -96,10 +96,12 @@ class SourceSpec(_Model):
     @classmethod
     def _no_password(cls, value: str) -> str:
         _must_be_readable(value, "source.url")
-        if literal_password(value):
+        found = spelt_out(value)
+        if found in ("a password", "password"):
             raise ValueError(
-                "source.url spells out a password; move it to source.password as ${env:NAME} or ${file:/path}"
+                f"source.url spells out {found}; move it to source.password as ${{env:NAME}} or ${{file:/path}}"
             )
+        _must_not_spell_out(value, "source.url")
         return value
 
     @property
@@ -128,10 +130,9 @@ class SinkSpec(BaseModel):
     @model_validator(mode="after")
     def _secrets_are_references(self) -> SinkSpec:
         _must_be_readable(self.url, "the sink's url")
-        if literal_password(self.url):
-            raise ValueError("the sink's url spells out a password; write it as ${env:NAME} or ${file:/path}")
+        _must_not_spell_out(self.url, "the sink's url")
         for name, value in self.options.items():
-            if name in _SECRET_OPTIONS:
+            if is_secret_name(name):
                 _must_refer(value, name)
         return self
 
@@ -139,9 +140,6 @@ class SinkSpec(BaseModel):
     def options(self) -> dict[str, Any]:
         """The options beside `url`, not validated yet: the sink's own model does that."""
         return dict(self.model_extra or {})
-
-
-_SECRET_OPTIONS = frozenset({"password", "api_key", "token", "secret"})
 
 
 class ErrorSpec(_Model):
@@ -217,8 +215,9 @@ class RegistrySpec(_Model):
         if not self.url.lower().startswith(("http://", "https://")):
             raise ValueError("url must begin with http:// or https://")
         _must_be_readable(self.url, "url")
-        if literal_password(self.url):
-            raise ValueError("url spells out a password; give username, and password as ${env:NAME} or ${file:/path}")
+        found = spelt_out(self.url)
+        if found is not None:
+            raise ValueError(f"url spells out {found}; give username, and password as ${{env:NAME}} or ${{file:/path}}")
         if (self.username is None) != (self.password is None):
             raise ValueError("username and password belong together")
         if self.token is not None and self.username is not None:
@@ -292,6 +291,21 @@ class PipelineSpec(_Model):
             return {name: {} if table is None else table for name, table in value.items()}  # pyright: ignore[reportUnknownVariableType] -- from YAML
         return value
 
+    @field_validator("state")
+    @classmethod
+    def _no_secret_in_state(cls, value: str) -> str:
+        _must_be_readable(value, "state")
+        _must_not_spell_out(value, "state")
+        return value
+
+    @field_validator("connector")
+    @classmethod
+    def _no_secret_in_connector(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for name, option in value.items():
+            if is_secret_name(name):
+                _must_refer(option, f"connector.{name}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> PipelineSpec:
         for name in self.sinks:
@@ -334,9 +348,19 @@ class PipelineSpec(_Model):
 
 
 def _must_refer(value: object, where: str) -> str | None:
-    if value is None or (isinstance(value, str) and has_reference(value)):
+    # References alone: text before or behind one would be a part of the secret, in plain text.
+    if value is None or (isinstance(value, str) and is_reference(value)):
         return value
-    raise ValueError(f"{where} must be a reference, ${{env:NAME}} or ${{file:/path}}, never the secret itself")
+    raise ValueError(
+        f"{where} must be a reference, ${{env:NAME}} or ${{file:/path}}, and nothing else: never the secret itself, nor"
+        " a part of it"
+    )
+
+
+def _must_not_spell_out(url: str, what: str) -> None:
+    found = spelt_out(url)
+    if found is not None:
+        raise ValueError(f"{what} spells out {found}; write it as ${{env:NAME}} or ${{file:/path}}")
 
 
 def _must_be_readable(url: str, what: str) -> None:
@@ -353,7 +377,9 @@ def parse_spec(text: str, where: str) -> PipelineSpec:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{where}{line} is not YAML: {getattr(error, 'problem', None) or error}.") from error
+        # Neither what the parser quotes nor its own text, which has the line itself: that may be one with a password.
+        problem = re.sub(r"'.*'|\".*\"", "…", getattr(error, "problem", None) or type(error).__name__)
+        raise UsageError(f"{where}{line} is not YAML: {problem}.") from None
     if not isinstance(data, dict):
         raise UsageError(f"{where} must hold a mapping with name, source, tables and sinks.")
     return spec_from(data, where)  # pyright: ignore[reportUnknownArgumentType] -- validated there
