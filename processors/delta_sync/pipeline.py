@@ -152,6 +152,8 @@ class Pipeline:
                     raise UsageError(f"{where}: {option} takes a whole number, not {number!r}.")
             if name in self.lookups:
                 raise UsageError(f"{where}: look-up {name} is declared twice.")
+            if not _is_plain(function):
+                raise UsageError(f"{where}: a look-up is a plain function; it returns a mapping from key to answer.")
             if len(_positional(function)) != 1:
                 raise UsageError(f"{where}: a look-up takes one argument, the list of keys.")
             try:
@@ -188,16 +190,26 @@ def _positional(function: Callable[..., object]) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
 
 
+def _is_plain(function: Callable[..., object]) -> bool:
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return not any(is_kind(function) for is_kind in kinds)
+
+
 def _check_to(to: object, where: str) -> None:
     if isinstance(to, str):
         raise UsageError(f'{where}: `to` takes a list of sinks; write to=["{to}"].')
     names = cast("Sequence[object]", to) if isinstance(to, list | tuple) else None
     if to is not None and (names is None or not all(isinstance(name, str) for name in names)):
         raise UsageError(f'{where}: `to` takes a list of sinks\' names, such as to=["cache"].')
+    if names is not None and not names:
+        raise UsageError(f"{where}: to=[] names no sink; leave `to` out for all of them.")
+    twice = next((name for name in names or () if (names or ()).count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{where}: `to` names {twice!r} twice.")
 
 
 def _check_signature(function: ProcessorFunction, where: str, enrich: Mapping[str, Enrichment]) -> None:
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+    if not _is_plain(function):
         raise UsageError(f"{where}: a processor is a plain function; it returns a document or None.")
     try:
         inspect.signature(function).bind({}, **dict.fromkeys(enrich))
@@ -262,7 +274,7 @@ def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:
         module_spec.loader.exec_module(module)
     except DeltaError:
         raise
-    except Exception as error:  # whatever the user's file raises is about that file
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is about that file
         line = _line_in(error, path)
         raise UsageError(f"{path}{line} does not import: {type(error).__name__}: {error}.") from error
     found = [value for value in vars(module).values() if isinstance(value, Pipeline)]
