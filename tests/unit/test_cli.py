@@ -86,6 +86,28 @@ def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, interruption: type[Bas
     assert result.output.strip() == ""
 
 
+INTERRUPTED_IMPORT = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+sys.argv[1:] = ["pipeline", "list"]
+from deltactl.main import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["click", "psycopg", "deltactl.app", "delta_sync.spec", "deltactl.pipeline"])
+def test_ctrl_c_is_quiet_while_modules_are_imported(module: str) -> None:
+    """As the console script begins; the last of the modules is one of a command's own."""
+    code = INTERRUPTED_IMPORT.format(module=module)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = f"{sys.executable} -m deltactl.main pipeline schema | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
