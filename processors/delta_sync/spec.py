@@ -6,9 +6,9 @@ Everything else in the pipeline's folder follows from it (`connector.json`) or i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -373,6 +373,7 @@ def _must_be_readable(url: str, what: str) -> None:
 def parse_spec(text: str, where: str) -> PipelineSpec:
     """Return the specification that a YAML text holds. Raises UsageError: a sentence per mistake, naming `where`."""
     try:
+        tree: yaml.Node | None = yaml.compose(text, yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType] -- PyYAML has no types of its own
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -382,7 +383,11 @@ def parse_spec(text: str, where: str) -> PipelineSpec:
         raise UsageError(f"{where}{line} is not YAML: {problem}.") from None
     if not isinstance(data, dict):
         raise UsageError(f"{where} must hold a mapping with name, source, tables and sinks.")
-    return spec_from(data, where)  # pyright: ignore[reportUnknownArgumentType] -- validated there
+    _refuse_duplicates(tree, where, set())
+    try:
+        return PipelineSpec.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(validation_sentences(error, where, PipelineSpec, tree)) from None  # its own text quotes values
 
 
 def spec_from(data: Mapping[str, Any], where: str) -> PipelineSpec:
@@ -390,17 +395,81 @@ def spec_from(data: Mapping[str, Any], where: str) -> PipelineSpec:
     try:
         return PipelineSpec.model_validate(data)
     except ValidationError as error:
-        raise UsageError(validation_sentences(error, where)) from None  # its own text quotes values
+        raise UsageError(validation_sentences(error, where, PipelineSpec)) from None  # its own text quotes values
 
 
-def validation_sentences(error: ValidationError, where: str) -> str:
-    """Return one sentence for each mistake that pydantic found, without quoting values (one could be a secret)."""
+def validation_sentences(
+    error: ValidationError, where: str, model: type[BaseModel], tree: yaml.Node | None = None
+) -> str:
+    """Return one sentence for each mistake that pydantic found, without quoting values (one could be a secret).
+
+    `model` is what was validated; `tree` is the YAML that it came from, for the lines.
+    """
     sentences: list[str] = []
     for detail in error.errors(include_url=False, include_input=False):
         place = ".".join(str(part) for part in detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
-        sentences.append(f"{where}: {place + ': ' if place else ''}{message}.")
+        if detail["type"] == "extra_forbidden":
+            options = ", ".join(_options_at(model, detail["loc"][:-1])) or "none"
+            message = f"there is no such option here; the options are {options}"
+        message = _PLAIN_WORDS.get(detail["type"], message)
+        line = _line_of(tree, detail["loc"])
+        before = "" if not place or message.startswith(place) else f"{place}: "
+        sentences.append(f"{where}{f' line {line}' if line else ''}: {before}{message}.")
     return "\n".join(sentences)
+
+
+_PLAIN_WORDS = {
+    "missing": "it is missing",
+    "dict_type": "it must hold options, each as `name: value` in a line of its own",
+    "model_type": "it must hold options, each as `name: value` in a line of its own",
+}
+
+
+def _options_at(model: Any, place: Sequence[int | str]) -> list[str]:
+    """Return the names of the options that there are at a place."""
+    for part in place:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[str(part)].annotation
+        else:  # a mapping by names of the user's own
+            model = get_args(model)[-1]
+        model = next(
+            (kind for kind in get_args(model) if isinstance(kind, type) and issubclass(kind, BaseModel)), model
+        )
+    return list(model.model_fields)
+
+
+def _line_of(tree: yaml.Node | None, place: Sequence[int | str]) -> int | None:
+    """Return the line of a place, or of what is nearest to it; None when nothing of it is there."""
+    node, line = tree, None
+    for part in place:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        entries: list[tuple[yaml.Node, yaml.Node]] = node.value
+        found = next(((key, value) for key, value in entries if key.value == part), None)
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
+
+
+def _refuse_duplicates(node: yaml.Node | None, where: str, seen: set[int]) -> None:
+    """Raise UsageError when a mapping has a key twice: YAML says it may not, but its parser takes the last one."""
+    if node is None or id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))  # an alias may lead back to what it is in
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item, where, seen)
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UsageError(f"{where} line {line}: {key.value} is there twice, before in line {lines[key.value]}.")
+            lines[key.value] = line
+        _refuse_duplicates(value, where, seen)
 
 
 def load_spec(folder: Path) -> PipelineSpec:
