@@ -20,6 +20,7 @@ from deltactl.app import (
     App,
     DeltaGroup,
     describe,
+    dir_option,
     json_of,
     name_argument,
     pass_app,
@@ -146,7 +147,7 @@ def check(app: App, name: str) -> None:
                 say(f"{click.style('✓', fg='green')} {where}")
         print_problems(findings.problems)
         if not fatal and not app.is_running(name):
-            say(f"Next: deltactl {'run' if spec.kafka is None else 'sidecar'} {name}")
+            say(f"Next: deltactl {'run' if spec.kafka is None else 'sidecar'} {name}{dir_option(app)}")
     if fatal:
         raise click.exceptions.Exit(1)
 

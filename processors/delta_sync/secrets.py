@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote, urlsplit
 from delta_sync.errors import UsageError
 
 _REFERENCE = re.compile(r"\$\{(env|file):([^}]*)\}")
+REFERENCE_PATTERN = r"^(\$\{(env|file):[^}]*\})+$"  # of references alone, as JSON Schema's editors understand it
 _resolved: set[str] = set()
 
 

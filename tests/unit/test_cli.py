@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 
 from delta_sync.secrets import remember
 from delta_sync.sinks import installed
-from deltactl.app import App
+from deltactl.app import App, dir_option
 from deltactl.main import main
 from deltactl.reference import PAGE
 from deltactl.schema import schema
@@ -136,6 +137,39 @@ def test_the_schema_knows_each_sinks_options() -> None:
 
     assert {ref.removeprefix("#/definitions/") for ref in references(found)} <= set(found["definitions"])
     assert json.loads(CliRunner().invoke(main, ["pipeline", "schema"]).stdout) == found
+
+
+def test_the_schema_takes_no_secret_in_plain_text() -> None:
+    found = schema(installed())
+    definitions = found["definitions"]
+    rules = {rule["then"]["title"]: rule["then"] for rule in definitions["SinkSpec"]["allOf"]}
+    for properties, name in (
+        (definitions["SourceSpec"]["properties"], "password"),
+        (definitions["SecuritySpec"]["properties"], "password"),
+        (definitions["RegistrySpec"]["properties"], "token"),
+        (rules["Sink search"]["properties"], "api_key"),
+        (rules["Sink mongodb"]["properties"], "password"),
+    ):
+        pattern = re.compile(properties[name]["pattern"])
+        assert pattern.search("${env:PW}")
+        assert pattern.search("${file:/run/pw}${env:B}")
+        assert not pattern.search("secret")
+        assert not pattern.search("sec${env:PW}")
+    assert "pattern" not in rules["Sink search"]["properties"]["ca_file"]
+
+
+@pytest.mark.parametrize(("names", "words"), [(["a"], "there is a."), (["a", "b"], "there are a, b.")])
+def test_the_pipelines_that_exist_are_named(tmp_path: Path, names: list[str], words: str) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pipeline.yaml").touch()
+    assert words in CliRunner().invoke(main, ["pipeline", "show", "nope", "--dir", str(tmp_path)]).stderr
+
+
+def test_the_next_command_finds_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DELTA_PIPELINES", raising=False)
+    assert dir_option(App()) == ""
+    assert dir_option(App(folder=tmp_path)) == f" --dir {tmp_path}"
 
 
 @pytest.fixture
