@@ -517,7 +517,7 @@ def judge(where: str, facts: Sequence[Facts]) -> list[Problem]:
                 Problem(
                     where,
                     f'Redis at {fact.server} keeps nothing on disk (appendonly no, save "")',
-                    "after it restarts, start a dump to fill it again",
+                    "after it restarts, fill it again with `deltactl run NAME --reload`",
                     fatal=False,
                 )
             )
