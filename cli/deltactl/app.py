@@ -65,8 +65,9 @@ class App:
         """Return a pipeline's specification. Raises UsageError, naming the pipelines that exist."""
         folder = self.home(name)
         if not (folder / SPEC_FILE).is_file():
-            others = ", ".join(self.names())
-            hint = f"there are {others}" if others else "`deltactl pipeline create` writes one"
+            others = self.names()
+            are = "is" if len(others) == 1 else "are"
+            hint = f"there {are} {', '.join(others)}" if others else "`deltactl pipeline create` writes one"
             raise UsageError(f"There is no pipeline {name} in {self.folder}; {hint}.")
         return load_spec(folder)
 
@@ -94,6 +95,11 @@ class App:
 
 
 # ── options ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def dir_option(app: App) -> str:
+    """Return what a command that is shown needs besides, for the pipeline to be found: ` --dir FOLDER`, or nothing."""
+    return "" if app.folder == App().folder else f" --dir {app.folder}"
 
 
 def _store(attribute: str) -> Callable[[click.Context, click.Parameter, Any], None]:

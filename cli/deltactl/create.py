@@ -23,6 +23,7 @@ from deltactl.app import (
     App,
     confirm,
     describe,
+    dir_option,
     dry_run_option,
     json_of,
     pass_app,
@@ -298,7 +299,7 @@ def _advise(app: App, plan: _Plan, exports: Sequence[str]) -> None:
         say(f"No file holds the secret that you gave. Before you run it, type: export {variable}='…'")
     if app.is_running(name):
         say(f"Pipeline {name} is running; it takes the changes up when you start it again.")
-    folder = "" if app.folder == App().folder else f" --dir {app.folder}"
+    folder = dir_option(app)
     if plan.spec.transport == "kafka":
         say(f"Next: deltactl sidecar {name}{folder}, and deltactl worker {name}{folder}: two or more of each")
     else:

@@ -14,6 +14,7 @@ from delta_sync.errors import UndecodableChange, UsageError
 from delta_sync.replaying import Replayed
 from delta_sync.replaying import replay as replay_letters
 from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.values import to_json
 from delta_sync.versions import epoch_of, format_lsn, position_of
@@ -64,19 +65,20 @@ def list_(app: App, name: str, table: str | None, sink: str | None, stage: str |
       deltactl dead list movies --table public.movie
     """
     with _store(app, name) as store:
+        _refuse_unknown(app.load(name), store, table, sink)
         letters: list[DeadLetter] = []
-        total = 0
+        total = kept = 0
         if store is not None:
-            total = store.count_dead_letters(name)
+            kept = store.count_dead_letters(name)
             for letter in _matching(store, name, table, sink, stage):
-                letters.append(letter)
-                if len(letters) == limit:
-                    break
+                total += 1
+                if total <= limit:
+                    letters.append(letter)
     if app.json:
         print_json([_summary(letter) for letter in letters])
         return
     if not letters:
-        warn(f"Pipeline {name} has no dead letters{' like that' if total else ''}.")
+        warn(f"Pipeline {name} has no dead letters{' like that' if kept else ''}.")
         return
     print_table(
         ["ID", "TABLE", "KEY", "STAGE", "SINK", "TRIES", "FIRST FAILED", "ERROR"],
@@ -95,7 +97,8 @@ def list_(app: App, name: str, table: str | None, sink: str | None, stage: str |
         ],
     )
     if len(letters) < total:
-        warn(f"{len(letters)} of {total} dead letters; --limit shows more.")
+        like = " like that" if total < kept else ""
+        warn(f"{len(letters)} of {_count(total)}{like}; --limit shows more.")
 
 
 @dead.command()
@@ -168,17 +171,18 @@ def discard(
     """
     _one_way_to_choose(ids, all_, table, sink, stage)
     with _store(app, name) as store:
+        _refuse_unknown(app.load(name), store, table, sink)
         chosen = [letter.id for letter in _chosen(store, name, ids, table, sink, stage)]
         gone = 0
         if chosen and store is not None and not dry_run:
-            confirm(f"Discard {len(chosen)} dead letter{'s' if len(chosen) > 1 else ''} of pipeline {name}?", yes=yes)
+            confirm(f"Discard {_count(len(chosen))} of pipeline {name}?", yes=yes)
             gone = store.discard(name, chosen)
     if app.json:
         print_json({"pipeline": name, "chosen": chosen, "discarded": gone})
     elif dry_run:
-        say(f"Would discard {len(chosen)} dead letters.")
+        say(f"Would discard {_count(len(chosen))}.")
     else:
-        say(f"Discarded {gone} dead letters.")
+        say(f"Discarded {_count(gone)}.")
 
 
 @dead.command()
@@ -208,6 +212,7 @@ def replay(
     _one_way_to_choose(ids, all_, table, sink, stage)
     spec = app.load(name)
     with _store(app, name) as store:
+        _refuse_unknown(spec, store, table, sink)
         letters = list(_chosen(store, name, ids, table, sink, stage))
         letters.reverse()  # the oldest first, as they happened
         done: list[Replayed] = []
@@ -229,11 +234,11 @@ def replay(
             }
         )
     elif dry_run:
-        say(f"Would replay {len(letters)} dead letters.")
+        say(f"Would replay {_count(len(letters))}.")
     else:
         for one in failed:
             warn(f"Dead letter {one.letter.id} ({one.letter.table} {one.letter.key_text}) fails again: {one.error}")
-        say(f"Replayed {len(done) - len(failed)} dead letters; {len(failed)} failed again and stay.")
+        say(f"Replayed {_count(len(done) - len(failed))}; {len(failed)} failed again and stay.")
     if failed:
         click.get_current_context().exit(1)
 
@@ -244,6 +249,20 @@ def _one_way_to_choose(
     filtered = table is not None or sink is not None or stage is not None
     if bool(ids) == all_ or (ids and filtered):
         raise UsageError("Give either the ids of dead letters, or --all (with --table, --sink, --stage if you like).")
+
+
+def _refuse_unknown(spec: PipelineSpec, store: StateStore | None, table: str | None, sink: str | None) -> None:
+    """Raise UsageError for a table or a sink that the pipeline does not have, and that no dead letter is left of."""
+    for option, given, known in (("--table", table, [*spec.tables]), ("--sink", sink, [*spec.sinks])):
+        if given is None or given in known:
+            continue
+        of_table, of_sink = (given, None) if option == "--table" else (None, given)
+        if store is None or next(_matching(store, spec.name, of_table, of_sink, None), None) is None:
+            raise UsageError(f"{option}: pipeline {spec.name} has no {given!r}; it has {', '.join(known)}.")
+
+
+def _count(number: int) -> str:
+    return f"{number} dead letter{'' if number == 1 else 's'}"
 
 
 def _chosen(

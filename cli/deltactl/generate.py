@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from delta_sync.errors import UsageError
+from delta_sync.secrets import has_reference, is_reference, is_secret_parameter
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.tables import Column, Table
+from delta_sync.urls import check_url
 
 LINE_LENGTH = 88  # what formatters take unless told otherwise: ours must not be the first diff
 
 _REFERENCE = re.compile(r"\$\{(?:env|file):[^}]*\}")
-_SECRET_PARAMETERS = frozenset({"password", "sslpassword", "api_key", "apikey", "token", "secret"})
 _NAMED = re.compile(r"^([^=/:?]*)=(.*)$", re.DOTALL)
 
 
@@ -49,31 +50,29 @@ def split_sinks(options: Sequence[str], kind_of: Mapping[str, str]) -> dict[str,
     return sinks
 
 
-def without_secrets(url: str, variable: str) -> tuple[str, dict[str, str]]:
+def without_secrets(url: str, variable: str, what: str = "The URL") -> tuple[str, dict[str, str]]:
     """Return the URL with the secrets that it spells out as references to environment variables, and their values.
 
     A password becomes `${env:VARIABLE_PASSWORD}`; parameters that are secrets by their name are replaced, too.
-    What is a reference already stays as it is. Raises UsageError when it is no URL.
+    What is a reference already stays as it is. Raises UsageError, naming `what`, when it is no URL.
     """
+    check_url(url, what)
     masked, references = _mask(url)
-    try:
-        parts = urlsplit(masked)
-        password = parts.password
-    except ValueError as error:
-        raise UsageError(f"{_shown(url)} is not a URL: {error}.") from None
+    parts = urlsplit(masked)
+    password = parts.password
     secrets: dict[str, str] = {}
     netloc, query = parts.netloc, parts.query
-    if password and not _is_placeholder(password):
+    if password and not is_reference(_unmask(password, references)):
         name = f"{variable}_PASSWORD"
-        secrets[name] = unquote(_unmask(password, references))
+        secrets[name] = _literal(_unmask(password, references), what)
         user, _, host = netloc.rpartition("@")
         netloc = f"{user.partition(':')[0]}:${{env:{name}}}@{host}"
     pairs: list[str] = []
     for pair in query.split("&") if query else []:
         key, _, value = pair.partition("=")
-        if unquote(key).lower() in _SECRET_PARAMETERS and value and not _is_placeholder(value):
-            name = f"{variable}_{unquote(key).upper()}"
-            secrets[name] = unquote(_unmask(value, references))
+        if is_secret_parameter(unquote(key), _unmask(value, references)):
+            name = re.sub(r"\W", "_", f"{variable}_{unquote(key)}".upper())
+            secrets[name] = _literal(_unmask(value, references), what)
             pair = f"{key}=${{env:{name}}}"
         pairs.append(pair)
     if not secrets:
@@ -90,7 +89,7 @@ def source_from_url(url: str, variable: str) -> tuple[dict[str, str], dict[str, 
 
     Returns the secrets that the URL spelt out, too, by environment variable. Raises UsageError.
     """
-    clean, secrets = without_secrets(url, variable)
+    clean, secrets = without_secrets(url, variable, "--source")
     masked, references = _mask(clean)
     parts = urlsplit(masked)
     authority, password = parts.netloc, parts.password
@@ -131,7 +130,7 @@ def spec_from_options(
     secrets: dict[str, str] = {}
     new_sinks: dict[str, Any] = {}
     for sink, url in sinks.items():
-        clean, found = without_secrets(url, f"{name}_{sink}".upper())
+        clean, found = without_secrets(url, f"{name}_{sink}".upper(), f"--sink {sink}")
         secrets |= found
         new_sinks[sink] = {**old_sinks.get(sink, {}), "url": clean}
     new_tables: dict[str, Any] = {}
@@ -146,6 +145,12 @@ def spec_from_options(
     return Draft(spec_from(data, f"Pipeline {name}"), secrets)
 
 
+def _literal(text: str, what: str) -> str:
+    if has_reference(text):
+        raise UsageError(f"{what}: a secret is either spelt out or a reference such as ${{env:NAME}}, not both.")
+    return unquote(text)
+
+
 def _mask(url: str) -> tuple[str, list[str]]:
     # A path in ${file:/path} would end the URL's authority, so references stand aside while it is taken apart.
     references: list[str] = _REFERENCE.findall(url)
@@ -155,15 +160,6 @@ def _mask(url: str) -> tuple[str, list[str]]:
 
 def _unmask(text: str, references: Sequence[str]) -> str:
     return re.sub("\x7f(\\d+)\x7f", lambda match: references[int(match[1])], text)
-
-
-def _is_placeholder(text: str) -> bool:
-    return re.fullmatch("\x7f\\d+\x7f", text) is not None
-
-
-def _shown(url: str) -> str:
-    """A URL that cannot be taken apart could hold its password anywhere."""
-    return f"{url.partition('://')[0]}://…" if "://" in url else "What is given"
 
 
 # ── processor.py ─────────────────────────────────────────────────────────────────────────────────────────────────

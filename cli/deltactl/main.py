@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import click
+import sys
 
-from deltactl.app import DeltaGroup, shared_options
+try:
+    import click
+
+    from deltactl.app import DeltaGroup, shared_options
+except KeyboardInterrupt:
+    # Imports take longer than anything else that a short command does, so Ctrl-C often comes here. `app.INTERRUPTED`
+    # may not be there yet.
+    sys.exit(130)
 
 COMMANDS = {
     "completion": "deltactl.completion:completion",

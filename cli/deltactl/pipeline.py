@@ -11,6 +11,7 @@ import click
 from delta_debezium.render import connector_json
 from delta_sync.errors import DeltaError, Problem
 from delta_sync.pipeline import check_columns, load_processor
+from delta_sync.secrets import hidden
 from delta_sync.sinks import installed
 from delta_sync.sources.postgresql.connection import connect
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec
@@ -19,6 +20,7 @@ from deltactl.app import (
     App,
     DeltaGroup,
     describe,
+    dir_option,
     json_of,
     name_argument,
     pass_app,
@@ -90,7 +92,7 @@ def show(app: App, name: str) -> None:
       deltactl pipeline show movies
     """
     spec = app.load(name)
-    data: dict[str, Any] = spec.model_dump(mode="json")
+    data: dict[str, Any] = hidden(spec.model_dump(mode="json"))
     data |= {"slot": spec.slot, "publication": spec.publication}
     kafka: dict[str, Any] = data["kafka"] or {}
     if app.json:
@@ -111,7 +113,7 @@ def show(app: App, name: str) -> None:
             *([key, data[key]] for key in ("tombstone_ttl", "dead_letter_ttl")),
             *([f"{group}.{key}", value] for group in ("errors", "load") for key, value in data[group].items()),
             *([f"kafka.{key}", value] for key, value in kafka.items() if value is not None),
-            *([f"connector.{key}", value] for key, value in spec.connector.items()),
+            *([f"connector.{key}", value] for key, value in data["connector"].items()),
         ],
     )
 
@@ -145,7 +147,7 @@ def check(app: App, name: str) -> None:
                 say(f"{click.style('✓', fg='green')} {where}")
         print_problems(findings.problems)
         if not fatal and not app.is_running(name):
-            say(f"Next: deltactl {'run' if spec.kafka is None else 'sidecar'} {name}")
+            say(f"Next: deltactl {'run' if spec.kafka is None else 'sidecar'} {name}{dir_option(app)}")
     if fatal:
         raise click.exceptions.Exit(1)
 

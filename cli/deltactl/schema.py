@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
+from delta_sync.secrets import REFERENCE_PATTERN, is_secret_name
 from delta_sync.sinks import AnySink, Installed
 from delta_sync.sinks.base import Options
 from delta_sync.spec import PipelineSpec
@@ -32,7 +34,24 @@ def schema(known: Installed) -> dict[str, Any]:
         "anyOf": [{"$ref": "#/definitions/TableSpec"}, {"type": "null"}]
     }
     root["title"] = "A pipeline of Delta"
+    _refuse_plain_secrets(root)
+    _refuse_plain_secrets(definitions)
     return {"$schema": DIALECT, **root, "definitions": definitions}
+
+
+def _refuse_plain_secrets(part: Any) -> None:
+    """Give every property that is a secret by its name the pattern of a reference, as the specification wants it."""
+    if isinstance(part, list):
+        for item in cast("Sequence[Any]", part):
+            _refuse_plain_secrets(item)
+    elif isinstance(part, dict):
+        inside = cast("dict[str, Any]", part)
+        properties: dict[str, Any] = inside.get("properties", {})
+        for name, property_ in properties.items():
+            if is_secret_name(name):
+                property_["pattern"] = REFERENCE_PATTERN
+        for item in inside.values():
+            _refuse_plain_secrets(item)
 
 
 def _options_of(kind: str, cls: type[AnySink], sink: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from delta_sync.errors import UsageError
 from delta_sync.secrets import has_reference
 from delta_sync.spec import SourceSpec
+from delta_sync.urls import check_url
 
 _REFERENCE = re.compile(r"\$\{(?:env|file):[^}]*\}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # Debezium's own rule (`database.hostname`)
@@ -32,13 +33,14 @@ def connection(source: SourceSpec, default_port: int) -> Connection:
     def plain(text: str) -> str:
         return _unmask(unquote(text), references)
 
+    check_url(source.url, "source.url")
+    parts = urlsplit(masked)
+    if "," in parts.netloc.rpartition("@")[2]:
+        raise UsageError("source.url names several hosts; the replication slot is on one of them: name that one.")
     try:
-        parts = urlsplit(masked)
-        if "," in parts.netloc.rpartition("@")[2]:
-            raise UsageError("source.url names several hosts; the replication slot is on one of them: name that one.")
         port = parts.port or default_port
-    except ValueError as error:
-        raise UsageError(f"source.url cannot be read: {error}.") from None
+    except ValueError:
+        raise UsageError("source.url: the port cannot be a reference; write the number.") from None
     host = _host(plain(parts.hostname or ""))
     if not parts.username:
         raise UsageError("source.url names no user; write it as postgresql://user@host/database.")

@@ -152,7 +152,9 @@ def message_key_columns(tables: Iterable[Table]) -> str:
 
 # ── overrides ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_NO_SNAPSHOTS = "rows of Debezium's snapshots carry no position that is safe to compare; use `deltactl dump start`"
+_NO_SNAPSHOTS = (
+    "rows of Debezium's snapshots carry no position that is safe to compare; use `deltactl run NAME --reload`"
+)
 
 # Options that Delta does not set, and that would break it. A name stands for all below it, too.
 FORBIDDEN: Mapping[str, str] = {

@@ -19,7 +19,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from delta_sync.errors import DeltaError, UsageError
 from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
@@ -98,10 +98,12 @@ class Pipeline:
         Raises UsageError: unknown sink or table, table declared twice, arguments that do not match `enrich`.
         """
 
+        if callable(table):  # pyright: ignore[reportUnnecessaryComparison] -- users need not type-check
+            raise UsageError(f'{_where(table)}: @….table needs the table\'s name; write @….table("schema.name").')
+
         def declare(function: FunctionT) -> FunctionT:
             where = _where(function)
-            if isinstance(to, str):
-                raise UsageError(f'{where}: `to` takes a list of sinks; write to=["{to}"].')
+            _check_to(to, where)
             if table in self.tables:
                 raise UsageError(
                     f"{where}: table {table} is declared twice, before in {_where(self.tables[table].function)}."
@@ -121,6 +123,8 @@ class Pipeline:
 
     def lookup(
         self,
+        without_parentheses: None = None,
+        /,
         *,
         batch: int = 500,
         ttl: str | float = "10m",
@@ -137,11 +141,19 @@ class Pipeline:
         Raises UsageError: a look-up of that name exists, a wrong signature, a limit that is not above 0.
         """
 
+        if callable(without_parentheses):
+            raise UsageError(f"{_where(without_parentheses)}: @….lookup needs parentheses; write @….lookup().")
+
         def declare(function: LookupFunction) -> Lookup:
             where = _where(function)
             name = function.__name__
+            for option, number in {"batch": batch, "cache_size": cache_size, "concurrency": concurrency}.items():
+                if not isinstance(number, int) or isinstance(number, bool):  # pyright: ignore[reportUnnecessaryIsInstance] -- users need not type-check
+                    raise UsageError(f"{where}: {option} takes a whole number, not {number!r}.")
             if name in self.lookups:
                 raise UsageError(f"{where}: look-up {name} is declared twice.")
+            if not _is_plain(function):
+                raise UsageError(f"{where}: a look-up is a plain function; it returns a mapping from key to answer.")
             if len(_positional(function)) != 1:
                 raise UsageError(f"{where}: a look-up takes one argument, the list of keys.")
             try:
@@ -178,8 +190,26 @@ def _positional(function: Callable[..., object]) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
 
 
+def _is_plain(function: Callable[..., object]) -> bool:
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return not any(is_kind(function) for is_kind in kinds)
+
+
+def _check_to(to: object, where: str) -> None:
+    if isinstance(to, str):
+        raise UsageError(f'{where}: `to` takes a list of sinks; write to=["{to}"].')
+    names = cast("Sequence[object]", to) if isinstance(to, list | tuple) else None
+    if to is not None and (names is None or not all(isinstance(name, str) for name in names)):
+        raise UsageError(f'{where}: `to` takes a list of sinks\' names, such as to=["cache"].')
+    if names is not None and not names:
+        raise UsageError(f"{where}: to=[] names no sink; leave `to` out for all of them.")
+    twice = next((name for name in names or () if (names or ()).count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{where}: `to` names {twice!r} twice.")
+
+
 def _check_signature(function: ProcessorFunction, where: str, enrich: Mapping[str, Enrichment]) -> None:
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+    if not _is_plain(function):
         raise UsageError(f"{where}: a processor is a plain function; it returns a document or None.")
     try:
         inspect.signature(function).bind({}, **dict.fromkeys(enrich))
@@ -244,7 +274,7 @@ def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:
         module_spec.loader.exec_module(module)
     except DeltaError:
         raise
-    except Exception as error:  # whatever the user's file raises is about that file
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is about that file
         line = _line_in(error, path)
         raise UsageError(f"{path}{line} does not import: {type(error).__name__}: {error}.") from error
     found = [value for value in vars(module).values() if isinstance(value, Pipeline)]
@@ -255,11 +285,12 @@ def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:
 
 
 def _line_in(error: BaseException, path: Path) -> str:
-    if isinstance(error, SyntaxError):
+    own = path.resolve()  # Python names a module's file by its absolute path, whatever path it was loaded by
+    if isinstance(error, SyntaxError) and error.filename is not None and Path(error.filename).resolve() == own:
         return f" line {error.lineno}"
     trace, line = error.__traceback__, None
     while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == path:
+        if Path(trace.tb_frame.f_code.co_filename).resolve() == own:
             line = trace.tb_lineno
         trace = trace.tb_next
     return f" line {line}" if line else ""

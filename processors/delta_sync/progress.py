@@ -105,7 +105,9 @@ class Progress:
             return self._ended
         waits = {f"sink {name}": numbers.busy for name, numbers in self.sinks.items() if numbers.busy} | self._waits
         if waits:
-            return "waiting", "; ".join(f"{who}: {reason}" for who, reason in waits.items())
+            # An error's message may begin with whose it is.
+            parts = (f"{who}: {reason.removeprefix(f'{who}: ')}" for who, reason in waits.items())
+            return "waiting", "; ".join(parts)
         if not self.position.passed_lsn:
             return "starting", None
         loading = [table for table, load in self.loads.items() if load["state"] != "done"]

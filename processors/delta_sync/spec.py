@@ -6,10 +6,9 @@ Everything else in the pipeline's folder follows from it (`connector.json`) or i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -25,7 +24,8 @@ from pydantic import (
 )
 
 from delta_sync.errors import UsageError
-from delta_sync.secrets import has_reference, literal_password
+from delta_sync.secrets import is_reference, is_secret_name, spelt_out
+from delta_sync.urls import check_url
 
 SPEC_FILE = "pipeline.yaml"
 PROCESSOR_FILE = "processor.py"
@@ -95,16 +95,19 @@ class SourceSpec(_Model):
     @field_validator("url")
     @classmethod
     def _no_password(cls, value: str) -> str:
-        if literal_password(value):
+        _must_be_readable(value, "source.url")
+        found = spelt_out(value)
+        if found in ("a password", "password"):
             raise ValueError(
-                "source.url spells out a password; move it to source.password as ${env:NAME} or ${file:/path}"
+                f"source.url spells out {found}; move it to source.password as ${{env:NAME}} or ${{file:/path}}"
             )
+        _must_not_spell_out(value, "source.url")
         return value
 
     @property
     def kind(self) -> str:
         """`postgresql`, `mysql` or `mariadb`: the URL's scheme, in its canonical form."""
-        scheme = urlsplit(self.url).scheme
+        scheme = self.url.partition("://")[0].lower() if "://" in self.url else ""
         return {"postgres": "postgresql"}.get(scheme, scheme)
 
 
@@ -126,10 +129,10 @@ class SinkSpec(BaseModel):
 
     @model_validator(mode="after")
     def _secrets_are_references(self) -> SinkSpec:
-        if literal_password(self.url):
-            raise ValueError("the sink's url spells out a password; write it as ${env:NAME} or ${file:/path}")
+        _must_be_readable(self.url, "the sink's url")
+        _must_not_spell_out(self.url, "the sink's url")
         for name, value in self.options.items():
-            if name in _SECRET_OPTIONS:
+            if is_secret_name(name):
                 _must_refer(value, name)
         return self
 
@@ -137,9 +140,6 @@ class SinkSpec(BaseModel):
     def options(self) -> dict[str, Any]:
         """The options beside `url`, not validated yet: the sink's own model does that."""
         return dict(self.model_extra or {})
-
-
-_SECRET_OPTIONS = frozenset({"password", "api_key", "token", "secret"})
 
 
 class ErrorSpec(_Model):
@@ -212,10 +212,12 @@ class RegistrySpec(_Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> RegistrySpec:
-        if urlsplit(self.url).scheme not in ("http", "https"):
+        if not self.url.lower().startswith(("http://", "https://")):
             raise ValueError("url must begin with http:// or https://")
-        if literal_password(self.url):
-            raise ValueError("url spells out a password; give username, and password as ${env:NAME} or ${file:/path}")
+        _must_be_readable(self.url, "url")
+        found = spelt_out(self.url)
+        if found is not None:
+            raise ValueError(f"url spells out {found}; give username, and password as ${{env:NAME}} or ${{file:/path}}")
         if (self.username is None) != (self.password is None):
             raise ValueError("username and password belong together")
         if self.token is not None and self.username is not None:
@@ -292,6 +294,21 @@ class PipelineSpec(_Model):
             return {name: {} if table is None else table for name, table in value.items()}  # pyright: ignore[reportUnknownVariableType] -- from YAML
         return value
 
+    @field_validator("state")
+    @classmethod
+    def _no_secret_in_state(cls, value: str) -> str:
+        _must_be_readable(value, "state")
+        _must_not_spell_out(value, "state")
+        return value
+
+    @field_validator("connector")
+    @classmethod
+    def _no_secret_in_connector(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for name, option in value.items():
+            if is_secret_name(name):
+                _must_refer(option, f"connector.{name}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> PipelineSpec:
         for name in self.sinks:
@@ -334,22 +351,46 @@ class PipelineSpec(_Model):
 
 
 def _must_refer(value: object, where: str) -> str | None:
-    if value is None or (isinstance(value, str) and has_reference(value)):
+    # References alone: text before or behind one would be a part of the secret, in plain text.
+    if value is None or (isinstance(value, str) and is_reference(value)):
         return value
-    raise ValueError(f"{where} must be a reference, ${{env:NAME}} or ${{file:/path}}, never the secret itself")
+    raise ValueError(
+        f"{where} must be a reference, ${{env:NAME}} or ${{file:/path}}, and nothing else: never the secret itself, nor"
+        " a part of it"
+    )
+
+
+def _must_not_spell_out(url: str, what: str) -> None:
+    found = spelt_out(url)
+    if found is not None:
+        raise ValueError(f"{what} spells out {found}; write it as ${{env:NAME}} or ${{file:/path}}")
+
+
+def _must_be_readable(url: str, what: str) -> None:
+    try:
+        check_url(url, what)
+    except UsageError as error:
+        raise ValueError(str(error).rstrip(".")) from None  # what pydantic makes a finding of
 
 
 def parse_spec(text: str, where: str) -> PipelineSpec:
     """Return the specification that a YAML text holds. Raises UsageError: a sentence per mistake, naming `where`."""
     try:
+        tree: yaml.Node | None = yaml.compose(text, yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType] -- PyYAML has no types of its own
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{where}{line} is not YAML: {getattr(error, 'problem', None) or error}.") from error
+        # Neither what the parser quotes nor its own text, which has the line itself: that may be one with a password.
+        problem = re.sub(r"'.*'|\".*\"", "…", getattr(error, "problem", None) or type(error).__name__)
+        raise UsageError(f"{where}{line} is not YAML: {problem}.") from None
     if not isinstance(data, dict):
         raise UsageError(f"{where} must hold a mapping with name, source, tables and sinks.")
-    return spec_from(data, where)  # pyright: ignore[reportUnknownArgumentType] -- validated there
+    _refuse_duplicates(tree, where, set())
+    try:
+        return PipelineSpec.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(validation_sentences(error, where, PipelineSpec, tree)) from None  # its own text quotes values
 
 
 def spec_from(data: Mapping[str, Any], where: str) -> PipelineSpec:
@@ -357,17 +398,81 @@ def spec_from(data: Mapping[str, Any], where: str) -> PipelineSpec:
     try:
         return PipelineSpec.model_validate(data)
     except ValidationError as error:
-        raise UsageError(validation_sentences(error, where)) from None  # its own text quotes values
+        raise UsageError(validation_sentences(error, where, PipelineSpec)) from None  # its own text quotes values
 
 
-def validation_sentences(error: ValidationError, where: str) -> str:
-    """Return one sentence for each mistake that pydantic found, without quoting values (one could be a secret)."""
+def validation_sentences(
+    error: ValidationError, where: str, model: type[BaseModel], tree: yaml.Node | None = None
+) -> str:
+    """Return one sentence for each mistake that pydantic found, without quoting values (one could be a secret).
+
+    `model` is what was validated; `tree` is the YAML that it came from, for the lines.
+    """
     sentences: list[str] = []
     for detail in error.errors(include_url=False, include_input=False):
         place = ".".join(str(part) for part in detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
-        sentences.append(f"{where}: {place + ': ' if place else ''}{message}.")
+        if detail["type"] == "extra_forbidden":
+            options = ", ".join(_options_at(model, detail["loc"][:-1])) or "none"
+            message = f"there is no such option here; the options are {options}"
+        message = _PLAIN_WORDS.get(detail["type"], message)
+        line = _line_of(tree, detail["loc"])
+        before = "" if not place or message.startswith(place) else f"{place}: "
+        sentences.append(f"{where}{f' line {line}' if line else ''}: {before}{message}.")
     return "\n".join(sentences)
+
+
+_PLAIN_WORDS = {
+    "missing": "it is missing",
+    "dict_type": "it must hold options, each as `name: value` in a line of its own",
+    "model_type": "it must hold options, each as `name: value` in a line of its own",
+}
+
+
+def _options_at(model: Any, place: Sequence[int | str]) -> list[str]:
+    """Return the names of the options that there are at a place."""
+    for part in place:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[str(part)].annotation
+        else:  # a mapping by names of the user's own
+            model = get_args(model)[-1]
+        model = next(
+            (kind for kind in get_args(model) if isinstance(kind, type) and issubclass(kind, BaseModel)), model
+        )
+    return list(model.model_fields)
+
+
+def _line_of(tree: yaml.Node | None, place: Sequence[int | str]) -> int | None:
+    """Return the line of a place, or of what is nearest to it; None when nothing of it is there."""
+    node, line = tree, None
+    for part in place:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        entries: list[tuple[yaml.Node, yaml.Node]] = node.value
+        found = next(((key, value) for key, value in entries if key.value == part), None)
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
+
+
+def _refuse_duplicates(node: yaml.Node | None, where: str, seen: set[int]) -> None:
+    """Raise UsageError when a mapping has a key twice: YAML says it may not, but its parser takes the last one."""
+    if node is None or id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))  # an alias may lead back to what it is in
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item, where, seen)
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UsageError(f"{where} line {line}: {key.value} is there twice, before in line {lines[key.value]}.")
+            lines[key.value] = line
+        _refuse_duplicates(value, where, seen)
 
 
 def load_spec(folder: Path) -> PipelineSpec:

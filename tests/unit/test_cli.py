@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 
 from delta_sync.secrets import remember
 from delta_sync.sinks import installed
-from deltactl.app import App
+from deltactl.app import App, dir_option
 from deltactl.main import main
 from deltactl.reference import PAGE
 from deltactl.schema import schema
@@ -86,6 +87,28 @@ def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, interruption: type[Bas
     assert result.output.strip() == ""
 
 
+INTERRUPTED_IMPORT = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+sys.argv[1:] = ["pipeline", "list"]
+from deltactl.main import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["click", "psycopg", "deltactl.app", "delta_sync.spec", "deltactl.pipeline"])
+def test_ctrl_c_is_quiet_while_modules_are_imported(module: str) -> None:
+    """As the console script begins; the last of the modules is one of a command's own."""
+    code = INTERRUPTED_IMPORT.format(module=module)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = f"{sys.executable} -m deltactl.main pipeline schema | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -114,6 +137,39 @@ def test_the_schema_knows_each_sinks_options() -> None:
 
     assert {ref.removeprefix("#/definitions/") for ref in references(found)} <= set(found["definitions"])
     assert json.loads(CliRunner().invoke(main, ["pipeline", "schema"]).stdout) == found
+
+
+def test_the_schema_takes_no_secret_in_plain_text() -> None:
+    found = schema(installed())
+    definitions = found["definitions"]
+    rules = {rule["then"]["title"]: rule["then"] for rule in definitions["SinkSpec"]["allOf"]}
+    for properties, name in (
+        (definitions["SourceSpec"]["properties"], "password"),
+        (definitions["SecuritySpec"]["properties"], "password"),
+        (definitions["RegistrySpec"]["properties"], "token"),
+        (rules["Sink search"]["properties"], "api_key"),
+        (rules["Sink mongodb"]["properties"], "password"),
+    ):
+        pattern = re.compile(properties[name]["pattern"])
+        assert pattern.search("${env:PW}")
+        assert pattern.search("${file:/run/pw}${env:B}")
+        assert not pattern.search("secret")
+        assert not pattern.search("sec${env:PW}")
+    assert "pattern" not in rules["Sink search"]["properties"]["ca_file"]
+
+
+@pytest.mark.parametrize(("names", "words"), [(["a"], "there is a."), (["a", "b"], "there are a, b.")])
+def test_the_pipelines_that_exist_are_named(tmp_path: Path, names: list[str], words: str) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pipeline.yaml").touch()
+    assert words in CliRunner().invoke(main, ["pipeline", "show", "nope", "--dir", str(tmp_path)]).stderr
+
+
+def test_the_next_command_finds_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DELTA_PIPELINES", raising=False)
+    assert dir_option(App()) == ""
+    assert dir_option(App(folder=tmp_path)) == f" --dir {tmp_path}"
 
 
 @pytest.fixture

@@ -173,7 +173,25 @@ def test_dead_letters_are_listed_and_filtered(letters: list[int]) -> None:
     text = deltactl("dead", "list", "movies", "--limit", "1")
     assert text.stdout.splitlines()[0].startswith("ID\tTABLE")
     assert "second line" not in text.stdout
-    assert "1 of 5" in text.stderr
+    assert "1 of 5 dead letters; --limit shows more" in text.stderr
+    assert deltactl("dead", "list", "movies", "--table", "public.genre").stderr == ""
+    filtered = deltactl("dead", "list", "movies", "--sink", "cache", "--limit", "1")
+    assert "1 of 4 dead letters like that; --limit shows more" in filtered.stderr
+
+
+@pytest.mark.parametrize("command", [["list"], ["discard", "--all", "--yes"], ["replay", "--all"]])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_filter_that_can_leave_nothing_is_refused(
+    folder: Path, request: pytest.FixtureRequest, command: list[str], kept: bool
+) -> None:
+    letters = request.getfixturevalue("letters") if kept else []
+    for option, known in (("--table", "public.movie"), ("--sink", "cache")):
+        refused = deltactl("dead", command[0], "movies", *command[1:], option, "nope")
+        assert refused.exit_code == 2
+        assert "'nope'" in refused.stderr
+        assert known in refused.stderr
+    assert ids_of() == letters
+    assert folder.exists()
 
 
 def test_filters_look_at_every_page(letters: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +224,8 @@ def test_dead_letters_are_discarded_as_asked(letters: list[int]) -> None:
     assert "nothing was changed" in some_unknown.stderr
     assert deltactl("dead", "discard", "movies", "--all", "--dry-run").exit_code == 0
     assert ids_of() == letters
-    assert deltactl("dead", "discard", "movies", str(letters[0]), "--yes").exit_code == 0
+    assert deltactl("dead", "discard", "movies", "1", "--dry-run").stdout == "Would discard 1 dead letter.\n"
+    assert deltactl("dead", "discard", "movies", str(letters[0]), "--yes").stdout == "Discarded 1 dead letter.\n"
     assert ids_of() == letters[1:]
     assert deltactl("dead", "discard", "movies", "--all", "--table", "public.movie", "--yes").exit_code == 0
     assert ids_of() == letters[3:4]

@@ -86,6 +86,22 @@ MISTAKES = [
     ("def ratings(ids)", "def ratings(ids, more)", [RATINGS + "a look-up takes one argument, the list of keys"]),
     ('ttl="10m"', 'ttl="soon"', [RATINGS, "'soon'"]),
     ("batch=500", "batch=0", [LIMITS]),
+    ("batch=500", 'batch="500"', [RATINGS + "batch takes a whole number, not '500'"]),
+    ("batch=500", "concurrency=True", [RATINGS + "concurrency takes a whole number, not True"]),
+    ("batch=500", "cache_size=1e3", [RATINGS + "cache_size takes a whole number, not 1000.0"]),
+    ('lookup(batch=500, ttl="10m")', "lookup", [RATINGS + "@….lookup needs parentheses; write @….lookup()"]),
+    ('table("public.genre")', "table", [GENRE + '@….table needs the table\'s name; write @….table("schema.name")']),
+    ('to=["cache"]', "to=[movies]", [MOVIE + '`to` takes a list of sinks\' names, such as to=["cache"]']),
+    ('to=["cache"]', "to=[]", [MOVIE + "to=[] names no sink; leave `to` out for all of them"]),
+    ('to=["cache"]', 'to=["cache", "cache"]', [MOVIE + "`to` names 'cache' twice"]),
+    ("def ratings(ids)", "async def ratings(ids)", [RATINGS + "a look-up is a plain function; it returns a mapping"]),
+    ("    return {}", "    yield {}", [RATINGS + "a look-up is a plain function; it returns a mapping"]),
+    (PIPELINE, PIPELINE + '\nimport sys\nsys.exit("stop")', ["processor.py line 4 does not import: SystemExit: stop"]),
+    (PIPELINE, PIPELINE + "\nexit()", ["processor.py line 3 does not import: SystemExit: None"]),
+    ('to=["cache"]', "to=5", [MOVIE + '`to` takes a list of sinks\' names, such as to=["cache"]']),
+    ('@movies.table("public.genre")', "@movies.table()", ["processor.py line 9 does not import: TypeError"]),
+    (PIPELINE, PIPELINE + "\nimport nonsense", ["processor.py line 3 does not import: ModuleNotFoundError"]),
+    (PIPELINE, PIPELINE + "\nimport broken", ["processor.py line 3 does not import: SyntaxError", "broken.py, line 2"]),
     ("batch=500", "timeout=0", [LIMITS]),
     ("batch=500", "concurrency=0", [LIMITS]),
     ("batch=500", "cache_size=0", [LIMITS]),
@@ -97,10 +113,17 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("old", "new", "parts"), MISTAKES, ids=[f"{old!r} to {new!r}" for old, new, _ in MISTAKES])
-def test_a_mistake_is_found_at_import(folder: Path, old: str, new: str, parts: list[str]) -> None:
+def test_a_mistake_is_found_at_import(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, parts: list[str]
+) -> None:
     assert old in PROCESSOR
+    (folder / "broken.py").write_text("#\n(")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder.parent.parent)
+    # As the command has it by default; only the processor's own lines are meant, not those of what it imports.
+    relative = folder.relative_to(folder.parent.parent)
     with pytest.raises(UsageError) as caught:
-        load(folder, PROCESSOR.replace(old, new, 1))
+        load(relative, PROCESSOR.replace(old, new, 1))
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
     assert caught.value.exit_status == 2
 

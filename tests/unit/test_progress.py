@@ -113,6 +113,9 @@ def test_what_it_waits_for(progress: Progress) -> None:
     cache.busy = "it loads its data"
     progress.waits("load", "pid 77")
     assert progress.state() == ("waiting", "sink cache: it loads its data; load: pid 77")
+    progress.sinks["cache"].busy = "sink cache: Redis at cache:6379 cannot be reached"  # as its error says
+    assert progress.state() == ("waiting", "sink cache: Redis at cache:6379 cannot be reached; load: pid 77")
+    progress.sinks["cache"].busy = "it loads its data"
     cache.busy = None
     progress.waits("load", "pid 78")
     assert progress.state() == ("waiting", "load: pid 78")

@@ -78,7 +78,9 @@ def open_sink(name: str, spec: SinkSpec, tombstone_ttl_s: float) -> AnySink:
     try:
         validated = cls.options_model.model_validate(options)
     except ValidationError as error:
-        raise UsageError(validation_sentences(error, f"sinks.{name}")) from None  # its own text quotes values
+        raise UsageError(
+            validation_sentences(error, f"sinks.{name}", cls.options_model)
+        ) from None  # its own text quotes values
     return cls(name, resolve_url(spec.url), validated, round(tombstone_ttl_s))
 
 
@@ -94,7 +96,7 @@ def target_for(sink: AnySink, table: Table, spec: PipelineSpec) -> Target:
         options = sink.target_model.model_validate(given)
     except ValidationError as error:
         raise UsageError(
-            validation_sentences(error, f"tables.{table.id}.sinks.{sink.name}")
+            validation_sentences(error, f"tables.{table.id}.sinks.{sink.name}", sink.target_model)
         ) from None  # its own text quotes values
     return sink.target(table, options)
 

@@ -61,6 +61,7 @@ from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import DeltaError, Problem, SinkBusy, SinkRefused, UsageError
 from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.tables import Kind, Table, key_text
+from delta_sync.urls import split_url
 from delta_sync.values import Document, Interval, decimal_text, scalar_text
 
 TOMBSTONES = ".delta_tombstones"  # what a target's companion collection is called, after the target's own name
@@ -557,10 +558,7 @@ _UNENCODABLE = (BSONError, DocumentTooLarge, OverflowError, TypeError, ValueErro
 
 def parse_path(name: str, url: str) -> tuple[str, str | None]:
     """Return the database and, if the URL names one, the collection. Raises UsageError."""
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:
-        raise UsageError(f"sink {name}: the URL cannot be read: {error}.") from error
+    parts = split_url(url, f"sink {name}: the URL")
     database, _, collection = unquote(parts.path).removeprefix("/").partition(".")
     if not database or len(database.encode()) > MAX_DATABASE_BYTES or set(database) & set('/\\ "$*<>:|?\0'):
         example = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/shop"

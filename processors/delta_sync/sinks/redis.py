@@ -29,7 +29,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from hashlib import sha1
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import orjson
 import redis
@@ -56,6 +55,7 @@ from delta_sync.sinks.redis_keys import (
 from delta_sync.sinks.redis_scripts import ABOVE_ALL, FORGET, HASH, JSON, PROBE, RAISE_FLOOR, VALUES, ZERO
 from delta_sync.spec import Duration
 from delta_sync.tables import Table
+from delta_sync.urls import split_url
 from delta_sync.values import Document, from_json, to_json
 from delta_sync.versions import VERSION_DIGITS
 
@@ -517,7 +517,7 @@ def judge(where: str, facts: Sequence[Facts]) -> list[Problem]:
                 Problem(
                     where,
                     f'Redis at {fact.server} keeps nothing on disk (appendonly no, save "")',
-                    "after it restarts, start a dump to fill it again",
+                    "after it restarts, fill it again with `deltactl run NAME --reload`",
                     fatal=False,
                 )
             )
@@ -637,7 +637,7 @@ class _Link:
 
     def __init__(self, name: str, url: str, options: RedisOptions, now: Callable[[], float]) -> None:
         self._name, self._url, self._now = name, url, now
-        parts = urlsplit(url)
+        parts = split_url(url, f"sink {name}: the URL")
         self._settings: dict[str, Any] = {
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             "socket_timeout": REPLY_TIMEOUT_S,
@@ -659,9 +659,9 @@ class _Link:
             self._database = int(path or 0)
             # One more attempt at once: a connection that idled may have been cut. The worker knows how to wait.
             self._single = _Redis.from_url(url, retry=Retry(NoBackoff(), 1), **self._settings)
-        except ValueError:  # from None: its text may quote what stands before the @
+        except ValueError:  # from None: its text may quote the URL
             raise UsageError(
-                f"sink {name}: the URL cannot be read; percent-encode : / @ and % in the user name and password."
+                f"sink {name}: the URL must name one host, and options of the driver redis-py with values that fit."
             ) from None
         self._wants_cluster = options.cluster
         self._cluster: Any = None

@@ -39,6 +39,7 @@ from delta_sync.errors import DeltaError, Problem, SinkBusy, SinkRefused, UsageE
 from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.sinks.search_mapping import DELETED, DELETED_AT, OWN_PREFIX, VERSION, index_body, read_mapping
 from delta_sync.tables import Table, key_text
+from delta_sync.urls import split_url
 from delta_sync.values import from_json, to_json
 
 FLOORS = "-delta"  # what the index of a target's floor is called, after the target's own name
@@ -592,11 +593,10 @@ def parse_url(name: str, url: str, options: SearchOptions) -> tuple[str, str | N
 
     Raises UsageError, which quotes no credentials.
     """
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise UsageError(f"sink {name}: the URL cannot be read: {error}.") from error
+    parts = split_url(url, f"sink {name}: the URL")
+    if "," in parts.netloc.rpartition("@")[2]:
+        raise UsageError(f"sink {name}: the URL names several hosts; name one, such as a load balancer.")
+    port = parts.port
     if not parts.hostname:
         raise UsageError(f"sink {name}: the URL must name a host, such as http://search:9200/movies.")
     if parts.query or parts.fragment:

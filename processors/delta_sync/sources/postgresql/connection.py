@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -12,6 +11,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from delta_sync.errors import CheckFailed, Problem, SourceBusy, UsageError
 from delta_sync.secrets import redact, resolve, resolve_url
 from delta_sync.spec import SourceSpec
+from delta_sync.urls import split_url
 
 CONNECT_TIMEOUT_S = 10  # a firewall that drops packets must not look like a hung command
 DEFAULT_PORT = 5432
@@ -30,11 +30,11 @@ class Server(NamedTuple):
 
 def server_of(source: SourceSpec) -> Server:
     """Return what a source's URL names. Raises UsageError when its port is no number."""
-    parts = urlsplit(source.url)
+    parts = split_url(source.url, "source.url")
     try:
         port = parts.port or DEFAULT_PORT
-    except ValueError:
-        raise UsageError("source.url: the port must be a number between 1 and 65535.") from None
+    except ValueError:  # several hosts, or a reference
+        raise UsageError("source.url: the port must be a number between 1 and 65535, of one host.") from None
     user = parts.username or ""
     return Server(user, parts.hostname or "localhost", port, parts.path.lstrip("/") or user)
 
@@ -66,7 +66,7 @@ def connect(source: SourceSpec, application_name: str = "delta") -> psycopg.Conn
             raise SourceBusy(str(problem)) from error
         raise CheckFailed([problem]) from error
     except psycopg.ProgrammingError as error:
-        raise UsageError(f"source.url: {redact(_first_line(str(error)))}.") from error
+        raise UsageError(f"source.url: {redact(_first_line(str(error)))}.") from None
 
 
 def explain(message: str, server: Server) -> tuple[Problem, bool]:
