@@ -56,8 +56,9 @@ IDS_PER_STATEMENT = 500  # below every database's limit of parameters (SQLite be
 class PipelineState(NamedTuple):
     """The source as the pipeline last saw it.
 
-    `system_identifier` and `timeline` tell another database from a failover; `slot_lsn` is the position that the slot
-    was last confirmed to (None: never).
+    `system_identifier` and `timeline` tell another database from a failover; `slot_lsn` is where the slot was at the
+    last start (None: there was none yet). `confirmed_most` is a position beyond which this pipeline never confirmed
+    anything (None: not known); see `confirming`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PipelineState(NamedTuple):
     system_identifier: str
     timeline: int
     slot_lsn: int | None = None
+    confirmed_most: int | None = None
 
 
 class TableLoad(NamedTuple):
@@ -221,6 +223,15 @@ class StateStore:
         with self._transaction(write=True) as connection:
             _fence(connection, state.name, lease)
             upsert(connection, PIPELINES, {"name": values.pop("name")}, values)
+
+    def raise_confirmed_most(self, name: str, lsn: int) -> None:
+        """Save, before it is done, that the slot may be confirmed up to a position. It never falls.
+
+        Nothing happens to a pipeline that is not there, or has been further.
+        """
+        lower = sa.or_(PIPELINES.c.confirmed_most.is_(None), PIPELINES.c.confirmed_most < lsn)
+        with self._transaction(write=True) as connection:
+            connection.execute(sa.update(PIPELINES).where(PIPELINES.c.name == name, lower).values(confirmed_most=lsn))
 
     def forget(self, name: str) -> None:
         """Delete all that is stored of a pipeline."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import select
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,7 +20,7 @@ from delta_sync.sinks import AnySink, target_for
 from delta_sync.sinks.memory import MemorySink
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import PipelineSpec, spec_from
-from delta_sync.starting import Source, prepare_source
+from delta_sync.starting import Source, check_slot, prepare_source
 from delta_sync.state import StateStore
 from delta_sync.testing.servers import PostgreSQL
 from delta_sync.values import Row
@@ -30,6 +34,7 @@ class Start:
 
     def __init__(self, postgresql: PostgreSQL, folder: Path) -> None:
         parts = urlsplit(postgresql.url)
+        self.url = postgresql.url
         (folder / "password").write_text(f"{parts.password}\n")
         source = {
             "url": f"postgresql://{parts.username}@{parts.hostname}:{parts.port}{parts.path}",
@@ -45,11 +50,11 @@ class Start:
         self.state = StateStore.open(self.spec.state, folder)
         self.reader = PostgresReader(self.spec.source, "test")
 
-    def __call__(self, *to: str, new_slot: bool = False, reload: bool = False) -> Source:
+    def __call__(self, *to: str, new_slot: bool = False, reload: bool = False, bounded: bool = True) -> Source:
         pipeline = Pipeline("starting")
         pipeline.table(TABLE, to=to)(lambda row: row)
         return prepare_source(
-            self.spec, pipeline, self.reader, self.state, self.sinks, new_slot=new_slot, reload=reload
+            self.spec, pipeline, self.reader, self.state, self.sinks, new_slot=new_slot, reload=reload, bounded=bounded
         )
 
     def loaded(self) -> None:
@@ -61,6 +66,15 @@ class Start:
         """Return the state of the table's load, and why it is made."""
         load = self.state.loads("starting")[TABLE]
         return load.state, load.reason
+
+    def confirm(self) -> None:
+        """Do what the capture does with the bound, and what the connector does with the slot."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("INSERT INTO starting SELECT coalesce(max(id), 0) + 1 FROM starting")
+            row = connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
+            assert row is not None
+            self.state.raise_confirmed_most("starting", self.reader.insert_lsn())
+            connection.execute("SELECT pg_replication_slot_advance(%s, %s::pg_lsn)", [self.spec.slot, row[0]])
 
     def write(self, sink: str, version: int, row: Row) -> None:
         """Write a document, as another pipeline would have."""
@@ -145,3 +159,119 @@ def test_a_slot_that_is_gone_stops_it_unless_that_is_accepted(start: Start) -> N
     assert start("cache", new_slot=True).epoch == 2
     assert start.load() == ("pending", "the epoch rose")
     assert start.reader.slot(start.spec.slot) is not None
+
+
+def test_a_slot_that_was_made_anew_is_not_taken_for_the_old_one(start: Start) -> None:
+    start("cache")
+    start.confirm()
+    start("cache")
+    check_slot(start.spec, start.reader, start.state)
+    start.reader.drop_slot(start.spec.slot)
+    start.reader.create_slot(start.spec.slot)
+    for refuse in (lambda: start("cache"), lambda: check_slot(start.spec, start.reader, start.state)):
+        with pytest.raises(SlotMissing, match="dropped and made anew, or advanced"):
+            refuse()
+    assert start("cache", new_slot=True).epoch == 2
+    assert start("cache").epoch == 2, "that was to be accepted once"
+
+
+def test_a_slot_that_was_made_anew_before_anything_was_confirmed(start: Start) -> None:
+    start("cache")
+    start.reader.drop_slot(start.spec.slot)
+    start.reader.create_slot(start.spec.slot)
+    with pytest.raises(SlotMissing, match="made anew"):
+        start("cache")
+
+
+def test_a_slot_that_was_advanced_by_hand_is_noticed(start: Start) -> None:
+    start("cache")
+    start.confirm()
+    with psycopg.connect(start.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO starting VALUES (1000)")
+        connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [start.spec.slot])
+    with pytest.raises(SlotMissing, match="advanced by hand"):
+        start("cache")
+
+
+def test_without_a_bound_nothing_is_compared(start: Start) -> None:
+    """In Kafka mode another process confirms; a bound that an embedded run had saved before must not be left behind."""
+    start("cache")
+    start("cache", bounded=False)
+    with psycopg.connect(start.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO starting VALUES (1000)")
+        connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [start.spec.slot])
+    start("cache", bounded=False)
+    check_slot(start.spec, start.reader, start.state)
+    start("cache")
+    start.confirm()
+    start("cache")
+    with psycopg.connect(start.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO starting VALUES (2000)")
+        connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [start.spec.slot])
+    with pytest.raises(SlotMissing):
+        start("cache")
+
+
+CONFIRM_FOR_EVER = """
+import itertools, sys
+from pathlib import Path
+import psycopg
+from delta_sync.capture import Batch
+from delta_sync.confirming import BoundedCapture
+from delta_sync.state import StateStore
+
+url, folder, slot = sys.argv[1:]
+state = StateStore.open("sqlite:///state.db", Path(folder))
+source = psycopg.connect(url, autocommit=True)
+
+
+class Slot:
+    generation, pid, sequence = 1, None, 0
+
+    def start(self): pass
+    def stop(self): pass
+
+    def poll(self, timeout_s):
+        self.sequence += 1
+        source.execute("INSERT INTO starting SELECT coalesce(max(id), 0) + 1 FROM starting")
+        (lsn,) = source.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
+        return Batch(1, self.sequence, 1, lsn)
+
+    def confirm(self, batch):
+        source.execute("SELECT pg_replication_slot_advance(%s, %s::pg_lsn)", [slot, batch.payload])
+
+
+def end_of_log():
+    (lsn,) = source.execute("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint").fetchone()
+    return lsn
+
+
+never_waits = itertools.count().__next__
+capture = BoundedCapture(
+    Slot(), end_of_log, lambda lsn: state.raise_confirmed_most("starting", lsn), clock=never_waits
+)
+capture.start()
+print("started", flush=True)
+while True:
+    capture.confirm(capture.poll(0.0))
+"""
+
+
+def test_no_kill_at_any_moment_makes_a_false_alarm(start: Start, tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    moment = random.Random(seed)
+    confirmed: set[int | None] = set()
+    for _ in range(25):
+        start("cache")
+        arguments = [start.url, str(tmp_path), start.spec.slot]
+        with subprocess.Popen([sys.executable, "-c", CONFIRM_FOR_EVER, *arguments], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"started\n"
+            select.select([process.stdout], [], [], moment.uniform(0.0, 0.05))  # it prints no more
+            process.kill()
+        slot = start.reader.slot(start.spec.slot)
+        assert slot is not None
+        confirmed.add(slot.confirmed_lsn)
+    start("cache")
+    assert len(confirmed) > 10, "most of them confirmed something"
