@@ -12,6 +12,7 @@ from delta_sync.load import FIRST_LOAD
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.sinks import AnySink, store_of, target_for
 from delta_sync.sinks.base import Target
+from delta_sync.sources.postgresql.checks import new_slot_command
 from delta_sync.sources.postgresql.reader import PostgresReader, SlotState, SourceIdentity
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import Lease, PipelineState, StateStore, TableLoad
@@ -55,16 +56,17 @@ def prepare_source(
     identity = reader.identity()
     known = state.pipeline(spec.name)
     slot = reader.slot(spec.slot)
-    if known is None:
-        known = PipelineState(spec.name, 1, *identity)
-    elif (wrong := why_lost(spec, known, identity, slot)) is not None:
-        if not new_slot:
-            raise SlotMissing(slot_missing(spec, wrong))
-        log.warning("epoch_rises", reason=wrong, epoch=known.epoch + 1)
+    found_state = known or PipelineState(spec.name, 0, *identity)
+    wrong = why_lost(spec, found_state, identity, slot)
+    if wrong is not None and not new_slot:
+        raise SlotMissing(slot_missing(spec, wrong))
+    if known is None or wrong is not None:
+        known = PipelineState(spec.name, found_state.epoch + 1, *identity)
+    if wrong is not None:
+        log.warning("epoch_rises", reason=wrong, epoch=known.epoch)
         if slot is not None:
             reader.drop_slot(spec.slot)
             slot = None
-        known = PipelineState(spec.name, known.epoch + 1, *identity)
     if not bounded:
         known = known._replace(confirmed_most=None)
     targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in tables.items()}
@@ -178,14 +180,9 @@ def why_lost(spec: PipelineSpec, known: PipelineState, identity: SourceIdentity,
 def slot_missing(spec: PipelineSpec, why: str) -> str:
     """Return what is to be said when changes may have been lost: why, and what to type."""
     return (
-        f"Changes may have been lost: {why}. Type `deltactl {new_slot_command(spec)}` to begin a new epoch:"
+        f"Changes may have been lost: {why}. Type `{new_slot_command(spec)}` to begin a new epoch:"
         " every table is loaded again, and documents of rows that are gone are removed."
     )
-
-
-def new_slot_command(spec: PipelineSpec) -> str:
-    """Return the command, without `deltactl`, that accepts that changes may have been lost."""
-    return f"{'run' if spec.kafka is None else 'sidecar'} {spec.name} --new-slot"
 
 
 def check_slot(spec: PipelineSpec, reader: PostgresReader, state: StateStore) -> None:
