@@ -311,7 +311,7 @@ class StateStore:
                     "attempts": 1,
                 }
                 again = {"attempts": DEAD_LETTERS.c.attempts + 1}
-                key = {"pipeline": name, "identity": _identity(letter)}
+                key = {"pipeline": name, "identity": identity_of(letter)}
                 upsert(connection, DEAD_LETTERS, key, changing | again, changing | fixed)
 
     def dead_letters(
@@ -358,6 +358,17 @@ class StateStore:
         )
         with self._transaction() as connection:
             return connection.execute(sa.select(sa.func.count()).select_from(DEAD_LETTERS).where(since)).scalar_one()
+
+    def dead_letters_since(self, name: str, since: dt.datetime) -> list[tuple[dt.datetime, str]]:
+        """Return when each dead letter first failed that did so after `since` (aware), with its `identity_of`.
+
+        The oldest first.
+        """
+        columns = (DEAD_LETTERS.c.created_at, DEAD_LETTERS.c.identity)
+        recent = sa.and_(DEAD_LETTERS.c.pipeline == name, DEAD_LETTERS.c.created_at > since)
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(*columns).where(recent).order_by(DEAD_LETTERS.c.created_at))
+            return [(row.created_at, row.identity) for row in rows]
 
     def prune(self, name: str, older_than: dt.datetime) -> int:
         """Delete the dead letters that first failed before `older_than` (aware); return how many there were."""
@@ -533,7 +544,8 @@ def _fence(connection: sa.Connection, pipeline: str, lease: Lease | None) -> Non
         )
 
 
-def _identity(letter: DeadLetter) -> str:
+def identity_of(letter: DeadLetter) -> str:
+    """Return what is the same for the same failure of a change: delivered once more, it is no further dead letter."""
     # ascii(), because it is injective and takes any text, and repr() changes with Unicode's version
     return hashlib.sha256(ascii((letter.table, letter.key_text, letter.sink, letter.version)).encode()).hexdigest()
 
