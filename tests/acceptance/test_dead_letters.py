@@ -168,6 +168,23 @@ def test_too_many_failures_stop_the_pipeline(while_loading: bool, stage: Callabl
     assert run.stop() == 0
 
 
+def test_a_reload_keeps_the_documents_of_rows_that_became_dead_letters(stage: Callable[..., Stage]) -> None:
+    """They look like those of rows that are gone: nothing wrote them since the reload began."""
+    it = stage(SETUP, ["movie"], processor=FAILS)
+    run = started(it)
+    assert run.stop() == 0
+    it.pipeline.write_processor("return {'id': row['id'], 'title': row['title'], 'rest': 1 // (row['id'] != 3)}")
+    run = it.run("--reload")
+    wait_until(lambda: bool(run.events("load_finished")), TIMEOUT_S, f"the end of the load; {run.tail()}")
+    assert [event["dead_letters"] for event in run.events("unmet_kept")] == [1]
+    assert titles(it, 2, 3, 4) == ["title 2", "title 3", "title 4"]
+    names = [event["event"] for event in run.events() if event["event"] in ("loading", "streaming", "stopped")]
+    assert sorted(names) == ["loading", "streaming"]
+    assert run.stop() == 0
+    (stopped,) = run.events("stopped")
+    assert (stopped["state"], stopped["dead_letters"]) == ("stopped", 1)
+
+
 def test_a_restart_does_not_make_room_for_more_of_them(stage: Callable[..., Stage]) -> None:
     """Else a service manager that starts it again and again turns everything into dead letters."""
     it = stage(SETUP, ["movie"], processor=FAILS, errors={"max_dead_letters_per_minute": 5})
