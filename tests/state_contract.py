@@ -31,7 +31,7 @@ from alembic.runtime.migration import MigrationContext
 from delta_sync import secrets
 from delta_sync.delta_event import encode_key
 from delta_sync.errors import LeaseLost, StaleStateStore, StateBusy
-from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad
+from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad, identity_of
 from delta_sync.state_database import migration_lock
 from delta_sync.state_tables import METADATA, VERSION_TABLE
 from delta_sync.testing.processes import wait_until
@@ -324,6 +324,17 @@ class StateContract:
         store.add_dead_letters("other", [letter(9, table="a.b", version=9)])
         assert store.count_failed_since("movies", "a.b", 4) == 2
         assert store.count_failed_since("movies", "a.b", 6) == 0
+
+    def test_those_of_the_last_minute_are_found_with_what_they_are_of(self, store: StateStore) -> None:
+        later = NOW + dt.timedelta(seconds=30)
+        old, new = letter(1, created_at=NOW), letter(2, created_at=later)
+        store.add_dead_letters("movies", [new, old])
+        store.add_dead_letters("other", [letter(3, created_at=later)])
+        assert store.dead_letters_since("movies", NOW) == [(later, identity_of(new))]
+        assert store.dead_letters_since("movies", NOW - dt.timedelta(seconds=1)) == [
+            (NOW, identity_of(old)),
+            (later, identity_of(new)),
+        ]
 
     def test_all_dead_letters_are_added_or_none(self, store: StateStore) -> None:
         broken = letter(2, event=None)

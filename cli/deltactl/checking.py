@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
@@ -14,9 +15,13 @@ from delta_sync.errors import CheckFailed, Problem, Transient, UsageError
 from delta_sync.secrets import redact, remember, resolve
 from delta_sync.sinks import open_sinks, targets_of
 from delta_sync.sources.postgresql.catalogue import obstacles, read_catalogue
-from delta_sync.sources.postgresql.checks import column_notes, problems, read_facts
+from delta_sync.sources.postgresql.checks import column_notes, new_slot_command, problems, read_facts
+from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import PipelineSpec
+from delta_sync.starting import why_lost
+from delta_sync.state import StateStore
 from delta_sync.tables import Table
+from delta_sync.watch import ANSWER_S
 
 
 class Findings(NamedTuple):
@@ -62,6 +67,28 @@ def check_source(
     tables = {name: catalogue[name].table for name in sound if name in catalogue}
     found += column_notes(tables.values())
     return Findings(("source", *(f"table {name}" for name in spec.tables)), tables, tuple(found))
+
+
+def check_history(spec: PipelineSpec, folder: Path) -> Findings:
+    """Look at whether the slot goes on where the pipeline's state was; what is wrong is what a run would stop with.
+
+    Raises StateBusy and SourceBusy.
+    """
+    store = StateStore.open(spec.state, folder, create=False)
+    if store is None:
+        return Findings((), {}, ())
+    reader = PostgresReader(spec.source, "deltactl", ANSWER_S)
+    try:
+        with store:
+            slot = reader.slot(spec.slot)  # before the state: a pipeline that runs saves how far it confirms, then does
+            known = store.pipeline(spec.name)
+            why = None if known is None else why_lost(spec, known, reader.identity(), slot)
+    finally:
+        reader.close()
+    if why is None or (slot is not None and slot.wal_status == "lost"):  # that the check of the source says itself
+        return Findings((), {}, ())
+    fix = f"type: {new_slot_command(spec)}, which begins a new epoch: every table is loaded again"
+    return Findings((), {}, (Problem("source", f"changes may have been lost: {why}", fix),))
 
 
 def check_sinks(spec: PipelineSpec, tables: Iterable[Table]) -> Findings:

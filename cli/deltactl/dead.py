@@ -216,13 +216,14 @@ def replay(
         letters = list(_chosen(store, name, ids, table, sink, stage))
         letters.reverse()  # the oldest first, as they happened
         done: list[Replayed] = []
+        ended_by: str | None = None
         if letters and store is not None and not dry_run:
             reader = PostgresReader(spec.source, f"delta {name} replay")
             try:
                 tables = reader.tables(list(spec.tables))
             finally:
                 reader.close()
-            done = replay_letters(app.home(name), spec, store, tables, letters)
+            done, ended_by = replay_letters(app.home(name), spec, store, tables, letters)
     failed = [one for one in done if one.error is not None]
     if app.json:
         print_json(
@@ -231,6 +232,7 @@ def replay(
                 "chosen": [letter.id for letter in letters],
                 "replayed": [one.letter.id for one in done if one.error is None],
                 "failed": [{"id": one.letter.id, "error": one.error} for one in failed],
+                "ended_by": ended_by,
             }
         )
     elif dry_run:
@@ -239,7 +241,9 @@ def replay(
         for one in failed:
             warn(f"Dead letter {one.letter.id} ({one.letter.table} {one.letter.key_text}) fails again: {one.error}")
         say(f"Replayed {_count(len(done) - len(failed))}; {len(failed)} failed again and stay.")
-    if failed:
+        if ended_by is not None:
+            warn(f"{len(letters) - len(done)} were not tried and stay: {ended_by}")
+    if failed or ended_by is not None:
         click.get_current_context().exit(1)
 
 

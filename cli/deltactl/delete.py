@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import psycopg
 from psycopg import sql
 
-from delta_sync.errors import CheckFailed, PipelineRunning, Problem, SourceBusy, UsageError
+from delta_sync.errors import CheckFailed, PipelineRunning, Problem, SinkRefused, SourceBusy, Transient, UsageError
 from delta_sync.sinks import AnySink, open_sinks, targets_of
 from delta_sync.sinks.base import Target
 from delta_sync.sources.postgresql.catalogue import read_tables
@@ -46,6 +47,9 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
 
     Its documents stay in the sinks without --documents, its files without --files. A publication that pipeline.yaml
     names stays: somebody else made it. The pipeline must not be running.
+
+    Source, sinks and Kafka must answer before anything is deleted. If it ends half-way all the same, type it again: it
+    deletes what is left. A run instead of that loads every table whose documents may be gone.
 
     \b
     Example:
@@ -89,6 +93,9 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
                     print_json({"pipeline": name, "deleted": False, **doomed})
                 return
             confirm(f"Delete this of pipeline {name}?", yes=yes)
+            _refuse_unreachable(targets)
+            if documents and store is not None:
+                _forget_loads(spec, store)
             dropped = sum(sink.drop(target) for sink, some in targets for target in some)
             if connection is not None:
                 _drop_source_objects(connection, slot, publication)
@@ -123,6 +130,34 @@ def _targets_for_delete(
         raise UsageError("--documents needs the source, which says what the tables' keys are; leave out --keep-source.")
     tables = read_tables(connection, list(spec.tables))
     return targets_of(open_sinks(spec).values(), tables.values(), spec)
+
+
+def _refuse_unreachable(targets: Sequence[tuple[AnySink, Sequence[Target]]]) -> None:
+    """Raise CheckFailed, before anything is dropped, unless every sink lets its documents be looked at."""
+    found: list[Problem] = []
+    for sink, some in targets:
+        try:
+            for target in some:
+                next(iter(sink.scan(target)), None)
+        except Transient as error:
+            found.append(Problem(f"sink {sink.name}", str(error).removeprefix(f"sink {sink.name}: ").rstrip("."), ""))
+        except SinkRefused:  # perhaps only because a first delete has dropped an index
+            found += [problem for problem in sink.check(some) if problem.fatal]
+    found = [
+        problem._replace(fix=problem.fix or "nothing was deleted; mend that, and type it again") for problem in found
+    ]
+    if found:
+        raise CheckFailed(found)
+
+
+def _forget_loads(spec: PipelineSpec, store: StateStore) -> None:
+    """Forget that tables were loaded, before the first document goes.
+
+    If this ends half-way (a sink dies, Ctrl-C, the source refuses to drop the slot), slot and state are still there,
+    and a run would go on with a store that is empty. Without loads it loads every table again.
+    """
+    for table in store.loads(spec.name):
+        store.forget_load(spec.name, table)
 
 
 def _source_objects(connection: psycopg.Connection, spec: PipelineSpec) -> tuple[str | None, str | None]:

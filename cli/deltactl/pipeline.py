@@ -31,7 +31,7 @@ from deltactl.app import (
     shared_options,
     warn,
 )
-from deltactl.checking import Findings, check_sinks, check_source, check_transport, merge, resolvable
+from deltactl.checking import Findings, check_history, check_sinks, check_source, check_transport, merge, resolvable
 from deltactl.files import read_all
 from deltactl.schema import schema
 
@@ -133,6 +133,7 @@ def check(app: App, name: str) -> None:
     resolvable(spec)
     with connect(spec.source, "deltactl") as connection:
         parts = [check_source(connection, spec, running=app.is_running(name))]
+    parts.append(check_history(spec, app.home(name)))
     parts += [check_sinks(spec, parts[0].tables.values()), check_transport(spec)]
     if all(table in parts[0].tables for table in spec.tables):
         parts.append(_check_files(app.home(name), spec, parts[0].tables))

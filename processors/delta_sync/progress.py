@@ -165,5 +165,28 @@ class Progress:
         }
 
 
+class News:
+    """What of a run's progress is worth a line in its log: each kind once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._told: set[str] = set()
+
+    def look(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the events that are new since the last look, with their fields. Pure but for what was told."""
+        progress = self._progress
+        loading = [table for table, load in progress.loads.items() if load["state"] != "done"]
+        ended, _ = progress.state()
+        totals = {"changes": progress.events, "writes": progress.writes, "dead_letters": progress.dead_letters}
+        happened: list[tuple[str, bool, dict[str, Any]]] = [
+            ("loading", bool(loading), {"tables": loading}),
+            ("streaming", progress.position.passed_lsn > 0, {"lag_s": progress.position.lag_s()}),
+            ("stopped", ended in ("stopped", "failed"), {"state": ended, **totals}),
+        ]
+        new = [(name, fields) for name, has, fields in happened if has and name not in self._told]
+        self._told.update(name for name, _ in new)
+        return new
+
+
 def _now() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

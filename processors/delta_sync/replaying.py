@@ -8,20 +8,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from delta_sync.delta_event import decode_event
-from delta_sync.errors import UsageError
+from delta_sync.errors import SinkRefused, Transient, UsageError
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, load_processor
-from delta_sync.processing import process
+from delta_sync.processing import Stage, process
 from delta_sync.sinks import AnySink, open_sinks, target_for
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.tables import Table
 
 LOOKUP_BUDGET_S = 30.0  # a person waits: then the letter stays, and says that the service did not answer
+
+UNDECODED = "The event could not be decoded, so there is nothing to replay; load the table again, then discard it."
 
 
 class Replayed(NamedTuple):
@@ -31,10 +34,29 @@ class Replayed(NamedTuple):
     error: str | None
 
 
+class Replay(NamedTuple):
+    """What became of all of them. `ended_by` says why the last ones were not tried: a sink is down; None: all were."""
+
+    done: list[Replayed]
+    ended_by: str | None
+
+
+class Failed(NamedTuple):
+    """Why a letter failed again: what is kept of it in place of what was known."""
+
+    stage: Stage
+    error: str
+    trace: str
+
+
 def replay(
     folder: Path, spec: PipelineSpec, state: StateStore, tables: Mapping[str, Table], letters: Iterable[DeadLetter]
-) -> list[Replayed]:
-    """Replay the letters; those that succeed are discarded, the others stay, with one attempt more."""
+) -> Replay:
+    """Replay the letters; those that succeed are discarded, the others stay: one attempt more, and the newest error.
+
+    A sink that does not answer, or refuses everything, is not a letter's fault: it ends the replay, and the letters
+    that are left stay as they are.
+    """
     pipeline = load_processor(folder, spec)
     sinks = open_sinks(spec)
     too_long = threading.Event()
@@ -45,19 +67,23 @@ def replay(
     done: list[Replayed] = []
     try:
         for letter in letters:
-            error = _replay(letter, pipeline, spec, sinks, tables, lookups)
-            if error is None:
+            try:
+                failed = _replay(letter, pipeline, spec, sinks, tables, lookups)
+            except (Transient, SinkRefused) as error:
+                return Replay(done, str(error))
+            if failed is None:
                 state.discard(spec.name, [letter.id])
             else:
-                state.add_dead_letters(spec.name, [letter])
-            done.append(Replayed(letter, error))
+                newest = replace(letter, stage=failed.stage, error=failed.error, trace=failed.trace)
+                state.add_dead_letters(spec.name, [newest])
+            done.append(Replayed(letter, None if failed is None else failed.error))
     finally:
         timer.cancel()
         for lookup in lookups.values():
             lookup.close()
         for sink in sinks.values():
             sink.close()
-    return done
+    return Replay(done, None)
 
 
 def _replay(
@@ -67,21 +93,22 @@ def _replay(
     sinks: Mapping[str, AnySink],
     tables: Mapping[str, Table],
     lookups: Mapping[str, LookupCaller],
-) -> str | None:
+) -> Failed | None:
     change = decode_event(letter.event).change
     table, declared = tables.get(letter.table), pipeline.tables.get(letter.table)
     if table is None or declared is None:
-        return f"The pipeline no longer has table {letter.table}."
+        return Failed(letter.stage, f"The pipeline no longer has table {letter.table}.", "")
     if change is None or not change.key:
-        return "The event could not be decoded, so there is nothing to replay; load the table again, then discard it."
+        return Failed(letter.stage, UNDECODED, letter.trace)
     processed = process(table, declared, [change], lookups)
     if processed.failures:
-        return processed.failures[0].error
+        first = processed.failures[0]
+        return Failed(first.stage, first.error, first.trace)
     for name in [letter.sink] if letter.sink else (declared.to or tuple(sinks)):
         if name not in sinks:
             raise UsageError(f"There is no sink {name} any more; discard dead letter {letter.id}.")
         sink = sinks[name]
         for outcome in sink.apply(target_for(sink, table, spec), processed.writes):
             if outcome.kind == "rejected":
-                return outcome.reason
+                return Failed("apply", outcome.reason, "")
     return None

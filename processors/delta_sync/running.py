@@ -19,7 +19,7 @@ from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, load_processor
-from delta_sync.progress import LogPosition, Progress
+from delta_sync.progress import LogPosition, News, Progress
 from delta_sync.rereads import Rereader
 from delta_sync.secrets import redact
 from delta_sync.sinks import AnySink, open_sinks
@@ -65,6 +65,7 @@ class Running:
         self._readers: list[PostgresReader] = []
         self.position = LogPosition(time.monotonic)
         self.progress = Progress(self.position, time.monotonic)
+        self._news = News(self.progress)
 
     def stop(self) -> None:
         """End the run: drain what is in flight, confirm it, and return from `run`."""
@@ -303,6 +304,8 @@ class Running:
             self._save_status(state)
 
     def _save_status(self, state: StateStore) -> None:
+        for event, fields in self._news.look():
+            log.info(event, **fields)
         try:
             self._transport.save_status(state, self.progress.document())
         except StateBusy as error:

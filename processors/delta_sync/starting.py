@@ -12,11 +12,12 @@ from delta_sync.load import FIRST_LOAD
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.sinks import AnySink, store_of, target_for
 from delta_sync.sinks.base import Target
+from delta_sync.sources.postgresql.checks import new_slot_command
 from delta_sync.sources.postgresql.reader import PostgresReader, SlotState, SourceIdentity
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import Lease, PipelineState, StateStore, TableLoad
 from delta_sync.tables import Table
-from delta_sync.versions import epoch_of
+from delta_sync.versions import epoch_of, format_lsn
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -39,12 +40,14 @@ def prepare_source(
     new_slot: bool,
     reload: bool,
     lease: Lease | None = None,
+    bounded: bool = False,
 ) -> Source:
     """Make sure that publication and slot exist, decide the epoch, and note which tables are to be loaded.
 
     A slot that is gone, or a source with another history, means that changes may have been lost: that is SlotMissing,
     unless `new_slot` accepts it. Then the epoch rises, and everything is loaded again; `reload` asks for that, too.
-    With a lease, everything is saved under it: LeaseLost when another process decides by now.
+    With a lease, everything is saved under it: LeaseLost when another process decides by now. `bounded` says that what
+    is confirmed from now on will be bounded in the state store (see `confirming`); without, an old bound is forgotten.
     """
     found = reader.fingerprints(list(spec.tables))  # before the tables: what changes between the two is noticed later
     tables = read_tables(spec, reader)
@@ -53,16 +56,19 @@ def prepare_source(
     identity = reader.identity()
     known = state.pipeline(spec.name)
     slot = reader.slot(spec.slot)
-    if known is None:
-        known = PipelineState(spec.name, 1, identity.system_identifier, identity.timeline, None)
-    elif (wrong := _lost(spec, known, identity, slot)) is not None:
-        if not new_slot:
-            raise _slot_missing(spec, wrong)
-        log.warning("epoch_rises", reason=wrong, epoch=known.epoch + 1)
+    found_state = known or PipelineState(spec.name, 0, *identity)
+    wrong = why_lost(spec, found_state, identity, slot)
+    if wrong is not None and not new_slot:
+        raise SlotMissing(slot_missing(spec, wrong))
+    if known is None or wrong is not None:
+        known = PipelineState(spec.name, found_state.epoch + 1, *identity)
+    if wrong is not None:
+        log.warning("epoch_rises", reason=wrong, epoch=known.epoch)
         if slot is not None:
             reader.drop_slot(spec.slot)
             slot = None
-        known = PipelineState(spec.name, known.epoch + 1, identity.system_identifier, identity.timeline, None)
+    if not bounded:
+        known = known._replace(confirmed_most=None)
     targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in tables.items()}
     loads = state.loads(spec.name)
     there = _newest_epoch_of_others(loads, targets, sinks)
@@ -83,6 +89,8 @@ def prepare_source(
     reader.publish(spec.publication, list(tables.values()))
     if slot is None:
         position = reader.create_slot(spec.slot)
+        if bounded:
+            known = known._replace(confirmed_most=position)
         log.info("slot_created", slot=spec.slot)
     else:
         position = slot.confirmed_lsn or 0
@@ -152,28 +160,40 @@ def _why_to_load(load: TableLoad | None, epoch: int, fingerprint: str, *, reload
     return None
 
 
-def _lost(spec: PipelineSpec, known: PipelineState, identity: SourceIdentity, slot: SlotState | None) -> str | None:
+def why_lost(spec: PipelineSpec, known: PipelineState, identity: SourceIdentity, slot: SlotState | None) -> str | None:
     """Return why changes may have been lost since the pipeline's state was saved; None: they were not."""
     if (known.system_identifier, known.timeline) != identity:
         return "the source is another server, or was promoted or restored"
-    if known.slot_lsn is not None and slot is None:
-        return f"replication slot {spec.slot} is gone"
-    if slot is not None and slot.wal_status == "lost":
+    if slot is None:
+        return f"replication slot {spec.slot} is gone" if known.slot_lsn is not None else None
+    if slot.wal_status == "lost":
         return f"the source removed log that replication slot {spec.slot} still needed"
+    confirmed, most = slot.confirmed_lsn, known.confirmed_most
+    if confirmed is not None and most is not None and confirmed > most:
+        return (
+            f"replication slot {spec.slot} is at {format_lsn(confirmed)}, and this pipeline confirmed nothing beyond"
+            f" {format_lsn(most)}: it was dropped and made anew, or advanced by hand"
+        )
     return None
 
 
-def _slot_missing(spec: PipelineSpec, why: str) -> SlotMissing:
-    return SlotMissing(
-        f"Changes may have been lost: {why}. Type `deltactl run {spec.name} --new-slot` to begin a new epoch:"
+def slot_missing(spec: PipelineSpec, why: str) -> str:
+    """Return what is to be said when changes may have been lost: why, and what to type."""
+    return (
+        f"Changes may have been lost: {why}. Type `{new_slot_command(spec)}` to begin a new epoch:"
         " every table is loaded again, and documents of rows that are gone are removed."
     )
 
 
 def check_slot(spec: PipelineSpec, reader: PostgresReader, state: StateStore) -> None:
-    """Raise SlotMissing unless the slot is there and goes on where the pipeline's state was."""
+    """Raise SlotMissing unless the slot is there and goes on where the pipeline's state was.
+
+    Called before each start of the capture. What the last one confirmed lies below a bound that was saved before it did
+    so, however it ended: a slot beyond that bound is not as this pipeline left it. Where no bound is kept (Kafka, where
+    a connector in another process confirms), only a slot that is gone or invalidated is noticed.
+    """
     known = state.pipeline(spec.name)
     assert known is not None, "prepare_source saved it"
-    wrong = _lost(spec, known, reader.identity(), reader.slot(spec.slot))
+    wrong = why_lost(spec, known, reader.identity(), reader.slot(spec.slot))
     if wrong is not None:
-        raise _slot_missing(spec, wrong)
+        raise SlotMissing(slot_missing(spec, wrong))

@@ -56,8 +56,9 @@ IDS_PER_STATEMENT = 500  # below every database's limit of parameters (SQLite be
 class PipelineState(NamedTuple):
     """The source as the pipeline last saw it.
 
-    `system_identifier` and `timeline` tell another database from a failover; `slot_lsn` is the position that the slot
-    was last confirmed to (None: never).
+    `system_identifier` and `timeline` tell another database from a failover; `slot_lsn` is where the slot was at the
+    last start (None: there was none yet). `confirmed_most` is a position beyond which this pipeline never confirmed
+    anything (None: not known); see `confirming`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PipelineState(NamedTuple):
     system_identifier: str
     timeline: int
     slot_lsn: int | None = None
+    confirmed_most: int | None = None
 
 
 class TableLoad(NamedTuple):
@@ -223,6 +225,15 @@ class StateStore:
             _fence(connection, state.name, lease)
             upsert(connection, PIPELINES, {"name": values.pop("name")}, values)
 
+    def raise_confirmed_most(self, name: str, lsn: int) -> None:
+        """Save, before it is done, that the slot may be confirmed up to a position. It never falls.
+
+        Nothing happens to a pipeline that is not there, or has been further.
+        """
+        lower = sa.or_(PIPELINES.c.confirmed_most.is_(None), PIPELINES.c.confirmed_most < lsn)
+        with self._transaction(write=True) as connection:
+            connection.execute(sa.update(PIPELINES).where(PIPELINES.c.name == name, lower).values(confirmed_most=lsn))
+
     def forget(self, name: str) -> None:
         """Delete all that is stored of a pipeline."""
         with self._transaction(write=True) as connection:
@@ -301,7 +312,7 @@ class StateStore:
                     "attempts": 1,
                 }
                 again = {"attempts": DEAD_LETTERS.c.attempts + 1}
-                key = {"pipeline": name, "identity": _identity(letter)}
+                key = {"pipeline": name, "identity": identity_of(letter)}
                 upsert(connection, DEAD_LETTERS, key, changing | again, changing | fixed)
 
     def dead_letters(
@@ -348,6 +359,17 @@ class StateStore:
         )
         with self._transaction() as connection:
             return connection.execute(sa.select(sa.func.count()).select_from(DEAD_LETTERS).where(since)).scalar_one()
+
+    def dead_letters_since(self, name: str, since: dt.datetime) -> list[tuple[dt.datetime, str]]:
+        """Return when each dead letter first failed that did so after `since` (aware), with its `identity_of`.
+
+        The oldest first.
+        """
+        columns = (DEAD_LETTERS.c.created_at, DEAD_LETTERS.c.identity)
+        recent = sa.and_(DEAD_LETTERS.c.pipeline == name, DEAD_LETTERS.c.created_at > since)
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(*columns).where(recent).order_by(DEAD_LETTERS.c.created_at))
+            return [(row.created_at, row.identity) for row in rows]
 
     def prune(self, name: str, older_than: dt.datetime) -> int:
         """Delete the dead letters that first failed before `older_than` (aware); return how many there were."""
@@ -523,7 +545,8 @@ def _fence(connection: sa.Connection, pipeline: str, lease: Lease | None) -> Non
         )
 
 
-def _identity(letter: DeadLetter) -> str:
+def identity_of(letter: DeadLetter) -> str:
+    """Return what is the same for the same failure of a change: delivered once more, it is no further dead letter."""
     # ascii(), because it is injective and takes any text, and repr() changes with Unicode's version
     return hashlib.sha256(ascii((letter.table, letter.key_text, letter.sink, letter.version)).encode()).hexdigest()
 

@@ -61,6 +61,7 @@ PIPELINES = sa.Table(
     sa.Column("system_identifier", _name(64), nullable=False),
     sa.Column("timeline", sa.BigInteger, nullable=False),
     sa.Column("slot_lsn", sa.BigInteger),
+    sa.Column("confirmed_most", sa.BigInteger),
     sa.PrimaryKeyConstraint("name", name="pk_delta_pipeline"),
     **_OPTIONS,
 )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import orjson
 
 from delta_sync.capture import Batch, Capture
+from delta_sync.confirming import BoundedCapture
 from delta_sync.decoding import Stretch
 from delta_sync.leases import LeaseKeeper
 from delta_sync.pipeline import Pipeline
@@ -23,6 +24,8 @@ from delta_sync.spec import PipelineSpec
 from delta_sync.starting import Source, check_slot, prepare_source
 from delta_sync.state import StateStore
 from delta_sync.tables import Table
+
+CONFIRM_ANSWER_S = 5.0  # it asks for one number; meanwhile nothing is polled, and whoever stops waits for it
 
 Tables = Callable[[], Mapping[str, Table]]
 
@@ -88,18 +91,30 @@ class EmbeddedTransport(Transport):
         self._new_slot = new_slot
         self._reload = reload
         self._epoch = 0
+        self._state: StateStore | None = None
 
     def prepare(
         self, pipeline: Pipeline, reader: PostgresReader, state: StateStore, sinks: Mapping[str, AnySink]
     ) -> Source:
         """Make sure of publication and slot, and decide the epoch."""
-        return prepare_source(self._spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload)
+        self._state = state
+        return prepare_source(
+            self._spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload, bounded=True
+        )
 
     def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
-        """Return the child process with the Debezium Engine."""
+        """Return the child process with the Debezium Engine, what it confirms bounded in the state store."""
         del progress
         self._epoch = source.epoch
-        return self._make_capture(tables)
+        state = self._state
+        assert state is not None, "it was prepared"
+        reader = PostgresReader(self._spec.source, f"delta {self._spec.name} confirm", CONFIRM_ANSWER_S)
+        return BoundedCapture(
+            self._make_capture(tables),
+            reader.insert_lsn,
+            lambda lsn: state.raise_confirmed_most(self._spec.name, lsn),
+            reader.close,
+        )
 
     def stretches(self, batch: Batch) -> Iterable[Stretch]:
         """Return a batch's events, which are JSON."""

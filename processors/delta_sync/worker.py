@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import structlog
 import tenacity
@@ -44,7 +44,7 @@ from delta_sync.rereads import AheadOfLog
 from delta_sync.secrets import redact
 from delta_sync.sinks.base import Target
 from delta_sync.spec import PipelineSpec
-from delta_sync.state import DeadLetter, StateStore
+from delta_sync.state import DeadLetter, StateStore, identity_of
 from delta_sync.tables import Table, key_text
 from delta_sync.values import Row
 from delta_sync.versions import version_of
@@ -60,6 +60,7 @@ DEAD_LETTER_WINDOW_S = 60.0
 EVENTS_RETRY_S = 1.0  # for a schema that the registry does not have
 SCHEMA_RETRY_S = 0.5  # a table that is replaced by another is away for a moment
 
+T = TypeVar("T")
 Read = Callable[[str, Sequence[Lacking]], Sequence[tuple[Lacking, Row | None, int]]]
 
 
@@ -145,7 +146,7 @@ class Worker:
         self._load_jobs: list[Job] = []
         self._since_slice = 0
         self._passed_lsn = 0
-        self._dead_letter_times: deque[float] = deque()
+        self._recent_letters: deque[tuple[float, str]] | None = None  # of the last minute, of earlier runs, too
         self._fatal: BaseException | None = None
         self._drained = threading.Event()
         self._capture_thread = threading.Thread(target=self._capture_until_drained, name="capture", daemon=True)
@@ -405,28 +406,23 @@ class Worker:
 
     def _bury(self, failures: Sequence[Failure], origin: str) -> None:
         """Store dead letters, unless there are too many: then the pipeline stops, and nothing is lost or stored."""
-        now = self._clock()
-        times = self._dead_letter_times
-        times.extend([now] * len(failures))
-        while times and now - times[0] > DEAD_LETTER_WINDOW_S:
-            times.popleft()
+        letters = [_letter(self._spec.name, item, origin) for item in failures]
+        if self._recent_letters is None:
+            self._recent_letters = deque(self._keep_trying(self._letters_of_earlier_runs))
+        recent, now = self._recent_letters, self._clock()
+        while recent and now - recent[0][0] > DEAD_LETTER_WINDOW_S:
+            recent.popleft()
+        known = {identity for _, identity in recent}  # those that are delivered again are not failing faster
+        recent.extend((now, identity) for identity in map(identity_of, letters) if identity not in known)
         most = self._spec.errors.max_dead_letters_per_minute
-        if len(times) > most:
+        if len(recent) > most:
             first = failures[0]
             raise TooManyDeadLetters(
-                f"{len(times)} changes failed within a minute, and errors.max_dead_letters_per_minute is {most}; the"
+                f"{len(recent)} changes failed within a minute, and errors.max_dead_letters_per_minute is {most}; the"
                 f" last one is {first.change.table} {key_text(first.change.key)}, at stage {first.stage}:"
                 f" {redact(first.error)}. Correct the cause and run the pipeline again: nothing was dropped."
             )
-        letters = [_letter(self._spec.name, item, origin) for item in failures]
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(StateBusy),
-            wait=tenacity.wait_random_exponential(0.1, 5.0),
-            stop=tenacity.stop_when_event_set(self._giving_up),
-            sleep=tenacity.sleep_using_event(self._giving_up),
-            reraise=True,
-        )
-        retrying(lambda: self._state.add_dead_letters(self._spec.name, letters))
+        self._keep_trying(lambda: self._state.add_dead_letters(self._spec.name, letters))
         self._progress.dead_letters += len(letters)
         for item in failures[:3]:
             log.warning(
@@ -438,6 +434,27 @@ class Worker:
                 error=redact(item.error),
                 of=len(failures),
             )
+
+    def _letters_of_earlier_runs(self) -> list[tuple[float, str]]:
+        """Return the dead letters of the last minute, with when they failed by this run's clock.
+
+        Else one that is started again and again, as a service manager does, would be allowed as many at each start.
+        """
+        now, today = self._clock(), dt.datetime.now(dt.UTC)
+        since = today - dt.timedelta(seconds=DEAD_LETTER_WINDOW_S)
+        found = self._state.dead_letters_since(self._spec.name, since)
+        return [(now - max(0.0, (today - at).total_seconds()), identity) for at, identity in found]
+
+    def _keep_trying(self, call: Callable[[], T]) -> T:
+        """Repeat a call to the state store until it answers, or Delta gives up."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(StateBusy),
+            wait=tenacity.wait_random_exponential(0.1, 5.0),
+            stop=tenacity.stop_when_event_set(self._giving_up),
+            sleep=tenacity.sleep_using_event(self._giving_up),
+            reraise=True,
+        )
+        return retrying(call)
 
     def _drain(self) -> None:
         """Wait for what is in flight, at most DRAIN_BUDGET_S; what is not done by then is delivered again."""

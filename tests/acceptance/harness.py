@@ -376,9 +376,9 @@ class Pipeline:
             self._command(*arguments), capture_output=True, text=True, timeout=CREATE_TIMEOUT_S, check=False
         )
 
-    def run(self) -> Run:
+    def run(self, *options: str) -> Run:
         """Start `deltactl run` in the background."""
-        return Run(self._command("run", self.name, "--log-format", "json"), self.log, self.folder)
+        return Run(self._command("run", self.name, "--log-format", "json", *options), self.log, self.folder)
 
     def loads(self) -> dict[str, TableLoad]:
         """Return how far the first load is, by table, as the state store has it."""
@@ -556,9 +556,9 @@ class Stage:
         self._exits = exits
         self.stores = self.new_stores()
 
-    def run(self) -> Run:
+    def run(self, *options: str) -> Run:
         """Start the pipeline."""
-        run = self.pipeline.run()
+        run = self.pipeline.run(*options)
         self._exits.callback(run.kill)
         return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import redis as redis_client
 
 from acceptance.harness import Run, Stage
+from delta_sync.state import StateStore
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Redis
 
@@ -72,6 +74,15 @@ def test_the_rest_of_the_batch_goes_on_and_what_failed_can_be_replayed(stage: Ca
     again = deltactl(it, "replay", str(letters["5"]["id"]), status=1)  # nothing was corrected
     assert "fails again" in again
     assert next(letter for letter in it.pipeline.dead_letters() if letter["key"] == "5")["attempts"] == 2
+
+    it.pipeline.write_processor("raise KeyError('another error')")
+    deltactl(it, "replay", str(letters["5"]["id"]), status=1)
+    newest = json.loads(deltactl(it, "show", str(letters["5"]["id"]), "--json"))
+    assert newest["attempts"] == 3
+    assert newest["error"].startswith("KeyError")
+    assert "another error" in newest["trace"]
+    assert "ZeroDivision" not in newest["trace"]
+    assert newest["created_at"] == letters["5"]["created_at"]
 
     it.pipeline.write_processor(CORRECTED)
     it.source.execute(  # while the old processor still runs
@@ -157,6 +168,47 @@ def test_too_many_failures_stop_the_pipeline(while_loading: bool, stage: Callabl
     assert run.stop() == 0
 
 
+def test_a_reload_keeps_the_documents_of_rows_that_became_dead_letters(stage: Callable[..., Stage]) -> None:
+    """They look like those of rows that are gone: nothing wrote them since the reload began."""
+    it = stage(SETUP, ["movie"], processor=FAILS)
+    run = started(it)
+    assert run.stop() == 0
+    it.pipeline.write_processor("return {'id': row['id'], 'title': row['title'], 'rest': 1 // (row['id'] != 3)}")
+    run = it.run("--reload")
+    wait_until(lambda: bool(run.events("load_finished")), TIMEOUT_S, f"the end of the load; {run.tail()}")
+    assert [event["dead_letters"] for event in run.events("unmet_kept")] == [1]
+    assert titles(it, 2, 3, 4) == ["title 2", "title 3", "title 4"]
+    wait_until(lambda: bool(run.events("streaming")), TIMEOUT_S, f"its line in the log; {run.tail()}")
+    assert run.stop() == 0
+    assert [len(run.events(name)) for name in ("loading", "streaming", "stopped")] == [1, 1, 1]
+    (stopped,) = run.events("stopped")
+    assert (stopped["state"], stopped["dead_letters"]) == ("stopped", 1)
+
+
+def test_a_restart_does_not_make_room_for_more_of_them(stage: Callable[..., Stage]) -> None:
+    """Else a service manager that starts it again and again turns everything into dead letters."""
+    it = stage(SETUP, ["movie"], processor=FAILS, errors={"max_dead_letters_per_minute": 5})
+    run = started(it)
+    it.source.execute("UPDATE movie SET title = 'bad ' || id WHERE id <= 4")
+    confirmed(it, run)
+    assert run.stop() == 0
+    it.source.execute("UPDATE movie SET title = 'bad ' || id WHERE id = 5")
+    run = it.run()
+    confirmed(it, run)
+    assert run.stop() == 0
+    assert len(it.pipeline.dead_letters()) == 5, "as many as are allowed"
+    it.source.execute("UPDATE movie SET title = 'bad ' || id WHERE id = 6")
+    run = it.run()
+    wait_until(lambda: not run.running, TIMEOUT_S, f"stopping; {run.tail()}")
+    assert run.exit_status == 1
+    assert "6 changes failed within a minute" in run.tail()
+    assert len(it.pipeline.dead_letters()) == 5
+    it.pipeline.write_processor(CORRECTED)
+    run = it.run()
+    confirmed(it, run)
+    assert titles(it, 6) == ["bad 6"]
+
+
 def test_a_password_that_is_wrong_from_now_on(stage: Callable[..., Stage], redis_server: Redis) -> None:
     """Retrying cannot help: the pipeline stops and says which sink refuses, and goes on when it is put right."""
     it = stage(SETUP, ["movie"])
@@ -183,3 +235,28 @@ def test_a_password_that_is_wrong_from_now_on(stage: Callable[..., Stage], redis
     it.in_step(run)
     assert titles(it, 1, 20) == ["after the change", "after the change"]
     assert run.stop() == 0
+
+
+def test_a_replay_that_a_sink_ends_says_how_far_it_came(stage: Callable[..., Stage], redis_server: Redis) -> None:
+    """One letter is for MongoDB, which answers; the other for both, and Redis is down."""
+    it = stage(SETUP, ["movie"], ("cache", "docs"), processor=FAILS)
+    run = started(it)
+    it.source.execute("UPDATE movie SET title = 'bad ' || id WHERE id = 3")
+    confirmed(it, run)
+    assert run.stop() == 0
+    with StateStore.open("sqlite:///state.db", it.pipeline.home) as state:
+        (letter,) = state.dead_letters(it.pipeline.name)
+        state.discard(it.pipeline.name, [letter.id])
+        state.add_dead_letters(it.pipeline.name, [dataclasses.replace(letter, sink="docs"), letter])
+    it.pipeline.write_processor(CORRECTED)
+    redis_server.kill()
+    done = it.pipeline.deltactl("dead", "replay", it.pipeline.name, "--all")
+    assert done.returncode == 1
+    assert "Replayed 1 dead letters; 0 failed again" in done.stdout
+    assert "1 were not tried and stay" in done.stderr
+    assert "Redis" in done.stderr
+    (left,) = it.pipeline.dead_letters()
+    assert (left["sink"], left["attempts"]) == (None, 1)
+    redis_server.start()
+    deltactl(it, "replay", "--all")
+    assert titles(it, 3) == ["bad 3"]

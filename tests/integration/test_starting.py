@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import select
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,8 +21,9 @@ from delta_sync.sinks import AnySink, target_for
 from delta_sync.sinks.memory import MemorySink
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import PipelineSpec, spec_from
-from delta_sync.starting import Source, prepare_source
+from delta_sync.starting import Source, check_slot, prepare_source
 from delta_sync.state import StateStore
+from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import PostgreSQL
 from delta_sync.values import Row
 from delta_sync.versions import epoch_of, version_of
@@ -29,10 +35,12 @@ class Start:
     """A pipeline with sinks in memory, started as often as one likes, as far as the stream."""
 
     def __init__(self, postgresql: PostgreSQL, folder: Path) -> None:
+        self.folder = folder
         parts = urlsplit(postgresql.url)
+        self.url = postgresql.url
         (folder / "password").write_text(f"{parts.password}\n")
         source = {
-            "url": f"postgresql://{parts.username}@{parts.hostname}:{parts.port}{parts.path}",
+            "url": _without_password(postgresql.url),
             "password": f"${{file:{folder}/password}}",
         }
         sinks = {"cache": {"url": "memory://cache"}, "search": {"url": "memory://search"}}
@@ -45,11 +53,13 @@ class Start:
         self.state = StateStore.open(self.spec.state, folder)
         self.reader = PostgresReader(self.spec.source, "test")
 
-    def __call__(self, *to: str, new_slot: bool = False, reload: bool = False) -> Source:
+    def __call__(
+        self, *to: str, new_slot: bool = False, reload: bool = False, bounded: bool = True, table: str = TABLE
+    ) -> Source:
         pipeline = Pipeline("starting")
-        pipeline.table(TABLE, to=to)(lambda row: row)
+        pipeline.table(table, to=to)(lambda row: row)
         return prepare_source(
-            self.spec, pipeline, self.reader, self.state, self.sinks, new_slot=new_slot, reload=reload
+            self.spec, pipeline, self.reader, self.state, self.sinks, new_slot=new_slot, reload=reload, bounded=bounded
         )
 
     def loaded(self) -> None:
@@ -62,10 +72,29 @@ class Start:
         load = self.state.loads("starting")[TABLE]
         return load.state, load.reason
 
+    def to(self, url: str) -> None:
+        """Turn to another server, as the source's host name does in a failover."""
+        self.reader.close()
+        self.reader = PostgresReader(self.spec.source.model_copy(update={"url": _without_password(url)}), "test")
+
+    def confirm(self) -> None:
+        """Do what the capture does with the bound, and what the connector does with the slot."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("INSERT INTO starting SELECT coalesce(max(id), 0) + 1 FROM starting")
+            row = connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
+            assert row is not None
+            self.state.raise_confirmed_most("starting", self.reader.insert_lsn())
+            connection.execute("SELECT pg_replication_slot_advance(%s, %s::pg_lsn)", [self.spec.slot, row[0]])
+
     def write(self, sink: str, version: int, row: Row) -> None:
         """Write a document, as another pipeline would have."""
         target = target_for(self.sinks[sink], self.reader.tables([TABLE])[TABLE], self.spec)
         self.sinks[sink].apply(target, [Write((1,), version, row)])
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return f"postgresql://{parts.username}@{parts.hostname}:{parts.port}{parts.path}"
 
 
 @pytest.fixture
@@ -145,3 +174,219 @@ def test_a_slot_that_is_gone_stops_it_unless_that_is_accepted(start: Start) -> N
     assert start("cache", new_slot=True).epoch == 2
     assert start.load() == ("pending", "the epoch rose")
     assert start.reader.slot(start.spec.slot) is not None
+
+
+def test_a_slot_that_was_made_anew_is_not_taken_for_the_old_one(start: Start) -> None:
+    start("cache")
+    start.confirm()
+    start("cache")
+    check_slot(start.spec, start.reader, start.state)
+    start.reader.drop_slot(start.spec.slot)
+    start.reader.create_slot(start.spec.slot)
+    for refuse in (lambda: start("cache"), lambda: check_slot(start.spec, start.reader, start.state)):
+        with pytest.raises(SlotMissing, match="dropped and made anew, or advanced"):
+            refuse()
+    assert start("cache", new_slot=True).epoch == 2
+    assert start("cache").epoch == 2, "that was to be accepted once"
+
+
+def test_a_slot_that_was_made_anew_before_anything_was_confirmed(start: Start) -> None:
+    start("cache")
+    start.reader.drop_slot(start.spec.slot)
+    start.reader.create_slot(start.spec.slot)
+    with pytest.raises(SlotMissing, match="made anew"):
+        start("cache")
+
+
+def test_a_slot_that_was_advanced_by_hand_is_noticed(start: Start) -> None:
+    start("cache")
+    start.confirm()
+    with psycopg.connect(start.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO starting VALUES (1000)")
+        connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [start.spec.slot])
+    with pytest.raises(SlotMissing, match="advanced by hand"):
+        start("cache")
+
+
+def test_without_a_bound_nothing_is_compared(start: Start) -> None:
+    """In Kafka mode another process confirms; a bound that an embedded run had saved before must not be left behind."""
+    start("cache")
+    start("cache", bounded=False)
+    with psycopg.connect(start.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO starting VALUES (1000)")
+        connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [start.spec.slot])
+    start("cache", bounded=False)
+    check_slot(start.spec, start.reader, start.state)
+    start("cache")
+    start.confirm()
+    start("cache")
+    with psycopg.connect(start.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO starting VALUES (2000)")
+        connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [start.spec.slot])
+    with pytest.raises(SlotMissing):
+        start("cache")
+
+
+CONFIRM_FOR_EVER = """
+import itertools, sys
+from pathlib import Path
+import psycopg
+from delta_sync.capture import Batch
+from delta_sync.confirming import BoundedCapture
+from delta_sync.state import StateStore
+
+url, folder, slot = sys.argv[1:]
+state = StateStore.open("sqlite:///state.db", Path(folder))
+source = psycopg.connect(url, autocommit=True)
+
+
+class Slot:
+    generation, pid, sequence = 1, None, 0
+
+    def start(self): pass
+    def stop(self): pass
+
+    def poll(self, timeout_s):
+        self.sequence += 1
+        source.execute("INSERT INTO starting SELECT coalesce(max(id), 0) + 1 FROM starting")
+        (lsn,) = source.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
+        return Batch(1, self.sequence, 1, lsn)
+
+    def confirm(self, batch):
+        source.execute("SELECT pg_replication_slot_advance(%s, %s::pg_lsn)", [slot, batch.payload])
+
+
+def end_of_log():
+    (lsn,) = source.execute("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint").fetchone()
+    return lsn
+
+
+never_waits = itertools.count().__next__
+capture = BoundedCapture(
+    Slot(), end_of_log, lambda lsn: state.raise_confirmed_most("starting", lsn), clock=never_waits
+)
+capture.start()
+print("started", flush=True)
+while True:
+    capture.confirm(capture.poll(0.0))
+"""
+
+
+def test_no_kill_at_any_moment_makes_a_false_alarm(start: Start, tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    moment = random.Random(seed)
+    confirmed: set[int | None] = set()
+    for _ in range(25):
+        start("cache")
+        arguments = [start.url, str(tmp_path), start.spec.slot]
+        with subprocess.Popen([sys.executable, "-c", CONFIRM_FOR_EVER, *arguments], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"started\n"
+            select.select([process.stdout], [], [], moment.uniform(0.0, 0.05))  # it prints no more
+            process.kill()
+        slot = start.reader.slot(start.spec.slot)
+        assert slot is not None
+        confirmed.add(slot.confirmed_lsn)
+    start("cache")
+    assert len(confirmed) > 10, "most of them confirmed something"
+
+
+def test_a_table_that_was_taken_out_and_put_back_is_loaded_again(start: Start) -> None:
+    """What changed in it meanwhile was not captured."""
+    start("cache")
+    start.loaded()
+    both = start.spec
+    with psycopg.connect(start.url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE starting_too (id int PRIMARY KEY)")
+    try:
+        other = "public.starting_too"
+        start.spec = both.model_copy(update={"tables": {other: both.tables[TABLE]}})
+        start("cache", table=other)
+        assert set(start.state.loads("starting")) == {other}
+        start.spec = both
+        start("cache")
+        assert start.load() == ("pending", "first load")
+    finally:
+        with psycopg.connect(start.url, autocommit=True) as connection:
+            connection.execute("DROP TABLE starting_too")
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[PostgreSQL]:
+    """A server of the test's own: what is done to it would spoil the slots of others."""
+    del tmp_path
+    with PostgreSQL(min_wal_size="32MB", max_wal_size="32MB") as server:
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            connection.execute("CREATE TABLE starting (id int PRIMARY KEY, title text)")
+        yield server
+
+
+def _invalidate(server: PostgreSQL, slot: str) -> None:
+    """Make the server remove log that the slot still needs."""
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+        connection.execute("SELECT pg_reload_conf()")
+
+        def lost() -> bool:
+            connection.execute("SELECT pg_logical_emit_message(false, 'x', ''), pg_switch_wal()")
+            connection.execute("CHECKPOINT")
+            row = connection.execute(
+                "SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s", [slot]
+            ).fetchone()
+            return row == ("lost",)
+
+        wait_until(lost, 60, "the slot's end")
+        connection.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
+        connection.execute("SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["of a pipeline with state", "left over"])
+def test_a_slot_that_was_invalidated(own_server: PostgreSQL, tmp_path: Path, known: bool) -> None:
+    """It is still there, so it is not gone; and it must make room for the new one."""
+    start = Start(own_server, tmp_path)
+    try:
+        if known:
+            start("cache")
+            start.loaded()
+        else:
+            start.reader.create_slot(start.spec.slot)
+        _invalidate(own_server, start.spec.slot)
+        with pytest.raises(SlotMissing, match="removed log that replication slot"):
+            start("cache")
+        assert start("cache", new_slot=True).epoch == (2 if known else 1)
+        slot = start.reader.slot(start.spec.slot)
+        assert slot is not None
+        assert slot.wal_status == "reserved"
+        check_slot(start.spec, start.reader, start.state)
+    finally:
+        start.reader.close()
+        start.state.close()
+
+
+def test_a_replica_that_was_promoted(own_server: PostgreSQL, tmp_path: Path) -> None:
+    """It has the same system identifier, and even a slot of that name, made by whoever promoted it."""
+    start = Start(own_server, tmp_path)
+    with PostgreSQL() as replica:
+        replica.stop()
+        data = replica.directory / "data"
+        for path in data.iterdir():  # the folder itself stays: it is the server's user's
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        replica._run(  # pyright: ignore[reportPrivateUsage] -- the program runs as the server's user
+            str(replica.bin_dir / "pg_basebackup"), "-d", own_server.url, "-D", str(data), "-c", "fast", "-R"
+        )
+        replica.start()
+        try:
+            start("cache", bounded=False)
+            start.loaded()
+            with psycopg.connect(replica.url, autocommit=True) as connection:
+                connection.execute("SELECT pg_promote(true, 60)")
+                connection.execute("CHECKPOINT")
+            start.to(replica.url)
+            start.reader.create_slot(start.spec.slot)
+            with pytest.raises(SlotMissing, match="was promoted"):
+                start("cache", bounded=False)
+            assert start("cache", bounded=False, new_slot=True).epoch == 2
+        finally:
+            start.reader.close()
+            start.state.close()

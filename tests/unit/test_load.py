@@ -17,7 +17,7 @@ from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.postgresql.claims import Sample, Snapshot
 from delta_sync.sources.postgresql.reader import Blocker, Chunk, PostgresReader
 from delta_sync.spec import LoadSpec
-from delta_sync.state import StateStore, TableLoad
+from delta_sync.state import Lease, StateStore, TableLoad
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version
@@ -377,3 +377,38 @@ def test_what_a_sink_refuses_is_handed_on_and_nothing_is_saved(make: MakeBench) 
     bench.loader().run()
     assert bench.failures == [refused]
     assert (bench.saved().rows, bench.saved().after_key) == (0, None)
+
+
+def test_a_load_is_done_only_when_what_follows_it_is(make: MakeBench) -> None:
+    """A kill while documents of rows that are gone are removed must not leave them there: it is loaded once more."""
+    bench = make(rows=2)
+    seen: list[str] = []
+    finish = bench.finish
+
+    def finished(done: TableLoad) -> None:
+        seen.append(bench.saved().state)
+        finish(done)
+
+    bench.finish = finished  # type: ignore[method-assign]  # asks what a process that is killed now would leave
+    bench.loader().run()
+    assert seen == ["running"]
+    assert bench.saved().state == "done"
+
+
+def test_a_reload_that_is_asked_for_while_one_begins_is_not_lost(make: MakeBench) -> None:
+    bench = make(rows=2)
+    loader = bench.loader()
+    save_load = bench.state.save_load
+    asked: list[str] = []
+
+    def save(name: str, load: TableLoad, lease: Lease | None = None) -> None:
+        save_load(name, load, lease)
+        if load.reason == "the first" and not asked:  # it begins
+            asked.append("the second")
+            loader.reload(MOVIE, "the second")
+
+    bench.state.save_load = save  # type: ignore[method-assign]  # the watch's thread, which asks just now
+    loader.reload(MOVIE, "the first")
+    loader.run()
+    assert asked
+    assert bench.saved().reason == "the second"

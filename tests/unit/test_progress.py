@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from delta_sync.applying import SinkNumbers
-from delta_sync.progress import LogPosition, Progress
+from delta_sync.progress import LogPosition, News, Progress
 
 TIMEOUT_S = 60.0
 
@@ -164,3 +164,22 @@ def test_the_document_says_since_when(progress: Progress) -> None:
     again = progress.document()
     assert again["state"] == "streaming"
     assert again["since"] >= first["since"]
+
+
+def test_a_log_has_a_line_for_each_change_of_state(progress: Progress) -> None:
+    news = News(progress)
+    assert news.look() == []
+    progress.loads["public.movie"] = {"state": "running"}
+    assert news.look() == [("loading", {"tables": ["public.movie"]})]
+    progress.position.advance(10)
+    assert news.look() == [("streaming", {"lag_s": None})]
+    progress.loads["public.movie"]["state"] = "done"
+    progress.position.advance(20)
+    progress.waits("load", "somebody")
+    progress.waits("load", None)
+    assert news.look() == []
+    progress.events, progress.writes, progress.dead_letters = 5, 4, 1
+    progress.end("stopped", "it was asked to stop")
+    expected = {"state": "stopped", "changes": 5, "writes": 4, "dead_letters": 1}
+    assert news.look() == [("stopped", expected)]
+    assert news.look() == []

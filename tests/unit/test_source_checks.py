@@ -112,7 +112,7 @@ def test_a_sound_source_has_no_problems() -> None:
         ({"slot": SLOT._replace(plugin="test_decoding")}, "plugin test_decoding", "source.slot"),
         ({"slot": SLOT._replace(plugin=None, slot_type="physical")}, "a physical one", "source.slot"),
         ({"slot": SLOT._replace(database="other")}, "belongs to database other", "source.slot"),
-        ({"slot": SLOT._replace(wal_status="lost")}, "invalidated", "pg_drop_replication_slot('delta_movies')"),
+        ({"slot": SLOT._replace(wal_status="lost")}, "invalidated", "deltactl run movies --new-slot"),
         ({"slot": SLOT._replace(active=True, active_pid=7)}, "pid 7", "one reader"),
         ({"may_create": False}, "lacks CREATE on database studio", "CREATE PUBLICATION delta_movies FOR TABLE"),
         ({"tables": (MOVIE._replace(owned=False),)}, "does not own public.movie", "CREATE PUBLICATION"),

@@ -138,6 +138,11 @@ def read_facts(connection: psycopg.Connection, spec: PipelineSpec) -> Facts:
     )
 
 
+def new_slot_command(spec: PipelineSpec) -> str:
+    """Return the command that accepts that changes may have been lost, and begins anew."""
+    return f"deltactl {'run' if spec.kafka is None else 'sidecar'} {spec.name} --new-slot"
+
+
 def resolve_bare(connection: psycopg.Connection, names: Sequence[str]) -> dict[str, str]:
     """Return `schema.table` for names without a schema, by the role's search_path; those it cannot find are left out.
 
@@ -427,7 +432,7 @@ def _slot_problems(facts: Facts, spec: PipelineSpec, *, running: bool, fresh: bo
             Problem(
                 "source",
                 f"slot {spec.slot} is invalidated: the source has removed WAL that this pipeline had not read",
-                f"type: {drop}; the next run makes a new one and loads the tables again",
+                f"type: {new_slot_command(spec)}, which makes a new one and loads the tables again",
             )
         ]
     if slot.active and not running:

@@ -1,0 +1,72 @@
+"""The slot is gone, invalidated, made anew or moved: a run says so, `check` says the same, and a kill is none of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from acceptance.harness import Run, Stage
+from delta_sync.testing.processes import wait_until
+
+SETUP = "CREATE TABLE movie (id int PRIMARY KEY, title text); INSERT INTO movie VALUES (1, 'one'), (2, 'two');"
+LOSSES = {
+    "dropped": ("SELECT pg_drop_replication_slot('{slot}')", "is gone"),
+    "made anew": (
+        "SELECT pg_drop_replication_slot('{slot}'); SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')",
+        "made anew",
+    ),
+    "advanced": ("SELECT pg_replication_slot_advance('{slot}', pg_current_wal_flush_lsn())", "advanced by hand"),
+}
+
+
+def _in_step(it: Stage) -> Run:
+    run = it.run()
+    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    it.in_step(run)
+    return run
+
+
+def _check(it: Stage) -> tuple[int, str]:
+    done = it.pipeline.deltactl("pipeline", "check", it.pipeline.name)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_changes_that_may_be_lost_stop_it_and_check_says_what_the_run_says(
+    stage: Callable[..., Stage], loss: str
+) -> None:
+    it = stage(SETUP, ["movie"])
+    _in_step(it).stop()
+    status, said = _check(it)
+    assert status == 0
+    assert f"Next: deltactl run {it.pipeline.name}" in said
+    statement, expected = LOSSES[loss]
+    it.source.execute(
+        "UPDATE movie SET title = 'lost' WHERE id = 1", *statement.format(slot=it.pipeline.slot).split(";")
+    )
+    run = it.run()
+    wait_until(lambda: not run.running, 60, f"its refusal; {run.tail()}")
+    status, said = _check(it)
+    for text in (run.tail(), said):
+        assert expected in text
+        assert f"deltactl run {it.pipeline.name} --new-slot" in text
+    assert status == 1
+    assert "Next:" not in said
+
+
+def test_no_kill_makes_it_believe_that_the_slot_was_moved(stage: Callable[..., Stage]) -> None:
+    it = stage(SETUP, ["movie"])
+    _in_step(it).stop()
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    moment = random.Random(seed)
+    for number in range(3, 7):
+        run = it.run()
+        for _ in range(moment.randrange(1, 5)):
+            it.source.execute(f"INSERT INTO movie VALUES ({number}, 'x') ON CONFLICT (id) DO UPDATE SET title = 'y'")
+            it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
+        it.source.execute("UPDATE movie SET title = title || '.'")
+        run.kill()
+    it.in_step(it.run())
