@@ -23,6 +23,11 @@ def has_reference(text: str) -> bool:
     return _REFERENCE.search(text) is not None
 
 
+def references(text: str) -> list[tuple[str, str]]:
+    """Return what a text refers to, `("env", NAME)` or `("file", PATH)`, in the order in which it stands there."""
+    return [(match[1], match[2]) for match in _REFERENCE.finditer(text)]
+
+
 def resolve(text: str, environ: Mapping[str, str] | None = None) -> str:
     """Return the text with every reference replaced by its value (a file's without the newline at its end).
 
