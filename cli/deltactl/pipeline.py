@@ -1,4 +1,4 @@
-"""`deltactl pipeline …`: create, list, show, check and delete pipelines."""
+"""`deltactl pipeline …`: create, list, show, check, package and delete pipelines."""
 
 from __future__ import annotations
 
@@ -36,9 +36,16 @@ from deltactl.files import read_all
 from deltactl.schema import schema
 
 
-@click.group(cls=DeltaGroup, modules={"create": "deltactl.create:create", "delete": "deltactl.delete:delete"})
+@click.group(
+    cls=DeltaGroup,
+    modules={
+        "create": "deltactl.create:create",
+        "delete": "deltactl.delete:delete",
+        "package": "deltactl.package:package",
+    },
+)
 def pipeline() -> None:
-    """Create, look at and delete pipelines."""
+    """Create, look at, package and delete pipelines."""
 
 
 @pipeline.command("list")

@@ -33,6 +33,7 @@ CONFIRMATION = struct.Struct(">Q")
 LENGTH = struct.Struct(">Q")
 BATCH, FAILURE = b"B", b"F"
 
+HEAP_MB = 256  # does for rows of some kilobytes
 STOP_BUDGET_S = 10.0  # the engine ends its replication connection in well under a second; then it is killed
 LAST_WORDS_BYTES = 4000  # of the log, when the child ended without a failure frame: enough for a Java stack's top
 
@@ -44,7 +45,7 @@ class EmbeddedCapture:
     the JVM prints.
     """
 
-    def __init__(self, properties: Callable[[], Mapping[str, str]], log_file: Path, heap_mb: int = 256) -> None:
+    def __init__(self, properties: Callable[[], Mapping[str, str]], log_file: Path, heap_mb: int = HEAP_MB) -> None:
         self._properties = properties
         self._configuration: Mapping[str, str] = {}
         self._log_file = log_file

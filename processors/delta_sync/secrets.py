@@ -51,6 +51,11 @@ def is_secret_parameter(name: str, value: str) -> bool:
     return value != "" and not is_reference(value) and (is_key or is_secret_name(name))
 
 
+def references(text: str) -> list[tuple[str, str]]:
+    """Return what a text refers to, `("env", NAME)` or `("file", PATH)`, in the order in which it stands there."""
+    return [(match[1], match[2]) for match in _REFERENCE.finditer(text)]
+
+
 def resolve(text: str, environ: Mapping[str, str] | None = None) -> str:
     """Return the text with every reference replaced by its value (a file's without the newline at its end).
 
