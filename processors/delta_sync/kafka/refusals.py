@@ -63,7 +63,8 @@ def positions_expired(positions: Iterable[tuple[Partition, int | None]]) -> Posi
     )
     return PositionsExpired(
         f"Records were gone from Kafka before they were read ({places}): the workers were away for longer than"
-        " kafka.retention, or the topic was made anew. Load the tables again, from positions set to the beginning."
+        " kafka.retention, or the topic was made anew. Stop all workers, type `kafka-consumer-groups.sh --reset-offsets"
+        " --to-earliest --all-topics --execute --group …`, and start the sidecar with --reload."
     )
 
 
