@@ -199,7 +199,7 @@ def _tables(session: Session, names: Sequence[str]) -> tuple[TableFacts, ...]:
                 kind=rows[0]["kind"],
                 engine=rows[0]["engine"],
                 may_select=_selecting(session, name) is None,
-                indexes=_unique_indexes(_rows(session, _INDEXES, place)),
+                indexes=unique_indexes(_rows(session, _INDEXES, place)),
                 columns=tuple(column["name"] for column in columns),
                 types={column["name"]: column["type"] for column in columns},
                 charsets={column["name"]: column["charset"] for column in columns if column["charset"] is not None},
@@ -208,7 +208,8 @@ def _tables(session: Session, names: Sequence[str]) -> tuple[TableFacts, ...]:
     return tuple(found)
 
 
-def _unique_indexes(rows: Iterable[Mapping[str, Any]]) -> tuple[IndexFacts, ...]:
+def unique_indexes(rows: Iterable[Mapping[str, Any]]) -> tuple[IndexFacts, ...]:
+    """Return the unique indexes among rows of `information_schema.STATISTICS`: none on prefixes or expressions."""
     by_name: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["name"], []).append(row)
