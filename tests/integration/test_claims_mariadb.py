@@ -7,17 +7,19 @@ wrong ones must be seen to be wrong, or the test shows nothing: they are tried a
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import os
 import random
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
+import pymysql
 import pytest
 
 from delta_sync.errors import SchemaChanged, SourceBusy
@@ -31,10 +33,19 @@ from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
 
 IDS = 20
 WRITERS = 4
-READERS = 3
+READERS = 2
+MONITORS = 2
+MONITOR = """BEGIN NOT ATOMIC
+  DECLARE asked INT DEFAULT 0;
+  WHILE asked < 100000000 DO
+    SELECT COUNT(*) INTO @count FROM information_schema.session_status WHERE variable_name LIKE 'binlog_snapshot%';
+    SET asked = asked + 1;
+  END WHILE;
+END"""
 BYTES_MOST = 1 << 30
 CLAIMS_AT_LEAST = 1_000  # of our way: fewer would say little
-DUMPS_AT_MOST = 50_000  # of all ways together, by when both wrong ways have been seen to be wrong
+DUMPS_AT_MOST = 20_000  # by when the wrong way has been seen to be wrong
+ANSWERS_AT_MOST = 100_000  # by when one has been another session's: it is one of fifty
 
 
 class Clock:
@@ -179,6 +190,25 @@ def rows_of(rows: Sequence[tuple[object, dict[str, int]]]) -> dict[int, int | No
 # ── at once: writers, samples, readers, and monitors ─────────────────────────────────────────────────────────────
 
 
+@contextmanager
+def monitors(source: Source) -> Generator[None]:
+    """Sessions that ask for the server's status without a pause, on the server itself."""
+    sessions = [source.connect() for _ in range(MONITORS)]
+
+    def ask(session: Session) -> None:
+        with contextlib.suppress(pymysql.Error):
+            execute(session, MONITOR)
+
+    with ThreadPoolExecutor(MONITORS) as pool:
+        for session in sessions:
+            pool.submit(ask, session)
+        try:
+            yield
+        finally:
+            for session in sessions:  # the server would go on for one that is only closed
+                execute(source.admin, f"KILL {session.thread_id()}")
+
+
 class Contest:
     """Writers that never rest, one who samples, and readers, each of whose dumps claims in every way."""
 
@@ -236,36 +266,19 @@ class Contest:
                 self.reads.append(Read(rows_of(chunk.rows), claims))
         reader.close()
 
-    def dump_alone(self) -> None:
-        """Believes the first answer, while others ask."""
-        session = connect(self.source.spec)
-        while not self.stopping.is_set():
-            with session.cursor() as cursor:
-                cursor.execute("START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
-                cursor.execute("SHOW STATUS LIKE 'binlog_snapshot_%'")
-                (_, file), (_, offset) = cursor.fetchall()
-                with self.lock:
-                    claim = self.eager.claim(Snapshot(position_of(file, int(offset)), 1e9), 0)
-                cursor.execute("SELECT id, rev FROM item")
-                rows = [(None, {"id": int(id_), "rev": int(rev)}) for id_, rev in cursor.fetchall()]
-            session.rollback()
-            with self.lock:
-                self.reads.append(Read(rows_of(rows), {"one answer": claim}))
-        session.shut()
-
     def run(self) -> Counter[str]:
         """Return how many dumps of each way were wrong, and how many there were."""
         tasks = [*(lambda n=n: self.write(n) for n in range(WRITERS)), self.sample]
-        tasks += [self.dump] * READERS + [self.dump_alone] * READERS
+        tasks += [self.dump] * READERS
         result: Counter[str] = Counter()
         judged = 0
-        with ThreadPoolExecutor(len(tasks)) as pool:
+        with monitors(self.source), ThreadPoolExecutor(len(tasks)) as pool:
             futures = [pool.submit(task) for task in tasks]
             try:
                 while result["ours: claims"] < CLAIMS_AT_LEAST or not (
                     result["position itself"] and result["one answer"]
                 ):
-                    assert judged < DUMPS_AT_MOST, f"the wrong ways were never wrong: {result}"
+                    assert judged < DUMPS_AT_MOST, f"the wrong way was never wrong: {result}"
                     self.stopping.wait(1.0)
                     assert not any(future.done() for future in futures), [f.exception() for f in futures if f.done()]
                     with self.lock:
@@ -313,6 +326,37 @@ def read_all(
     chunk = reader.read_chunk(source.table, None, 1000, BYTES_MOST, usable)
     assert chunk is not None
     return rows_of(chunk.rows), claim
+
+
+def test_one_answer_may_be_another_sessions(source: Source) -> None:
+    """So all the reads of a snapshot's position have to agree."""
+    clock, samples = Clock(), Samples()
+    reader = source.new_reader(clock)
+    source.put(source.admin, 1)
+    session = source.connect()
+    execute(session, "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
+    position = module._snapshot_position(session)
+    assert position == reader.log_end()
+    rev = source.put(source.admin, 1)
+    samples.add(reader.sample())
+    source.put(source.admin, 2)
+    agreed: list[int] = []
+    with monitors(source):
+        for _ in range(ANSWERS_AT_MOST // module.READS):
+            answers = [module._snapshot_position(session) for _ in range(module.READS)]
+            agreed += answers[:1] if len(set(answers)) == 1 else []
+            if wrong := set(answers) - {position}:
+                break
+        else:
+            pytest.fail(f"{ANSWERS_AT_MOST} answers were right, so this shows nothing")
+    assert set(agreed) <= {position}
+    claim = samples.claim(Snapshot(max(wrong), 1.0), 0)
+    assert claim is not None
+    with session.cursor() as cursor:
+        cursor.execute("SELECT rev FROM item WHERE id = 1")
+        seen = [int(row[0]) for row in cursor.fetchall()]
+    assert seen != [rev]
+    assert source.history().is_outdated(1, seen[0], claim)
 
 
 def test_a_server_at_rest_is_claimed_after_a_while(source: Source) -> None:

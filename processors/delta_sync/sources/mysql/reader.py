@@ -34,7 +34,7 @@ _REFUSED = frozenset({1142, 1143, 1044, 1227, 1370})
 
 _asking = threading.Lock()
 """Held while a snapshot's position is asked for. SHOW STATUS keeps it in memory that all sessions share, so one that
-asks at the same time may be told another's. So it is one at a time in this process; for others' sake, reads must agree."""
+asks at the same time may be told another's. So one at a time in this process; for others' sake, reads must agree."""
 
 
 class Chunk(NamedTuple):
