@@ -25,11 +25,13 @@ from delta_sync.sources.mysql.reader import MariaReader
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
 from delta_sync.testing.processes import wait_until
-from mariadb_values import VALUES
+from mariadb_values import VALUES as ALL_VALUES
 
 ARRIVES_S = 60.0  # a start takes five seconds, on a busy machine some more
 DATABASE = "log_values"
 TABLE = f"{DATABASE}.types"
+UNREADABLE = frozenset({"inet4", "inet6"})
+VALUES = [value for value in ALL_VALUES if value[0] not in UNREADABLE]
 Event = dict[str, Any]
 
 
@@ -38,7 +40,6 @@ class Log:
 
     def __init__(self, folder: Path, spec: PipelineSpec, reader: MariaReader) -> None:
         self.events: list[Event] = []
-        self.raw: list[bytes] = []
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
         self.server = DebeziumServer(folder / "server", distribution(print))
