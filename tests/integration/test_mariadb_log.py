@@ -18,6 +18,7 @@ from delta_debezium.properties import expression_literal, properties_text
 from delta_debezium.render import SOURCE_PREFIX, connector_config, engine_options
 from delta_debezium.server import DebeziumServer
 from delta_sync.secrets import resolve
+from delta_sync.sources.mysql.catalogue import unreadable_columns
 from delta_sync.sources.mysql.claims import Snapshot, event_position
 from delta_sync.sources.mysql.codec import table_codec
 from delta_sync.sources.mysql.connection import Session, connect
@@ -100,6 +101,7 @@ def session(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sessi
     with closing(connect(spec_of(mariadb).source)) as session:
         execute(session, f"CREATE OR REPLACE DATABASE {DATABASE}", f"USE {DATABASE}")
         yield session
+        execute(session, f"DROP DATABASE {DATABASE}")
 
 
 def spec_of(server: MariaDB) -> PipelineSpec:
@@ -203,3 +205,15 @@ def test_a_zero_date_that_may_not_be_null_is_read_by_key(mariadb: MariaDB, sessi
         chunk = reader.read_keys(codec.table, [(1,)], anything)
         assert chunk is not None
         assert chunk.rows[0][1]["d"] is None
+
+
+def test_what_is_refused_does_end_debezium(mariadb: MariaDB, session: Session, tmp_path: Path) -> None:
+    """Were it not so any more, there would be no reason to refuse a server for a table that is not the pipeline's."""
+    execute(session, "CREATE TABLE types (id int PRIMARY KEY)", "CREATE TABLE elsewhere (a inet6 PRIMARY KEY)")
+    assert unreadable_columns(session) == [f"{DATABASE}.elsewhere.a (inet6)"]
+    with (
+        closing(MariaReader(spec_of(mariadb).source, "log")) as reader,
+        closing(Log(tmp_path, spec_of(mariadb), reader)) as log,
+    ):
+        wait_until(lambda: not log.server.alive, ARRIVES_S, "Debezium's end")
+        assert "NoViableAlt" in log.server.last_words()

@@ -9,7 +9,13 @@ import pytest
 
 from delta_sync.changes import Key
 from delta_sync.sources.mysql import reader as module
-from delta_sync.sources.mysql.catalogue import column_notes, obstacles, read_catalogue, read_fingerprints
+from delta_sync.sources.mysql.catalogue import (
+    column_notes,
+    obstacles,
+    read_catalogue,
+    read_fingerprints,
+    unreadable_columns,
+)
 from delta_sync.sources.mysql.claims import Snapshot
 from delta_sync.sources.mysql.connection import Session, connect
 from delta_sync.sources.mysql.reader import MariaReader
@@ -28,6 +34,7 @@ def session(mariadb: MariaDB) -> Iterator[Session]:
         with closing(connect(spec_of(mariadb))) as session:
             execute(session, f"CREATE OR REPLACE DATABASE {DATABASE}", f"USE {DATABASE}")
             yield session
+            execute(session, f"DROP DATABASE {DATABASE}")  # its types end Debezium, which other tests run
 
 
 def spec_of(server: MariaDB) -> SourceSpec:
@@ -195,11 +202,11 @@ def test_what_cannot_be_a_key_and_what_is_read_by_key(mariadb: MariaDB, session:
         "CREATE TABLE by_uuid (id uuid PRIMARY KEY, place point)",
         "CREATE TABLE by_float (id float PRIMARY KEY)",
         "CREATE TABLE by_index (a int NOT NULL, b int, UNIQUE (a))",
-        "CREATE OR REPLACE USER reads@'%' IDENTIFIED BY 'delta'",
-        f"GRANT SELECT ON {DATABASE}.* TO reads@'%'",
+        "CREATE OR REPLACE USER onlooker@'%' IDENTIFIED BY 'delta'",
+        f"GRANT SELECT ON {DATABASE}.* TO onlooker@'%'",
     )
     ids = [f"{DATABASE}.{name}" for name in ("by_uuid", "by_float", "by_index")]
-    source = spec_of(mariadb).model_copy(update={"url": f"mariadb://reads@127.0.0.1:{mariadb.port}/"})
+    source = spec_of(mariadb).model_copy(update={"url": f"mariadb://onlooker@127.0.0.1:{mariadb.port}/"})
     with closing(connect(source)) as poor:
         found = list(read_catalogue(poor, ids).values())
     assert [problem.what.split(",")[0] for problem in obstacles(found)] == [
@@ -217,10 +224,20 @@ def test_json_is_recognised_by_a_user_who_may_only_read(mariadb: MariaDB, sessio
     execute(
         session,
         "CREATE TABLE with_json (id int PRIMARY KEY, `j``s` json, t longtext)",
-        "CREATE OR REPLACE USER reads@'%' IDENTIFIED BY 'delta'",
-        f"GRANT SELECT ON {DATABASE}.* TO reads@'%'",
+        "CREATE OR REPLACE USER onlooker@'%' IDENTIFIED BY 'delta'",
+        f"GRANT SELECT ON {DATABASE}.* TO onlooker@'%'",
     )
-    source = spec_of(mariadb).model_copy(update={"url": f"mariadb://reads@127.0.0.1:{mariadb.port}/"})
+    source = spec_of(mariadb).model_copy(update={"url": f"mariadb://onlooker@127.0.0.1:{mariadb.port}/"})
     with closing(MariaReader(source, "values")) as reader:
         kinds = [column.kind for column in table_of(reader, "with_json").columns]
     assert kinds == [Kind.INTEGER, Kind.JSON, Kind.TEXT]
+
+
+def test_what_ends_debezium_wherever_it_is(session: Session) -> None:
+    execute(session, "CREATE OR REPLACE TABLE addresses (id int PRIMARY KEY, a inet6)")
+    found = unreadable_columns(session)
+    assert f"{DATABASE}.addresses.a (inet6)" in found
+    problem = obstacles([], [f"{DATABASE}.addresses.a (inet6)"])[0]
+    assert problem.what.startswith(f"{DATABASE}.addresses.a (inet6) ends Debezium")
+    execute(session, "DROP TABLE addresses")
+    assert f"{DATABASE}.addresses.a (inet6)" not in unreadable_columns(session)

@@ -110,6 +110,15 @@ def read_catalogue(session: Session, names: Sequence[str]) -> dict[str, SourceTa
     return found
 
 
+def unreadable_columns(session: Session) -> list[str]:
+    """Return the columns of any table with a type whose name Debezium's parser of SQL does not know.
+
+    As `database.table.column (type)`. Seen with Debezium 3.6.3: `inet4` and `inet6`. Raises pymysql.Error.
+    """
+    rows = _rows(session, _UNREADABLE, ())
+    return [f"{row['schema']}.{row['table']}.{row['name']} ({row['type']})" for row in rows]
+
+
 def _rows(session: Session, query: str, parameters: tuple[Any, ...]) -> list[dict[str, Any]]:
     with session.cursor(DictCursor) as cursor:
         cursor.execute(query, parameters)
@@ -140,6 +149,10 @@ FROM information_schema.columns WHERE table_schema = %s AND table_name = %s ORDE
 _CHECKS: Final = """
 SELECT check_clause AS clause FROM information_schema.check_constraints
 WHERE constraint_schema = %s AND table_name = %s
+"""
+_UNREADABLE: Final = """
+SELECT table_schema AS `schema`, table_name AS `table`, column_name AS name, data_type AS type
+FROM information_schema.columns WHERE data_type IN ('inet4', 'inet6') ORDER BY 1, 2, 3 LIMIT 10
 """
 _INDEXES: Final = """
 SELECT index_name AS name, column_name AS column_name, nullable AS nullable, sub_part AS prefix
@@ -195,9 +208,19 @@ def file_name(name: str) -> str:
     return _IN_FILE_NAMES.sub(lambda match: f"@{ord(match[0]):04x}", name)
 
 
-def obstacles(sources: Sequence[SourceTable]) -> list[Problem]:
-    """Return what would end the connector, or leave rows without a key that the log and the table agree on. Pure."""
-    found: list[Problem] = []
+def obstacles(sources: Sequence[SourceTable], unreadable: Sequence[str] = ()) -> list[Problem]:
+    """Return what would end the connector, or leave rows without a key that the log and the table agree on. Pure.
+
+    `unreadable` is what `unreadable_columns` found.
+    """
+    found = [
+        Problem(
+            "source",
+            f"{column} ends Debezium, which reads the definition of every table, whether in the pipeline or not",
+            "use varbinary(16) with INET6_ATON, or varchar(39), instead; or hide the table from the source's user",
+        )
+        for column in unreadable
+    ]
     for source in sources:
         where = f"table {source.table.id}"
         for name in source.table.key:

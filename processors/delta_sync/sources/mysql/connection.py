@@ -82,6 +82,8 @@ class Session(Connection):
 
     def shut(self) -> None:
         """Close the connection; where a result is left unread, its rows are not waited for. Idempotent."""
+        if (result := getattr(self, "_result", None)) is not None:
+            result.unbuffered_active = False  # or PyMySQL reads on from the closed connection when it is collected
         with contextlib.suppress(pymysql.Error, OSError):
             self.close()
         self._end.close()
