@@ -86,7 +86,6 @@ class Facts(NamedTuple):
     replicates: bool  # this server applies another one's log
     log_slave_updates: bool
     galera: bool
-    lower_case_names: bool
     gtid_strict: bool | None  # MariaDB's gtid_strict_mode; None: has none
     tables: tuple[TableFacts, ...] = ()
     hidden: frozenset[str] = frozenset()  # tables of which the server does not even say whether they are there
@@ -132,7 +131,6 @@ def read_facts(session: Session, spec: PipelineSpec) -> Facts:
         replicates=bool(variables.get("gtid_slave_pos")),
         log_slave_updates=variables.get("log_slave_updates", variables.get("log_replica_updates")) == "ON",
         galera=variables.get("wsrep_on") == "ON",
-        lower_case_names=variables.get("lower_case_table_names") != "0",
         gtid_strict=variables["gtid_strict_mode"] == "ON" if "gtid_strict_mode" in variables else None,
         tables=tables,
         hidden=frozenset(name for name in missing if _selecting(session, name) in (SELECT_DENIED, DATABASE_DENIED)),
@@ -543,7 +541,7 @@ def _table_problems(table: TableFacts, facts: Facts) -> list[Problem]:
         return [
             Problem(
                 where,
-                "it keeps the history of its rows (WITH SYSTEM VERSIONING), and the log has old rows as new ones",
+                "it keeps the history of its rows (WITH SYSTEM VERSIONING), with which Delta has not been tried",
                 f"type: ALTER TABLE {table.sql_name} DROP SYSTEM VERSIONING, or leave it out",
             )
         ]
