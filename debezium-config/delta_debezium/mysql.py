@@ -12,7 +12,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 from delta_debezium.connection import Connection, connection
-from delta_debezium.options import Option, common_options, message_key_columns, table_include_list
+from delta_debezium.options import (
+    Option,
+    column_exclude_list,
+    common_options,
+    message_key_columns,
+    table_include_list,
+)
 from delta_sync.errors import UsageError
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
@@ -122,6 +128,15 @@ def _log_options(spec: PipelineSpec, state_dir: str) -> list[Option]:
 
 def _table_options(tables: Sequence[Table]) -> list[Option]:
     found = [Option("table.include.list", table_include_list(tables), "The tables of the pipeline.", fixed=True)]
+    if columns := column_exclude_list(tables):
+        found.append(
+            Option(
+                "column.exclude.list",
+                columns,
+                "Columns that the log does not carry faithfully; their rows are read by key.",
+                fixed=True,
+            )
+        )
     if keys := message_key_columns(tables):
         found.append(Option("message.key.columns", keys, "Tables whose key is a unique index.", fixed=True))
     return found

@@ -1,0 +1,134 @@
+"""Claims: what a snapshot may say about the binary log, decided without I/O.
+
+Positions are integers, `file << 32 | offset`. A snapshot that was taken WITH CONSISTENT SNAPSHOT knows a position P,
+the end of the last commit that it sees, or nearly so: when the server begins a new file, P is that file's beginning a
+moment before the old file's last transaction is visible. Commits become visible in the order of the log, so a snapshot
+at P sees every transaction before any position P' < P that another snapshot had: its last one was visible when the log
+went on. So a row may claim **the newest sampled position strictly below P**; changes at or after it come from the log.
+
+On a server that rests, nothing lies between: there P itself is claimed, once it has stood for STOOD_S, by when whatever
+made it is visible.
+
+XA transactions are the exception: XA PREPARE writes their changes to the log, and XA COMMIT makes them visible, however
+much later. So one that was prepared when the snapshot was taken bounds the claim: by the samples from before it was
+listed as prepared (XA RECOVER).
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from typing import NamedTuple
+
+from delta_sync.errors import PipelineStopped
+from delta_sync.versions import MAX_POSITION
+
+OFFSET_BITS = 32  # of an event's position in its file: the header has no more
+MAX_OFFSET = (1 << OFFSET_BITS) - 1
+MAX_FILE = MAX_POSITION >> OFFSET_BITS  # 1,048,575 files: at one an hour, 119 years
+
+# Between the two steps lie microseconds, a process switch at most. A server that is frozen between them wakes up to
+# the second one, and its clock has nothing to do with ours: so this is far above what a stall of its disk lasts.
+STOOD_S = 5.0
+
+
+# XA PREPARE writes to the log a moment before XA RECOVER lists it: some milliseconds, if it waits for the disk. A
+# listing says nothing of what was written within that time before it.
+LISTED_S = 0.25
+
+
+class Snapshot(NamedTuple):
+    """What a snapshot knows: its position, and from before it was taken our clock (s), and what was prepared."""
+
+    position: int
+    taken_s: float  # monotonic
+    prepared: frozenset[str] = frozenset()  # XA transactions
+
+
+class Sample(NamedTuple):
+    """A position that a snapshot had, and from after that was known what was prepared, and then our clock (s)."""
+
+    position: int
+    taken_s: float  # monotonic
+    prepared: frozenset[str] = frozenset()  # XA transactions
+
+
+_FILE_NUMBER = re.compile(r"\.(\d+)$")
+
+
+def position_of(file: str, offset: int) -> int:
+    """Return a place in the log as an integer: `binlog.000012` and 345 give `12 << 32 | 345`.
+
+    Raises PipelineStopped when the numbers of the files, or a transaction, have become too large to be compared.
+    """
+    match = _FILE_NUMBER.search(file)
+    if match is None:
+        raise ValueError(file)
+    number = int(match[1])
+    if number > MAX_FILE:
+        raise PipelineStopped(
+            f"The log's file {file} has a number above {MAX_FILE}, and versions have no room for it. Type RESET"
+            " MASTER at the source, which begins with 1 again, and load the tables anew."
+        )
+    if not 0 <= offset <= MAX_OFFSET:
+        raise PipelineStopped(
+            f"Position {offset} of the log's file {file} is beyond 4 GiB: a transaction is too large."
+        )
+    return number << OFFSET_BITS | offset
+
+
+def event_position(file: str, offset: int, row: int) -> int:
+    """Return a row change's position: where its event starts, and its place in the event.
+
+    Strictly rising for each key, because each row takes at least a byte of the event.
+    """
+    return position_of(file, offset + row)
+
+
+def format_position(position: int) -> str:
+    """Return a position for people: `000012:345`."""
+    return f"{position >> OFFSET_BITS:06}:{position & MAX_OFFSET}"
+
+
+class Samples:
+    """The positions sampled so far, oldest first, of which a snapshot can claim the newest that is below its own.
+
+    Bounded: beyond `limit` every other one of the older half goes, which only makes a claim a little older.
+    """
+
+    def __init__(self, limit: int = 4096, listed_s: float = LISTED_S) -> None:
+        self._limit = limit
+        self._listing_takes_s = listed_s
+        self._positions: list[int] = []  # strictly rising
+        self._times_s: list[float] = []  # when each was first known
+        self._listed_s = float("-inf")  # when it was last known what is prepared
+        self._unlisted_s: dict[str, float] = {}  # prepared transaction → when it was last known not to be one
+
+    def add(self, sample: Sample) -> None:
+        """Keep a sample that was taken after all those before it."""
+        self._unlisted_s = {xid: self._unlisted_s.get(xid, self._listed_s) for xid in sample.prepared}
+        self._listed_s = sample.taken_s
+        if self._positions and sample.position <= self._positions[-1]:
+            return  # it says nothing new: positions do not go back
+        self._positions.append(sample.position)
+        self._times_s.append(sample.taken_s)
+        if len(self._positions) > self._limit:
+            half = self._limit // 2
+            self._positions[:half] = self._positions[:half:2]
+            self._times_s[:half] = self._times_s[:half:2]
+
+    def claim(self, snapshot: Snapshot, covered_from: int) -> int | None:
+        """Return the claim of rows read in `snapshot`: a position at or above `covered_from`, or None for not yet.
+
+        `covered_from` is the position from which the log is known to deliver the table's changes.
+        """
+        known_s = min(
+            (self._unlisted_s.get(xid, self._listed_s) for xid in snapshot.prepared), default=snapshot.taken_s
+        )
+        usable = bisect.bisect_right(self._times_s, min(known_s, snapshot.taken_s) - self._listing_takes_s)
+        place = bisect.bisect_left(self._positions, snapshot.position, 0, usable)
+        claim = self._positions[place - 1] if place else None
+        stands = place < usable and self._positions[place] == snapshot.position
+        if stands and snapshot.taken_s - self._times_s[place] >= STOOD_S:
+            claim = snapshot.position
+        return claim if claim is not None and claim >= covered_from else None

@@ -1,0 +1,474 @@
+"""Claims on a real MariaDB, held against its log: a row that outranks a change in the log must not be older than it.
+
+The server begins a new file of its log every few transactions. Claims are taken in several ways at the same time; the
+wrong ones must be seen to be wrong, or the test shows nothing: they are tried a bounded number of times.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import os
+import random
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import pymysql
+import pytest
+
+from delta_sync.errors import SchemaChanged, SourceBusy
+from delta_sync.sources.mysql import reader as module
+from delta_sync.sources.mysql.claims import STOOD_S, Samples, Snapshot, position_of
+from delta_sync.sources.mysql.connection import Session, connect
+from delta_sync.sources.mysql.reader import MariaReader
+from delta_sync.spec import SourceSpec
+from delta_sync.tables import Table
+from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
+
+IDS = 20
+WRITERS = 4
+READERS = 2
+MONITORS = 2
+MONITOR = """BEGIN NOT ATOMIC
+  DECLARE asked INT DEFAULT 0;
+  WHILE asked < 100000000 DO
+    SELECT COUNT(*) INTO @count FROM information_schema.session_status WHERE variable_name LIKE 'binlog_snapshot%';
+    SET asked = asked + 1;
+  END WHILE;
+END"""
+BYTES_MOST = 1 << 30
+DUMPS_AT_ONCE = 1_000
+ROUNDS_AT_MOST = 20  # by when the wrong way has been seen to be wrong
+ANSWERS_AT_MOST = 100_000  # by when one has been another session's: it is one of fifty
+
+
+class Clock:
+    """Moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Logged(NamedTuple):
+    """A change in the log; `rev` is None for a delete."""
+
+    position: int
+    id: int
+    rev: int | None
+
+
+_STATEMENT = re.compile(r"(UPDATE|INSERT|DELETE) /\* id=(\d+) rev=(\d+) \*/")
+
+
+class History:
+    """The log, by key. `rev` is different in every change, so it tells which change made a row."""
+
+    def __init__(self, changes: Sequence[Logged]) -> None:
+        self._changes: dict[int, list[Logged]] = {}
+        self._made_at: dict[int, int] = {}
+        for change in changes:
+            of_key = self._changes.setdefault(change.id, [])
+            assert not of_key or of_key[-1].position < change.position, "positions of a key rise"
+            of_key.append(change)
+            if change.rev is not None:
+                self._made_at[change.rev] = change.position
+
+    def newest_below(self, id_: int, position: int) -> Logged | None:
+        changes = self._changes.get(id_, [])
+        place = bisect.bisect_left(changes, position, key=lambda change: change.position)
+        return changes[place - 1] if place else None
+
+    def is_outdated(self, id_: int, rev: int | None, claim: int) -> bool:
+        """Whether a row read as `rev` (None: as absent) lacks a change that it outranks."""
+        newest = self.newest_below(id_, claim)
+        if newest is None:
+            return False
+        if rev is None:
+            deleted_later = any(
+                change.rev is None and change.position > newest.position for change in self._changes[id_]
+            )
+            return newest.rev is not None and not deleted_later
+        return self._made_at.get(rev, 0) < newest.position
+
+
+class Read(NamedTuple):
+    """Rows as a reader saw them (None: absent), and what they would claim, by way."""
+
+    rows: dict[int, int | None]
+    claims: dict[str, int | None]
+
+
+class Source:
+    """A server with the table `item (id, rev)`."""
+
+    def __init__(self, server: MariaDB, exits: ExitStack) -> None:
+        self.server = server
+        self._exits = exits
+        self.revs = itertools.count(1)
+        self.admin = self.connect()
+        execute(self.admin, "CREATE OR REPLACE TABLE item (id int PRIMARY KEY, rev bigint NOT NULL)")
+        self.reader = self.new_reader()
+        self.table: Table = self.reader.tables(["delta.item"])["delta.item"]
+        self.began_at = self.reader.log_end()
+
+    def connect(self) -> Session:
+        session = connect(self.spec)
+        self._exits.callback(session.shut)
+        return session
+
+    @property
+    def spec(self) -> SourceSpec:
+        return SourceSpec(url=f"mariadb://{USER}@127.0.0.1:{self.server.port}/delta", password="${env:DELTA_TEST_P}")
+
+    def new_reader(self, clock: Clock | None = None) -> MariaReader:
+        reader = MariaReader(self.spec, "claims") if clock is None else MariaReader(self.spec, "claims", clock=clock)
+        self._exits.callback(reader.close)
+        return reader
+
+    def put(self, session: Session, id_: int) -> int:
+        """Write a row; the log has the statement with its comment before the change."""
+        rev = next(self.revs)
+        with session.cursor() as cursor:
+            if not cursor.execute(f"UPDATE /* id={id_} rev={rev} */ item SET rev = {rev} WHERE id = {id_}"):
+                execute(session, f"INSERT /* id={id_} rev={rev} */ INTO item VALUES ({id_}, {rev})")
+        return rev
+
+    def history(self) -> History:
+        """Return the changes of the table since this source began, from all files of the log."""
+        found: list[Logged] = []
+        with self.admin.cursor() as cursor:
+            cursor.execute("SHOW BINARY LOGS")
+            for file, *_ in cursor.fetchall():
+                if position_of(file, 2**32 - 1) < self.began_at:
+                    continue
+                cursor.execute(f"SHOW BINLOG EVENTS IN '{file}'")
+                statement: re.Match[str] | None = None
+                for _, offset, kind, _, _, info in cursor.fetchall():
+                    if kind == "Annotate_rows":
+                        statement = _STATEMENT.match(info)
+                    elif kind.endswith("_rows_v1") and statement is not None:
+                        id_, rev = int(statement[2]), int(statement[3])
+                        position = position_of(file, int(offset))
+                        if position >= self.began_at:
+                            found.append(Logged(position, id_, None if statement[1] == "DELETE" else rev))
+        return History(found)
+
+
+def execute(session: Session, statement: str) -> None:
+    with session.cursor() as cursor:
+        cursor.execute(statement)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MariaDB]:
+    with MariaDB(max_binlog_size=4096) as server:
+        yield server
+
+
+@pytest.fixture
+def source(server: MariaDB, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
+    monkeypatch.setenv("DELTA_TEST_P", PASSWORD)
+    with ExitStack() as exits:
+        yield Source(server, exits)
+
+
+def rows_of(rows: Sequence[tuple[object, dict[str, int]]]) -> dict[int, int | None]:
+    found: dict[int, int | None] = dict.fromkeys(range(IDS))
+    found.update({row["id"]: row["rev"] for _, row in rows})
+    return found
+
+
+# ── at once: writers, samples, readers, and monitors ─────────────────────────────────────────────────────────────
+
+
+def number_of(session: Session) -> int:
+    with session.cursor() as cursor:
+        cursor.execute("SELECT CONNECTION_ID()")
+        ((number,),) = cursor.fetchall()
+        return int(number)
+
+
+@contextmanager
+def monitors(source: Source) -> Generator[None]:
+    """Sessions that ask for the server's status without a pause, on the server itself."""
+    sessions = [source.connect() for _ in range(MONITORS)]
+    numbers = {session: number_of(session) for session in sessions}
+
+    def ask(session: Session) -> None:
+        with contextlib.suppress(pymysql.Error):
+            execute(session, MONITOR)
+
+    with ThreadPoolExecutor(MONITORS) as pool:
+        for session in sessions:
+            pool.submit(ask, session)
+        try:
+            yield
+        finally:
+            for session in sessions:  # the server would go on for one that is only closed
+                execute(source.admin, f"KILL {numbers[session]}")
+
+
+class Contest:
+    """Writers that never rest, one who samples, and readers, each of whose dumps claims in every way."""
+
+    def __init__(self, source: Source, seed: str) -> None:
+        self.source = source
+        self.seed = seed
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()
+        self.ours = Samples()
+        self.eager = Samples(limit=1 << 20, listed_s=0.0)  # claims what was sampled just now
+        self.reads: list[Read] = []
+
+    def write(self, number: int) -> None:
+        rng = random.Random(f"{self.seed} writer {number}")
+        session = connect(self.source.spec)
+        execute(session, "SET SESSION tx_isolation = 'READ-COMMITTED'")  # without locks on gaps,
+        own = range(number, IDS, WRITERS)  # so that nobody waits for a lock
+        while not self.stopping.is_set():
+            count = rng.choice([1, 1, 1, 3])
+            session.begin()
+            for _ in range(count):
+                id_ = rng.choice(own)
+                if rng.random() < 0.2:
+                    execute(session, f"DELETE /* id={id_} rev=0 */ FROM item WHERE id = {id_}")
+                else:
+                    self.source.put(session, id_)
+            session.commit() if rng.random() < 0.9 else session.rollback()
+        session.shut()
+
+    def sample(self) -> None:
+        reader = MariaReader(self.source.spec, "samples")
+        while not self.stopping.is_set():
+            sample = reader.sample()
+            with self.lock:
+                self.ours.add(sample)
+                self.eager.add(sample)
+        reader.close()
+
+    def dump(self) -> None:
+        """As Delta does; the claims of two ways are of the same rows."""
+        reader = MariaReader(self.source.spec, "dumps")
+        while not self.stopping.is_set():
+            claims: dict[str, int | None] = {}
+
+            def usable(snapshot: Snapshot, claims: dict[str, int | None] = claims) -> bool:
+                with self.lock:
+                    claims["ours"] = self.ours.claim(snapshot, 0)
+                    claims["eager"] = self.eager.claim(snapshot, 0)
+                claims["position itself"] = snapshot.position
+                return True
+
+            chunk = reader.read_chunk(self.source.table, None, 1000, BYTES_MOST, usable)
+            assert chunk is not None
+            with self.lock:
+                self.reads.append(Read(rows_of(chunk.rows), claims))
+                if len(self.reads) >= DUMPS_AT_ONCE:
+                    self.stopping.set()
+        reader.close()
+
+    def run(self) -> Counter[str]:
+        """Return how many dumps of each way were wrong, and how many claimed."""
+        tasks = [*(lambda n=n: self.write(n) for n in range(WRITERS)), self.sample, *[self.dump] * READERS]
+        with monitors(self.source), ThreadPoolExecutor(len(tasks)) as pool:
+            futures = [pool.submit(self._unless_stopped, task) for task in tasks]
+        for future in futures:
+            future.result()
+        history = self.source.history()
+        result: Counter[str] = Counter()
+        for read in self.reads:
+            for way, claim in read.claims.items():
+                if claim is not None:
+                    result[f"{way}: claims"] += 1
+                    result[way] += any(history.is_outdated(id_, rev, claim) for id_, rev in read.rows.items())
+        return result
+
+    def _unless_stopped(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        finally:
+            self.stopping.set()
+
+
+SEEDS = [int(os.environ["DELTA_TEST_SEED"])] if "DELTA_TEST_SEED" in os.environ else [1]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_row_outranks_what_it_lacks(source: Source, seed: int) -> None:
+    result: Counter[str] = Counter()
+    for round_ in range(ROUNDS_AT_MOST):
+        result += Contest(source, f"{seed} {round_}").run()
+        print(f"seed {seed}: {dict(result)}")
+        assert (result["ours"], result["eager"]) == (0, 0), result
+        if result["position itself"]:
+            break
+    else:
+        pytest.fail(f"the wrong way was never wrong, so this shows nothing: {result}")
+    assert min(result["ours: claims"], result["eager: claims"]) > DUMPS_AT_ONCE / 2, result
+
+
+# ── one step after the other ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_all(
+    source: Source, samples: Samples, clock: Clock, reader: MariaReader
+) -> tuple[dict[int, int | None], int | None]:
+    """Read the table; return its rows and what they may claim."""
+    claim: int | None = None
+
+    def usable(snapshot: Snapshot) -> bool:
+        nonlocal claim
+        claim = samples.claim(snapshot, 0)
+        return True
+
+    chunk = reader.read_chunk(source.table, None, 1000, BYTES_MOST, usable)
+    assert chunk is not None
+    return rows_of(chunk.rows), claim
+
+
+def test_one_answer_may_be_another_sessions(source: Source) -> None:
+    """So all the reads of a snapshot's position have to agree."""
+    clock, samples = Clock(), Samples()
+    reader = source.new_reader(clock)
+    source.put(source.admin, 1)
+    session = source.connect()
+    execute(session, "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
+    position = module._snapshot_position(session)
+    assert position == reader.log_end()
+    rev = source.put(source.admin, 1)
+    samples.add(reader.sample())
+    source.put(source.admin, 2)
+    agreed: list[int] = []
+    with monitors(source):
+        for _ in range(ANSWERS_AT_MOST // module.READS):
+            answers = [module._snapshot_position(session) for _ in range(module.READS)]
+            agreed += answers[:1] if len(set(answers)) == 1 else []
+            if wrong := set(answers) - {position}:
+                break
+        else:
+            pytest.fail(f"{ANSWERS_AT_MOST} answers were right, so this shows nothing")
+    assert set(agreed) <= {position}
+    claim = samples.claim(Snapshot(max(wrong), 1.0), 0)
+    assert claim is not None
+    with session.cursor() as cursor:
+        cursor.execute("SELECT rev FROM item WHERE id = 1")
+        seen = [int(row[0]) for row in cursor.fetchall()]
+    assert seen != [rev]
+    assert source.history().is_outdated(1, seen[0], claim)
+
+
+def test_a_server_at_rest_is_claimed_after_a_while(source: Source) -> None:
+    clock, samples = Clock(), Samples()
+    reader = source.new_reader(clock)
+    source.put(source.admin, 1)
+    for now_s in (0.0, 3.0, STOOD_S - 0.1):
+        clock.now_s = now_s
+        samples.add(reader.sample())
+        assert read_all(source, samples, clock, reader)[1] is None
+    clock.now_s = STOOD_S
+    rows, claim = read_all(source, samples, clock, reader)
+    assert claim == reader.log_end()
+    assert not any(source.history().is_outdated(id_, rev, claim) for id_, rev in rows.items())
+
+
+def test_changes_that_are_prepared_are_left_to_the_log(source: Source) -> None:
+    """XA PREPARE writes them to the log at once; that they are visible comes later."""
+    clock, samples, careless = Clock(), Samples(), Samples()
+
+    def sample() -> None:
+        clock.now_s += 1.0
+        taken = reader.sample()
+        samples.add(taken)
+        careless.add(taken._replace(prepared=frozenset()))
+
+    reader = source.new_reader(clock)
+    source.put(source.admin, 1)
+    sample()
+    source.put(source.admin, 3)
+    sample()
+    before = reader.log_end()
+    session = source.connect()
+    for statement in ("XA START 'one'", None, "XA END 'one'", "XA PREPARE 'one'"):
+        execute(session, statement) if statement else source.put(session, 1)
+    source.put(source.admin, 2)
+    sample()
+    source.put(source.admin, 2)
+    clock.now_s += 1.0
+    rows, claim = read_all(source, samples, clock, reader)
+    assert claim is not None
+    assert claim < before
+    taken = reader.sample()
+    wrong = careless.claim(Snapshot(taken.position, clock.now_s), 0)
+    assert wrong is not None
+    history = source.history()
+    assert history.is_outdated(1, rows[1], wrong)  # so the log has the change, and the row lacks it
+    assert not any(history.is_outdated(id_, rev, claim) for id_, rev in rows.items())
+
+    execute(session, "XA COMMIT 'one'")
+    sample()
+    source.put(source.admin, 2)
+    clock.now_s += 1.0
+    rows, claim = read_all(source, samples, clock, reader)
+    assert claim is not None
+    assert claim > before
+    assert not any(source.history().is_outdated(id_, rev, claim) for id_, rev in rows.items())
+
+
+def test_a_table_that_was_altered_or_emptied_since_the_snapshot(source: Source) -> None:
+    for statement in ("ALTER TABLE item MODIFY rev varchar(30)", "TRUNCATE TABLE item", "DROP TABLE item"):
+
+        def usable(_: Snapshot, statement: str = statement) -> bool:
+            execute(source.admin, statement)
+            return True
+
+        source.put(source.admin, 1) if statement.startswith("TRUNCATE") else None
+        with pytest.raises(SchemaChanged):
+            source.reader.read_chunk(source.table, None, 10, BYTES_MOST, usable)
+        assert source.reader.sample().position > 0  # the connection is as it was
+
+
+def test_answers_that_do_not_agree_are_asked_for_again(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module._snapshot_position  # as no other program asks at just the right moment
+    given = iter([7, None, None, None, 9, None])
+
+    def position(session: Session) -> int:
+        return next(given, None) or real(session)
+
+    monkeypatch.setattr(module, "_snapshot_position", position)
+    assert source.reader.sample().position == source.reader.log_end()
+    assert next(given, "used up") == "used up"
+
+
+def test_what_a_restart_and_a_reset_do_to_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTA_TEST_P", PASSWORD)
+    with MariaDB() as server, ExitStack() as exits:
+        source = Source(server, exits)
+        identity, end = source.reader.identity(), source.reader.log_end()
+        source.put(source.admin, 1)
+        assert source.reader.why_lost(end) is None
+        server.kill()
+        server.start()
+        with pytest.raises(SourceBusy):
+            source.reader.log_end()
+        assert source.reader.identity() == identity
+        after = source.reader.log_end()
+        assert after > end
+        assert source.reader.sample().position == after
+        admin = source.connect()
+        execute(admin, "FLUSH BINARY LOGS")
+        with admin.cursor() as cursor:
+            cursor.execute("SHOW BINARY LOGS")
+            execute(admin, f"PURGE BINARY LOGS TO '{cursor.fetchall()[-1][0]}'")
+        assert "has removed the file" in (source.reader.why_lost(end) or "")
+        execute(admin, "RESET MASTER")
+        assert "RESET MASTER" in (source.reader.why_lost(after) or "")
+        assert source.reader.identity() == identity
