@@ -256,7 +256,9 @@ def deployments(of: PipelineSpec) -> Iterator[tuple[dict[str, Any], dict[str, An
 
 @pytest.mark.parametrize("case", CASES)
 def test_manifests_are_what_kubernetes_takes(case: str) -> None:
-    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="it has Kubernetes' schemas")
+    kubernetes_validate = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate, which has the schemas, is missing"
+    )
     for one in objects(CASES[case]):
         kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
         assert re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", one["metadata"]["name"])
