@@ -41,7 +41,7 @@ _SSL_MODES: Mapping[str, Mapping[str, str]] = {
     "mariadb": {m: m for m in ("disable", "trust", "verify-ca", "verify-full")},
 }
 
-# How the connector writes values; nothing decodes them yet.
+# How the connector writes values: what the decoders of `delta_sync.sources.mysql.codec` rest on.
 _VALUE_OPTIONS = (
     Option("time.precision.mode", "microseconds", "One unit for every column.", fixed=True),
     Option("decimal.handling.mode", "string", "Exact; the default is base64 of an unscaled integer.", fixed=True),
