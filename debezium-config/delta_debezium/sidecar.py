@@ -84,7 +84,10 @@ class Sidecar:
         spec = self._spec
         pipeline = load_processor(self._folder, spec)
         sinks = open_sinks(spec)
-        with StateStore.open(spec.state, self._folder) as state:
+        opened = self._until_done(lambda: StateStore.open(spec.state, self._folder), lambda: True)
+        if opened is None:
+            return
+        with opened as state:
             keeper = LeaseKeeper(state, spec.name, LEASE, self._member, LEASE_S)
             try:
                 with keeper:

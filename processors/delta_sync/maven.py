@@ -5,6 +5,7 @@ Maven itself fetches, so its settings (mirrors, proxies, credentials) hold here,
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from filelock import FileLock
 
@@ -113,12 +115,19 @@ def _unpack(archive: Path, target: Path, wanted: Callable[[str], bool]) -> None:
         paths = {member: PurePosixPath(member.name) for member in tar}  # normalised: without `./`
         inside = [path.parts for path in paths.values() if path.parts]
         top = 1 if len({parts[0] for parts in inside}) == 1 else 0  # a folder around everything says nothing
-        members = [
-            member.replace(name="/".join(path.parts[top:]))
-            for member, path in paths.items()
-            if len(path.parts) > top and wanted("/".join(path.parts[top:]))
-        ]
-        tar.extractall(target, members, filter="data")
+        members: list[tarfile.TarInfo] = []
+        for member, path in paths.items():
+            name = "/".join(path.parts[top:])
+            if not name or not wanted(name):
+                continue
+            if ".." in path.parts or path.is_absolute():
+                raise FetchFailed(f"{archive.name} holds {member.name}, which would be unpacked elsewhere.")
+            moved = copy.copy(member)
+            moved.name = name
+            members.append(moved)
+        # Python before 3.11.4 has no filters; that one also refuses links to elsewhere, and devices.
+        options: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        tar.extractall(target, members, **options)  # noqa: S202 -- looked at above
 
 
 def _size_mb(folder: Path) -> int:

@@ -87,7 +87,10 @@ class Running:
         pipeline = load_processor(self._folder, spec)
         sinks = open_sinks(spec)
         settle_memory()
-        with StateStore.open(spec.state, self._folder) as state:
+        opened = self._until_reached(lambda: StateStore.open(spec.state, self._folder))
+        if opened is None:
+            return
+        with opened as state:
             reporter = threading.Thread(target=self._report, args=(state,), name="report", daemon=True)
             ended = threading.Event()
             self._ended = ended
