@@ -65,6 +65,7 @@ bench: setup ## measure: the worker alone, end to end beside the engine alone, l
 	$(BIN)/python benchmarks/worker.py
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/kafka_worker.py
 
 # ── docs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
