@@ -29,10 +29,10 @@ jars: $(READY) ## the servers that come from neither Python packages nor this ma
 	$(BIN)/python -m delta_sync.testing.jars
 	$(BIN)/python -m delta_debezium.distribution
 
-# Tests wait for servers and disks half of the time, so four at once suit two cores. A file's tests stay together; the
+# Tests wait for servers and disks half of the time, so three at once suit two cores. A file's tests stay together; the
 # files come in their order, the slow acceptance tests first.
 test: setup jars lint types ## everything that must be clean before a commit
-	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 unit: setup ## the tests that need no server
 	$(BIN)/pytest tests/unit

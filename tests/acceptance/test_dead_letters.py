@@ -252,7 +252,7 @@ def test_a_replay_that_a_sink_ends_says_how_far_it_came(stage: Callable[..., Sta
     redis_server.kill()
     done = it.pipeline.deltactl("dead", "replay", it.pipeline.name, "--all")
     assert done.returncode == 1
-    assert "Replayed 1 dead letters; 0 failed again" in done.stdout
+    assert "Replayed 1 dead letter; 0 failed again" in done.stdout
     assert "1 were not tried and stay" in done.stderr
     assert "Redis" in done.stderr
     (left,) = it.pipeline.dead_letters()

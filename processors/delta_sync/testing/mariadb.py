@@ -14,7 +14,8 @@ import pymysql
 from delta_sync.testing.processes import ServerError, ServerProcess, free_port
 from delta_sync.testing.servers import ANSWER_TIMEOUT_S, START_TIMEOUT_S, UNPRIVILEGED, NativeServer, others_reach
 
-USER = PASSWORD = "delta"  # noqa: S105 -- of a server that only tests can reach
+USER = "delta"
+PASSWORD = "of-a-test-server"  # noqa: S105 -- one that only tests can reach
 
 
 class MariaDB(NativeServer):
