@@ -202,7 +202,7 @@ def test_what_cannot_be_a_key_and_what_is_read_by_key(mariadb: MariaDB, session:
         "CREATE TABLE by_uuid (id uuid PRIMARY KEY, place point)",
         "CREATE TABLE by_float (id float PRIMARY KEY)",
         "CREATE TABLE by_index (a int NOT NULL, b int, UNIQUE (a))",
-        "CREATE OR REPLACE USER onlooker@'%' IDENTIFIED BY 'delta'",
+        "CREATE OR REPLACE USER onlooker@'%' IDENTIFIED BY 'of-a-test-server'",
         f"GRANT SELECT ON {DATABASE}.* TO onlooker@'%'",
     )
     ids = [f"{DATABASE}.{name}" for name in ("by_uuid", "by_float", "by_index")]
@@ -224,7 +224,7 @@ def test_json_is_recognised_by_a_user_who_may_only_read(mariadb: MariaDB, sessio
     execute(
         session,
         "CREATE TABLE with_json (id int PRIMARY KEY, `j``s` json, t longtext)",
-        "CREATE OR REPLACE USER onlooker@'%' IDENTIFIED BY 'delta'",
+        "CREATE OR REPLACE USER onlooker@'%' IDENTIFIED BY 'of-a-test-server'",
         f"GRANT SELECT ON {DATABASE}.* TO onlooker@'%'",
     )
     source = spec_of(mariadb).model_copy(update={"url": f"mariadb://onlooker@127.0.0.1:{mariadb.port}/"})
