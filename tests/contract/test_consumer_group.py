@@ -153,6 +153,12 @@ def turns(*members: Member, until: Callable[[], bool]) -> None:
             member.poll()
 
 
+def unless_kafka_python(client: Client) -> None:
+    """A known weakness, in docs/roadmap.md: on a slow machine kafka-python 3.0.12 may take minutes to rejoin."""
+    if client == "kafka-python":
+        pytest.skip("kafka-python may take minutes to find its group again on a slow machine: docs/roadmap.md")
+
+
 def retried(call: Callable[[], object]) -> None:
     """Call as the contract has it: again, while Kafka is busy."""
     deadline = time.monotonic() + WAIT_S
@@ -356,6 +362,7 @@ def test_revoked_comes_before_the_partitions_go(kafka: Kafka, client: Client, ex
 
 
 def test_an_error_in_a_call_loses_no_records(kafka: Kafka, client: Client, exits: ExitStack) -> None:
+    unless_kafka_python(client)
     world = World(kafka, client, exits, partitions=6)
     first, second = world.member(), world.member()
     turns(first, until=lambda: len(first.partitions) == 6)
@@ -590,6 +597,7 @@ def test_lags_count_what_is_not_read(world: World) -> None:
 
 
 def test_a_broker_may_go_and_come_back(world: World) -> None:
+    unless_kafka_python(world.client)
     world.send(range(10))
     member = world.member()
     turns(member, until=lambda: member.positions().get(world.partition(0)) == 10)

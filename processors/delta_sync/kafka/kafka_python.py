@@ -16,6 +16,7 @@ from delta_sync.kafka.settings import Timeouts
 from delta_sync.secrets import redact
 from delta_sync.spec import KafkaSpec
 
+COORDINATOR_MS = 1000.0  # to find a group's coordinator takes some milliseconds, on a slow machine some hundred
 SLICE_S = 0.1  # a poll looks so often whether it was woken: the client has nothing to wake it by
 
 # Imported by name: it has no types, and the stubs that pyright brings are of an older version.
@@ -275,6 +276,11 @@ def _network(**options: Any) -> Any:
 class _Coordinator(_coordinators.ConsumerCoordinator):  # type: ignore[misc]  # it has no types
     """The client's side of the group protocol. When a join has ended while nobody polled, 3.0.12 begins another one
     instead of taking it up, which makes all others join again: short polls go on with that for ever."""
+
+    def ensure_coordinator_ready(self, timeout_ms: float | None = None) -> bool:
+        """Find the coordinator. An attempt that is cut short begins from the start: short polls would never find it."""
+        client: Any = super()
+        return bool(client.ensure_coordinator_ready(None if timeout_ms is None else max(timeout_ms, COORDINATOR_MS)))
 
     @property
     def _join_task(self) -> _Join | None:
