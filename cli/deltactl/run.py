@@ -64,7 +64,9 @@ def run(
     """
     spec = app.load(name)
     if spec.transport != "embedded":
-        raise UsageError(f"Pipeline {name} has transport: {spec.transport}; `deltactl run` is for embedded.")
+        raise UsageError(
+            f"Pipeline {name} has transport: {spec.transport}; `deltactl run` is for embedded; use sidecar and worker."
+        )
     folder = app.home(name)
     logs.configure(log_format)
     try:
