@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,6 @@ from typing import Any, Literal, NamedTuple, Self, cast, overload
 
 import orjson
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import exc
 
 from delta_sync.changes import Key
@@ -43,7 +38,16 @@ from delta_sync.state_database import (
     translated,
     upsert,
 )
-from delta_sync.state_tables import DEAD_LETTERS, LEASES, LOADS, MEMBERS, PIPELINES, STATUSES, VERSION_TABLE
+from delta_sync.state_tables import (
+    DEAD_LETTERS,
+    LEASES,
+    LOADS,
+    MEMBERS,
+    PIPELINES,
+    REVISION,
+    STATUSES,
+    VERSION_TABLE,
+)
 from delta_sync.values import to_json
 
 MAX_TEXT_CHARS = 1 << 16  # of one error or trace: a recursion's trace, yes; a message that quotes a document, no
@@ -483,31 +487,30 @@ class StateStore:
 
     def _migrate(self, *, create: bool) -> bool:
         """Bring the tables up to date; return False when there are none and `create` is False."""
-        config = Config()
-        config.set_main_option("script_location", "delta_sync:migrations")
-        scripts = ScriptDirectory.from_config(config)
-        known = {script.revision for script in scripts.walk_revisions()}
         with self._transaction() as connection:
             found = _revision(connection)
+        if found == REVISION:
+            return True
         if found is None and not create:
             return False
-        if found is not None and found not in known:
+        from delta_sync import migrations  # a third of the time that a command takes to start
+
+        if found is not None and found not in migrations.known():
             raise StaleStateStore(
                 f"The state store {self._where} was written by a newer Delta (its tables are at {found}); use that "
                 "version, or give `state` another URL, which loads every table anew."
             )
-        if found != scripts.get_current_head():
-            with _ALEMBIC, self._transaction(write=True) as connection, migration_lock(connection):
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")  # which looks again: another process may have been faster
+        with self._transaction(write=True) as connection, migration_lock(connection):
+            migrations.upgrade(connection)  # which looks again: another process may have been faster
         return True
 
 
-_ALEMBIC = threading.Lock()  # its environment is global to the process
-
-
 def _revision(connection: sa.Connection) -> str | None:
-    return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    """Return the revision of the tables that are there; None: there are none."""
+    if not sa.inspect(connection).has_table(VERSION_TABLE):
+        return None
+    versions = sa.table(VERSION_TABLE, sa.column("version_num", sa.String))
+    return connection.execute(sa.select(versions.c.version_num)).scalar_one_or_none()
 
 
 _LONG_AGO = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)

