@@ -28,6 +28,7 @@ SERVERS = {"kafka": "kafka.Kafka", "mongodb": "MongoLauncher", "opensearch": "Op
 ARCHIVES = {"apicurio": "io.apicurio:apicurio-registry-app:3.3.3:tar.gz:all"}  # 158 MB
 CLASS_FILE_RELEASE = "21"  # what OpenSearch 3 needs; any later JRE runs it
 MAVEN_TIMEOUT_S = 1200  # 74 MB over a slow line, for the largest of them
+RECORDING_TIMEOUT_S = 300.0  # it takes some five seconds of CPU time, on a machine that may have other things to do
 
 _SOURCES = Path(__file__).with_name("java")
 
@@ -126,7 +127,7 @@ def main() -> None:
         place = archive(kind.name) if kind.name in ARCHIVES else _place(kind.name)
         if not aot.cache_of(place).exists():
             with aot.recorded(place), kind() as server:
-                server.stop()
+                server.stop(RECORDING_TIMEOUT_S)
 
 
 if __name__ == "__main__":

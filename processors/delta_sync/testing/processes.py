@@ -25,7 +25,7 @@ from typing import NamedTuple
 from delta_sync import child_exec
 from delta_sync.errors import DeltaError
 
-POLL_S = 0.01  # between two looks at /proc or at a server that starts
+POLL_LEAST_S, POLL_MOST_S = 0.01, 0.25  # between two looks at /proc, or at a server that starts
 SIGNAL_TIMEOUT_S = 30.0  # for SIGKILL and SIGSTOP to take effect: at once, unless the machine is overloaded
 LOWEST_PORT = 10_240  # below are the well-known servers of the machine
 CLUSTER_BUS_OFFSET = 10_000  # Redis 6 has its cluster bus there; no other way to choose it
@@ -39,11 +39,19 @@ class ServerError(DeltaError):
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
     """Poll `condition`. Raises ServerError, saying that `what` did not happen, after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        if time.monotonic() > began + timeout_s:
             raise ServerError(f"{what} took more than {timeout_s:.0f} s")
-        time.sleep(POLL_S)
+        pause(began)
+
+
+def pause(began: float) -> None:
+    """Sleep before the next look: a tenth of what one has waited since `began`, by `time.monotonic`.
+
+    So a look comes at most a tenth too late, and those that wait leave the processor to what they wait for.
+    """
+    time.sleep(min(max((time.monotonic() - began) / 10, POLL_LEAST_S), POLL_MOST_S))
 
 
 # ── ports ────────────────────────────────────────────────────────────────────────────────────────────────────────

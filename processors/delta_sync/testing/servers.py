@@ -35,7 +35,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from delta_sync.testing import jars
-from delta_sync.testing.processes import CLUSTER_BUS_OFFSET, POLL_S, ServerError, ServerProcess, free_port
+from delta_sync.testing.processes import CLUSTER_BUS_OFFSET, ServerError, ServerProcess, free_port, pause
 
 __all__ = ["MongoStandIn", "NativeServer", "OpenSearch", "PostgreSQL", "Redis", "Server", "ServerError"]
 
@@ -167,7 +167,7 @@ class NativeServer(Server):
             raise
 
     def _wait_until_ready(self, process: ServerProcess) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        began = time.monotonic()
         failure: Exception | None = None
         while process.running:
             try:
@@ -175,12 +175,12 @@ class NativeServer(Server):
                     return
             except Exception as error:  # noqa: BLE001 -- each client has its own for "not yet"
                 failure = error
-            if time.monotonic() > deadline:
+            if time.monotonic() > began + START_TIMEOUT_S:
                 raise ServerError(
                     f"{self.name} did not answer within {START_TIMEOUT_S:.0f} s ({failure}); "
                     f"its log ends:\n{self.tail()}"
                 )
-            time.sleep(POLL_S)
+            pause(began)
         raise ServerError(
             f"{self.name} ended with status {process.exit_status} while starting; its log ends:\n{self.tail()}"
         )
@@ -193,14 +193,14 @@ class NativeServer(Server):
             log.seek(max(0, self.log.stat().st_size - LOG_TAIL_BYTES))
             return log.read().decode(errors="replace")
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         if self._process is None:
             return
         self._process.thaw()
-        if not self._process.terminate(self.stop_signal, STOP_TIMEOUT_S):
+        if not self._process.terminate(self.stop_signal, timeout_s):
             self._process.kill()
             raise ServerError(
-                f"{self.name} did not stop within {STOP_TIMEOUT_S:.0f} s and was killed; its log ends:\n{self.tail()}"
+                f"{self.name} did not stop within {timeout_s:.0f} s and was killed; its log ends:\n{self.tail()}"
             )
 
     def kill(self) -> None:
