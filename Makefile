@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 export DELTA_JARS ?= $(CURDIR)/.cache/jars
 
-.PHONY: bench help setup jars test lint types unit format clean
+.PHONY: bench help setup jars test checked lint types mypy pyright unit format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,8 +31,11 @@ jars: $(READY) ## the servers that come from neither Python packages nor this ma
 
 # Tests wait for servers and disks half of the time, so three at once suit two cores. A file's tests stay together; the
 # files come in their order, the slow acceptance tests first.
-test: setup jars lint types ## everything that must be clean before a commit
+test: setup ## everything that must be clean before a commit
+	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target checked
 	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+checked: jars lint types # side by side: fetching waits for the network, mypy and pyright use one core each
 
 unit: setup ## the tests that need no server
 	$(BIN)/pytest tests/unit
@@ -41,8 +44,12 @@ lint: setup ## ruff: rules and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: setup ## mypy and pyright, both strict
+types: mypy pyright ## mypy and pyright, both strict
+
+mypy: setup
 	$(BIN)/mypy
+
+pyright: setup
 	$(BIN)/pyright
 
 format: setup ## rewrite the code as ruff has it
