@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import structlog
+
 from delta_debezium.distribution import Distribution
 from delta_sync import child_exec
 from delta_sync.capture import CaptureDied
 from delta_sync.secrets import redact
 
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
 HEAP_MB = 384  # thirty rows of 14 MB in a row went through it; with a larger kafka.max_message_bytes give it more
+LOG_BYTES = 32 << 20  # of the log, and as much of what came before: days of warnings
 LAST_LINES_CHARS = 500  # of what is not in the server's format
 LAST_WORDS_BYTES = 64 << 10  # of the log: a Java stack with its causes has some thousand
 
@@ -42,8 +48,12 @@ class DebeziumServer:
 
     @property
     def log_file(self) -> Path:
-        """What it prints; of the run before, with `.1` behind its name."""
+        """What it prints; what came before, or of the run before, with `.1` behind its name."""
         return self._folder / "server.log"
+
+    @property
+    def _older_log(self) -> Path:
+        return self.log_file.with_name(f"{self.log_file.name}.1")
 
     @property
     def alive(self) -> bool:
@@ -78,16 +88,18 @@ class DebeziumServer:
 
     def _spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         if self.log_file.exists():
-            self.log_file.replace(self.log_file.with_name(f"{self.log_file.name}.1"))
+            self.log_file.replace(self._older_log)
         # A program of its own ties it to us: `preexec_fn` may deadlock where there are threads.
         tie = [sys.executable, "-I", "-S", child_exec.__file__, str(os.getpid()), str(int(signal.SIGKILL)), "-"]
         inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
-        with os.fdopen(os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
+        with os.fdopen(
+            os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), "wb"
+        ) as output:
             return subprocess.Popen(  # noqa: S603 -- the command is ours
                 [*tie, *self._command()],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 cwd=self._folder,
                 env={**inherited, **environment},
                 start_new_session=True,  # Ctrl-C is for the sidecar, which ends it
@@ -108,6 +120,18 @@ class DebeziumServer:
             self._distribution.class_path,
             "io.debezium.server.Main",
         ]
+
+    def bound_log(self) -> None:
+        """Begin the log anew when it is large, the old one behind `.1`; call it now and then.
+
+        The server goes on writing into the same file, so what it prints in this very moment may be missing.
+        """
+        try:
+            if self.log_file.stat().st_size > LOG_BYTES:
+                shutil.copyfile(self.log_file, self._older_log)
+                os.truncate(self.log_file, 0)
+        except OSError as error:  # a full disk, perhaps: then there is no place for the old one
+            log.warning("connector_log_not_bounded", reason=str(error))
 
     def last_words(self) -> str:
         """Return why it ended, as far as its log says, in one paragraph without secrets."""
@@ -146,14 +170,14 @@ _JVM_DIES = "Terminating due to "  # what -XX:+ExitOnOutOfMemoryError says
 _CLASS = re.compile(r"^(?:[a-z]\w*\.)+[A-Z][\w.$]*(?:: )?")  # of an exception, before its message
 
 
-def reason(log: str) -> str:
+def reason(said: str) -> str:
     """Return what a log says about the end: the cause behind its last error; nothing when it holds no more than that.
 
     What is not in the server's format comes from the JVM, which has said why it could not start.
     """
-    if (place := log.rfind(_JVM_DIES)) >= 0:
-        return log[place:].splitlines()[0]
-    before, *entries = _ENTRY.split(log)  # level and text of each
+    if (place := said.rfind(_JVM_DIES)) >= 0:
+        return said[place:].splitlines()[0]
+    before, *entries = _ENTRY.split(said)  # level and text of each
     errors = [text for level, text in zip(entries[::2], entries[1::2], strict=True) if level in ("ERROR", "FATAL")]
     if not errors:
         return "" if entries else " ".join(before.split())[-LAST_LINES_CHARS:]

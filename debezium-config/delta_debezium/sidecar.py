@@ -215,6 +215,7 @@ class Sidecar:
                     self._server.kill()
                 case supervision.Wait() | supervision.Run():
                     self.progress.waits("connector", None)
+            self._server.bound_log()
             self._save_status(state, "leading")
             self._stopping.wait(LOOK_S)
 

@@ -72,6 +72,23 @@ def test_a_new_start_ends_the_one_before_and_keeps_its_log(tmp_path: Path) -> No
     assert "SIGKILL" in one.last_words()
 
 
+def test_a_large_log_begins_anew_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("delta_debezium.server.LOG_BYTES", 10)
+    one = server(tmp_path, "echo a long first line; read nothing < gate; echo end; exec sleep 600")
+    (tmp_path / "server").mkdir()
+    os.mkfifo(tmp_path / "server" / "gate")
+    one.start("", {})
+    wait_until(lambda: said(one, "first"), SOON_S, "its first line")
+    one.bound_log()
+    assert one.log_file.read_text() == ""
+    (tmp_path / "server" / "gate").write_text("\n")
+    wait_until(lambda: said(one, "end"), SOON_S, "its second line")
+    one.bound_log()  # not large enough
+    assert one.log_file.read_text() == "end\n"
+    assert one.log_file.with_name("server.log.1").read_text() == "a long first line\n"
+    one.kill()
+
+
 @pytest.mark.parametrize(("on_term", "signals"), [("exit 3", ""), (":", "SIGKILL")])
 def test_it_is_asked_to_end_and_made_to_when_it_does_not(tmp_path: Path, on_term: str, signals: str) -> None:
     one = server(tmp_path, f"trap '{on_term}' TERM; echo ready; while :; do sleep 0.01; done")
