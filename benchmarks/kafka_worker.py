@@ -84,7 +84,7 @@ def capture(spec: PipelineSpec, folder: Path, write: Callable[[], int]) -> int:
     changes = write()
     server = DebeziumServer(folder, distribution())
     server.start(server_properties(spec, tables, 1), server_environment(spec, tables, 1, resolve))
-    end = reader.insert_lsn()
+    end = reader.log_end()
     deadline = time.monotonic() + DEADLINE_S
     while True:
         assert server.alive, server.last_words()

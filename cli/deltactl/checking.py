@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import psycopg
-
 from delta_sync.errors import CheckFailed, Problem, Transient, UsageError
 from delta_sync.secrets import redact, remember, resolve
 from delta_sync.sinks import open_sinks, targets_of
-from delta_sync.sources.postgresql.catalogue import obstacles, read_catalogue
-from delta_sync.sources.postgresql.checks import column_notes, new_slot_command, problems, read_facts
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources import open_reader
+from delta_sync.sources.inspection import Inspector
+from delta_sync.sources.postgresql.checks import new_slot_command
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import why_lost
 from delta_sync.state import StateStore
@@ -54,19 +52,10 @@ def environment(values: Mapping[str, str]) -> Generator[None]:
                 os.environ[name] = old
 
 
-def check_source(
-    connection: psycopg.Connection, spec: PipelineSpec, *, running: bool = False, fresh: bool = False
-) -> Findings:
-    """Look at the source and its tables; `running` and `fresh` are as in `problems`."""
-    facts = read_facts(connection, spec)
-    found = list(problems(facts, spec, running=running, fresh=fresh))
-    bad = {problem.where for problem in found if problem.fatal}
-    sound = [name for name in spec.tables if f"table {name}" not in bad] if facts.tables else []
-    catalogue = read_catalogue(connection, sound)
-    found += obstacles(connection, list(catalogue.values()))
-    tables = {name: catalogue[name].table for name in sound if name in catalogue}
-    found += column_notes(tables.values())
-    return Findings(("source", *(f"table {name}" for name in spec.tables)), tables, tuple(found))
+def check_source(inspector: Inspector, spec: PipelineSpec, *, running: bool = False, fresh: bool = False) -> Findings:
+    """Look at the source and its tables; `running` and `fresh` are as in `Inspector.inspect`."""
+    found, tables = inspector.inspect(spec, running=running, fresh=fresh)
+    return Findings(("source", *(f"table {name}" for name in spec.tables)), tables, found)
 
 
 def check_history(spec: PipelineSpec, folder: Path) -> Findings:
@@ -77,15 +66,16 @@ def check_history(spec: PipelineSpec, folder: Path) -> Findings:
     store = StateStore.open(spec.state, folder, create=False)
     if store is None:
         return Findings((), {}, ())
-    reader = PostgresReader(spec.source, "deltactl", ANSWER_S)
+    reader = open_reader(spec.source, "deltactl", ANSWER_S)
     try:
         with store:
-            slot = reader.slot(spec.slot)  # before the state: a pipeline that runs saves how far it confirms, then does
+            place = reader.capture_position(spec)
+            found = place.look()  # before the state: a pipeline that runs saves how far it confirms, then does
             known = store.pipeline(spec.name)
-            why = None if known is None else why_lost(spec, known, reader.identity(), slot)
+            why = None if known is None else why_lost(place, known, reader.identity(), found)
     finally:
         reader.close()
-    if why is None or (slot is not None and slot.wal_status == "lost"):  # that the check of the source says itself
+    if why is None or (found is not None and found.lost is not None):  # that the check of the source says itself
         return Findings((), {}, ())
     fix = f"type: {new_slot_command(spec)}, which begins a new epoch: every table is loaded again"
     return Findings((), {}, (Problem("source", f"changes may have been lost: {why}", fix),))

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import psycopg
 
 from delta_debezium.connection import connection as connection_parts
 from delta_debezium.render import connector_json
 from delta_sync.errors import UsageError
 from delta_sync.sinks import installed, kind_of, open_sinks, targets_of
-from delta_sync.sources.postgresql.catalogue import read_tables
-from delta_sync.sources.postgresql.checks import resolve_bare
-from delta_sync.sources.postgresql.connection import DEFAULT_PORT, connect
+from delta_sync.sources import check_supported, open_inspector
+from delta_sync.sources.inspection import Inspector
+from delta_sync.sources.postgresql.connection import DEFAULT_PORT
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec, dump_spec, spec_from
 from delta_sync.tables import Table
 from deltactl.app import (
@@ -59,6 +58,7 @@ IGNORE_FILE = ".gitignore"
 IGNORED = (
     "# What a running pipeline keeps here is this machine's own.\nstate.db*\nrun.lock\n*.dat\n*.log\n__pycache__/\n"
 )
+UNKNOWN_SCHEMA = "public"  # of a table that was given without one, until the source is asked
 SCHEMA_LINE = f"# yaml-language-server: $schema=../{SCHEMA_FILE}\n"
 
 
@@ -74,9 +74,16 @@ class _Plan(NamedTuple):
 
 @click.command()
 @click.argument("name")
-@click.option("--source", "source_url", required=True, metavar="URL", help="postgresql://user@host:port/database")
 @click.option(
-    "--table", "tables", required=True, multiple=True, metavar="T", help="schema.table; repeat it for several."
+    "--source", "source_url", required=True, metavar="URL", help="postgresql:// or mariadb://user@host:port/database"
+)
+@click.option(
+    "--table",
+    "tables",
+    required=True,
+    multiple=True,
+    metavar="T",
+    help="schema.table (MariaDB: database.table); repeat it for several.",
 )
 @click.option(
     "--sink", "sinks", required=True, multiple=True, metavar="[NAME=]URL", help="A store; repeat it for several."
@@ -126,10 +133,11 @@ def create(
             raise UsageError(f"--table: {table!r} is no table's name; write it as public.movie.")
     source, secrets = source_from_url(source_url, f"{name}_SOURCE".upper())
     # Everything that can be wrong without asking anybody is wrong before anybody is asked.
-    placeholder = [table if "." in table else f"public.{table}" for table in tables]
+    placeholder = [table if "." in table else f"{UNKNOWN_SCHEMA}.{table}" for table in tables]
     kafka = _kafka_options(bootstrap, registry, allow_unsafe=allow_unsafe, existing=existing)
     draft = spec_from_options(name, source, placeholder, urls, existing, kafka)
     secrets |= draft.secrets
+    check_supported(draft.spec)
     with environment(secrets):
         resolvable(draft.spec)
         open_sinks(draft.spec)
@@ -166,19 +174,19 @@ def _plan(
     check: bool,
     running: bool,
 ) -> _Plan:
-    with connect(draft.source, "deltactl") as connection:
-        spec = _fitting_the_cluster(_with_schemas(connection, draft, given))
+    with open_inspector(draft.source) as inspector:
+        spec = _fitting_the_cluster(_with_schemas(inspector, draft, given))
         parts: list[Findings] = []
         if check:
-            parts.append(check_source(connection, spec, running=running, fresh=existing is None))
+            parts.append(check_source(inspector, spec, running=running, fresh=existing is None))
             tables = parts[0].tables
             parts += [check_sinks(spec, tables.values()), check_transport(spec)]
             merge(parts).refuse_fatal()
         else:
-            tables = read_tables(connection, list(spec.tables))
+            tables = inspector.tables(list(spec.tables))
             if unknown := [table for table in spec.tables if table not in tables]:
                 raise UsageError(f"The source has no table {', '.join(unknown)}.")
-        old_tables = {} if existing is None else read_tables(connection, list(existing.tables))
+        old_tables = {} if existing is None else inspector.tables(list(existing.tables))
     findings = merge(parts)
     targets_of(open_sinks(spec).values(), tables.values(), spec)
     ordered = [tables[table] for table in spec.tables]
@@ -217,14 +225,14 @@ def _fitting_the_cluster(spec: PipelineSpec) -> PipelineSpec:
     return spec_from(data, f"Pipeline {spec.name}")
 
 
-def _with_schemas(connection: psycopg.Connection, draft: PipelineSpec, given: Sequence[str]) -> PipelineSpec:
+def _with_schemas(inspector: Inspector, draft: PipelineSpec, given: Sequence[str]) -> PipelineSpec:
     """Return the specification with the schema of each table that was given without one, as SQL would find it."""
     bare = [table for table in given if "." not in table]
     if not bare:
         return draft
-    found = resolve_bare(connection, bare)
+    found = inspector.resolve_bare(bare)
     data = draft.model_dump(mode="json", exclude_defaults=True)
-    renamed = {f"public.{table}": found.get(table, f"public.{table}") for table in bare}
+    renamed = {f"{UNKNOWN_SCHEMA}.{table}": found.get(table, f"{UNKNOWN_SCHEMA}.{table}") for table in bare}
     data["tables"] = {renamed.get(table, table): options for table, options in data["tables"].items()}
     return spec_from(data, f"Pipeline {draft.name}")
 

@@ -13,7 +13,7 @@ from delta_sync.delta_event import decode_event
 from delta_sync.errors import UndecodableChange, UsageError
 from delta_sync.replaying import Replayed
 from delta_sync.replaying import replay as replay_letters
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources import open_reader
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.values import to_json
@@ -218,7 +218,7 @@ def replay(
         done: list[Replayed] = []
         ended_by: str | None = None
         if letters and store is not None and not dry_run:
-            reader = PostgresReader(spec.source, f"delta {name} replay")
+            reader = open_reader(spec.source, f"delta {name} replay")
             try:
                 tables = reader.tables(list(spec.tables))
             finally:

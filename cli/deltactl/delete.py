@@ -14,7 +14,7 @@ from psycopg import sql
 from delta_sync.errors import CheckFailed, PipelineRunning, Problem, SinkRefused, SourceBusy, Transient, UsageError
 from delta_sync.sinks import AnySink, open_sinks, targets_of
 from delta_sync.sinks.base import Target
-from delta_sync.sources.postgresql.catalogue import read_tables
+from delta_sync.sources import open_inspector
 from delta_sync.sources.postgresql.connection import connect
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import StateStore
@@ -62,10 +62,11 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
     if app.is_running(name):
         raise PipelineRunning(f"Pipeline {name} is running; stop it first (Ctrl-C where it runs).")
     with contextlib.nullcontext() if dry_run else app.stopped(name):
-        connection = None if keep_source else _connect_for_delete(spec)
+        has_slot = spec.source.kind == "postgresql"  # of MariaDB all that it made is in Kafka
+        connection = _connect_for_delete(spec) if has_slot and not keep_source else None
         try:
             store = StateStore.open(spec.state, folder, create=False)
-            targets = _targets_for_delete(spec, connection) if documents else []
+            targets = _targets_for_delete(spec, keep_source=keep_source) if documents else []
             slot, publication = (None, None) if connection is None else _source_objects(connection, spec)
             topics = _topics_of(spec)
             doomed = {
@@ -81,8 +82,7 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
                     ["TO DELETE", ""],
                     [
                         *(["documents", place] for place in doomed["documents"] or ()),
-                        ["replication slot", slot or "-"],
-                        ["publication", publication or "-"],
+                        *([["replication slot", slot or "-"], ["publication", publication or "-"]] if has_slot else []),
                         *(["topic", topic] for topic in topics),
                         ["state", doomed["state"] or "-"],
                         *([["files", folder]] if files else []),
@@ -123,12 +123,11 @@ def _connect_for_delete(spec: PipelineSpec) -> psycopg.Connection:
         raise SourceBusy(f"{error}, {hint}") from error
 
 
-def _targets_for_delete(
-    spec: PipelineSpec, connection: psycopg.Connection | None
-) -> list[tuple[AnySink, list[Target]]]:
-    if connection is None:
+def _targets_for_delete(spec: PipelineSpec, *, keep_source: bool) -> list[tuple[AnySink, list[Target]]]:
+    if keep_source:
         raise UsageError("--documents needs the source, which says what the tables' keys are; leave out --keep-source.")
-    tables = read_tables(connection, list(spec.tables))
+    with open_inspector(spec.source) as inspector:
+        tables = inspector.tables(list(spec.tables))
     return targets_of(open_sinks(spec).values(), tables.values(), spec)
 
 

@@ -13,7 +13,7 @@ from delta_sync.errors import DeltaError, Problem
 from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.secrets import hidden
 from delta_sync.sinks import installed
-from delta_sync.sources.postgresql.connection import connect
+from delta_sync.sources import check_supported, open_inspector
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec
 from delta_sync.tables import Table
 from deltactl.app import (
@@ -100,7 +100,8 @@ def show(app: App, name: str) -> None:
     """
     spec = app.load(name)
     data: dict[str, Any] = hidden(spec.model_dump(mode="json"))
-    data |= {"slot": spec.slot, "publication": spec.publication}
+    has_slot = spec.source.kind == "postgresql"
+    data |= {"slot": spec.slot, "publication": spec.publication} if has_slot else {}
     kafka: dict[str, Any] = data["kafka"] or {}
     if app.json:
         print_json(data)
@@ -111,8 +112,7 @@ def show(app: App, name: str) -> None:
             ["pipeline", name],
             ["folder", app.home(name)],
             ["source", spec.source.url],
-            ["slot", spec.slot],
-            ["publication", spec.publication],
+            *([["slot", spec.slot], ["publication", spec.publication]] if has_slot else []),
             *(["table", table] for table in spec.tables),
             *([f"sink {sink}", options.url] for sink, options in spec.sinks.items()),
             ["transport", spec.transport],
@@ -137,9 +137,10 @@ def check(app: App, name: str) -> None:
       deltactl pipeline check movies
     """
     spec = app.load(name)
+    check_supported(spec)
     resolvable(spec)
-    with connect(spec.source, "deltactl") as connection:
-        parts = [check_source(connection, spec, running=app.is_running(name))]
+    with open_inspector(spec.source) as inspector:
+        parts = [check_source(inspector, spec, running=app.is_running(name))]
     parts.append(check_history(spec, app.home(name)))
     parts += [check_sinks(spec, parts[0].tables.values()), check_transport(spec)]
     if all(table in parts[0].tables for table in spec.tables):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from delta_sync.errors import UsageError
+from delta_sync.sources import check_supported
 from delta_sync.spec import PipelineSpec
 from deltactl.checking import need_kafka_packages
 
@@ -36,4 +37,5 @@ def need_kafka(spec: PipelineSpec, command: str) -> None:
             f"Pipeline {spec.name} has transport: {spec.transport}; `deltactl {command}` is for kafka; use"
             " `deltactl run` for it."
         )
+    check_supported(spec)
     need_kafka_packages()

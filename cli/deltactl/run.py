@@ -18,6 +18,7 @@ from delta_sync.capture import Capture
 from delta_sync.errors import PipelineRunning, UsageError
 from delta_sync.running import Running
 from delta_sync.secrets import resolve
+from delta_sync.sources import check_supported
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
 from delta_sync.transport import EmbeddedTransport
@@ -67,6 +68,7 @@ def run(
         raise UsageError(
             f"Pipeline {name} has transport: {spec.transport}; `deltactl run` is for embedded; use sidecar and worker."
         )
+    check_supported(spec)
     folder = app.home(name)
     logs.configure(log_format)
     try:

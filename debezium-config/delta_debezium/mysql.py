@@ -1,9 +1,9 @@
-"""The connectors for MySQL and MariaDB. Rendered and validated; no pipeline runs on them yet.
+"""The connectors for MariaDB, and for MySQL, on which no pipeline runs: rendered and validated only.
 
-Unlike PostgreSQL's slot, the server keeps no position for a client: positions and the history of the schema are files
-beside the pipeline. `connect.keep.alive` must stay on, because the client of the binary log takes an orderly end of the
-connection for the end of its work and would wait for ever; so it reconnects by itself, and a failover has to be told
-from the server's id in the events.
+Unlike PostgreSQL's slot, the server keeps no position for a client: positions and the history of the schema are topics
+in Kafka, or files where the transport is another. `connect.keep.alive` must stay on, because the client of the binary
+log takes an orderly end of the connection for the end of its work and would wait for ever; so it reconnects by itself,
+and a failover has to be told from the server's id in the events.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 from delta_debezium.connection import Connection, connection
+from delta_debezium.kafka_clients import security_options
 from delta_debezium.options import (
     Option,
     column_exclude_list,
@@ -20,7 +21,8 @@ from delta_debezium.options import (
     table_include_list,
 )
 from delta_sync.errors import UsageError
-from delta_sync.spec import PipelineSpec
+from delta_sync.kafka.names import history_topic
+from delta_sync.spec import KafkaSpec, PipelineSpec
 from delta_sync.tables import Table
 
 CONNECTOR_CLASSES = {
@@ -29,6 +31,7 @@ CONNECTOR_CLASSES = {
 }
 DEFAULT_PORT = 3306
 
+_HISTORY = "schema.history.internal"
 SCHEMA_HISTORY_FILE = "schema_history.dat"
 KEEP_ALIVE_INTERVAL_MS = 5_000  # after a restart of the server, changes resume within about this long (default: 67 s)
 
@@ -104,18 +107,7 @@ def _log_options(spec: PipelineSpec, state_dir: str) -> list[Option]:
             "source.heartbeat: while the tables rest, the stored position must follow the log, or its file is purged.",
         ),
         Option("include.schema.changes", "false", "DDL is for the connector; workers read the catalogue.", fixed=True),
-        Option(
-            "schema.history.internal",
-            "io.debezium.storage.file.history.FileSchemaHistory",
-            "The default needs Kafka.",
-            fixed=True,
-        ),
-        Option(
-            "schema.history.internal.file.filename",
-            f"{state_dir}/{SCHEMA_HISTORY_FILE}",
-            "Beside the positions, with which it belongs together.",
-            fixed=True,
-        ),
+        *(_history_in_file(state_dir) if spec.kafka is None else _history_in_kafka(spec.name, spec.kafka)),
         Option(
             "schema.history.internal.store.only.captured.tables.ddl",
             "false",
@@ -123,6 +115,32 @@ def _log_options(spec: PipelineSpec, state_dir: str) -> list[Option]:
             fixed=True,
         ),
         Option("inconsistent.schema.handling.mode", "fail", "An event that cannot be read would be lost.", fixed=True),
+    ]
+
+
+def _history_in_file(state_dir: str) -> list[Option]:
+    file, name = "io.debezium.storage.file.history.FileSchemaHistory", f"{state_dir}/{SCHEMA_HISTORY_FILE}"
+    beside = "Beside the positions, with which it belongs together."
+    return [
+        Option(_HISTORY, file, "The default needs Kafka.", fixed=True),
+        Option(f"{_HISTORY}.file.filename", name, beside, fixed=True),
+    ]
+
+
+def _history_in_kafka(name: str, kafka: KafkaSpec) -> list[Option]:
+    security = security_options(kafka.security) if kafka.security else {}
+    store = "io.debezium.storage.kafka.history.KafkaSchemaHistory"
+    beside = "Beside the positions, with which it belongs together."
+    return [
+        Option(_HISTORY, store, "A standby sidecar must find it.", fixed=True),
+        Option(f"{_HISTORY}.kafka.topic", history_topic(name), beside, fixed=True),
+        Option(f"{_HISTORY}.kafka.bootstrap.servers", kafka.bootstrap_servers, "From kafka:.", fixed=True),
+        Option(f"{_HISTORY}.producer.acks", "all", "What is written must survive a broker.", fixed=True),
+        *(
+            Option(f"{_HISTORY}.{client}.{option}", value, "To log in there.", fixed=True)
+            for client in ("producer", "consumer")
+            for option, value in security.items()
+        ),
     ]
 
 

@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable, Mapping
 
 from delta_debezium import mysql, postgresql
+from delta_debezium.kafka_clients import JAAS, jaas_escape, security_options
 from delta_debezium.options import Option, check_columns, overridden
 from delta_debezium.properties import expression_literal, properties_text
 from delta_sync.errors import UsageError
+from delta_sync.kafka.names import offsets_topic
 from delta_sync.secrets import has_reference
-from delta_sync.spec import KafkaSpec, PipelineSpec, RegistrySpec, SecuritySpec
+from delta_sync.sources import check_supported
+from delta_sync.spec import KafkaSpec, PipelineSpec, RegistrySpec
 from delta_sync.tables import Table
 
 OFFSETS_FILE = "offsets.dat"  # of connectors whose server keeps no position for them
@@ -84,6 +87,19 @@ def _offset_options(spec: PipelineSpec, state_dir: str) -> list[Option]:
     if spec.source.kind == "postgresql":
         reason = "The slot is the only truth of positions: two records of one thing would differ some day."
         return [Option("offset.storage", f"{storage}.MemoryOffsetBackingStore", reason), at_once]
+    if spec.kafka is not None:
+        kafka = spec.kafka
+        reason = "The server keeps no position for a client, and a standby sidecar must find it."
+        security = security_options(kafka.security) if kafka.security else {}
+        return [
+            Option("offset.storage", f"{storage}.KafkaOffsetBackingStore", reason),
+            Option("offset.storage.topic", offsets_topic(spec.name), "Made by `pipeline create`."),
+            Option("offset.storage.partitions", "1", "As it was made."),
+            Option("offset.storage.replication.factor", str(kafka.replication_factor), "As it was made."),
+            Option("bootstrap.servers", kafka.bootstrap_servers, "Where the topic is."),
+            *(Option(name, value, "To log in there.") for name, value in security.items()),
+            at_once,
+        ]
     return [
         Option("offset.storage", f"{storage}.FileOffsetBackingStore", "The server keeps no position for a client."),
         Option("offset.storage.file.filename", f"{state_dir}/{OFFSETS_FILE}", "Beside the history of the schema."),
@@ -107,12 +123,6 @@ BUFFER_BYTES = 64 << 20  # of records that brokers have not acknowledged; Debezi
 
 _PRODUCER = "debezium.sink.kafka.producer."
 _FORMAT = "debezium.format."
-_JAAS = f"{_PRODUCER}sasl.jaas.config"
-_LOGIN_MODULES = {
-    "PLAIN": "org.apache.kafka.common.security.plain.PlainLoginModule",
-    "SCRAM-SHA-256": "org.apache.kafka.common.security.scram.ScramLoginModule",
-    "SCRAM-SHA-512": "org.apache.kafka.common.security.scram.ScramLoginModule",
-}
 _COMPATIBLE_API = re.compile(r"/apis/ccompat/v\d+/*$")
 
 
@@ -148,10 +158,7 @@ def server_environment(
 
 def _server_entries(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int) -> dict[str, str]:
     """Return the server's options; secrets are still references."""
-    if spec.source.kind != "postgresql":
-        raise UsageError(
-            f"transport: kafka is for PostgreSQL so far, and source.url begins with {spec.source.kind}://."
-        )
+    check_supported(spec)
     kafka = spec.kafka
     assert kafka is not None, "the specification asks for kafka: with transport: kafka"
     source = connector_config(spec, tables) | {option.name: option.value for option in _offset_options(spec, ".")}
@@ -193,30 +200,8 @@ def _producer_options(kafka: KafkaSpec) -> dict[str, str]:
         "batch.size": str(BATCH_BYTES),
         "max.request.size": str(kafka.max_message_bytes),
         "buffer.memory": str(max(BUFFER_BYTES, 2 * kafka.max_message_bytes)),
-        **(_security_options(kafka.security) if kafka.security else {}),
+        **(security_options(kafka.security) if kafka.security else {}),
     }
-
-
-def _security_options(security: SecuritySpec) -> dict[str, str]:
-    options: dict[str, str] = {"security.protocol": security.protocol}
-    if security.mechanism is not None:
-        assert security.username is not None
-        assert security.password is not None
-        options["sasl.mechanism"] = security.mechanism
-        options["sasl.jaas.config"] = (
-            f"{_LOGIN_MODULES[security.mechanism]} required"
-            f" username={_jaas_text(security.username)} password={_jaas_text(security.password)};"
-        )
-    if security.ca_file is not None:
-        options |= {"ssl.truststore.type": "PEM", "ssl.truststore.location": security.ca_file}
-    if security.certificate_file is not None:
-        # Kafka takes both in one file, or their text. They are read when the server starts, like any reference.
-        options |= {
-            "ssl.keystore.type": "PEM",
-            "ssl.keystore.certificate.chain": f"${{file:{security.certificate_file}}}",
-            "ssl.keystore.key": f"${{file:{security.key_file}}}",
-        }
-    return options
 
 
 def _registry_options(registry: RegistrySpec) -> dict[str, str]:
@@ -265,16 +250,5 @@ def _masked_names(entries: Mapping[str, str]) -> str:
 
 
 def _resolved(name: str, value: str, resolve: Callable[[str], str]) -> str:
-    escape = _jaas_escape if name == _JAAS else str
+    escape = jaas_escape if name.endswith(JAAS) else str
     return _REFERENCE.sub(lambda match: escape(resolve(match[0])), value)
-
-
-def _jaas_text(text: str) -> str:
-    """Return a quoted value of a JAAS configuration; what references become is escaped when they are resolved."""
-    literals, references = _REFERENCE.split(text), _REFERENCE.findall(text)
-    escaped = (_jaas_escape(literal) + then for literal, then in zip(literals, [*references, ""], strict=True))
-    return f'"{"".join(escaped)}"'
-
-
-def _jaas_escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')

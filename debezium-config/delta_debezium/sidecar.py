@@ -28,7 +28,8 @@ from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.secrets import redact, resolve
 from delta_sync.sinks import AnySink, open_sinks
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources import open_reader
+from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import Source, check_slot, prepare_source
 from delta_sync.state import Lease, StateStore
@@ -119,7 +120,7 @@ class Sidecar:
         """Prepare the source and run the server, until Delta stops or the lease is lost."""
         spec = self._spec
         reader, watch_reader = (
-            PostgresReader(spec.source, f"delta {spec.name} {use}", ANSWER_S) for use in ("sidecar", "watch")
+            open_reader(spec.source, f"delta {spec.name} {use}", ANSWER_S) for use in ("sidecar", "watch")
         )
 
         def prepare() -> Source:
@@ -143,7 +144,7 @@ class Sidecar:
 
         watch = Watch(
             reader=watch_reader,
-            samples=SharedSamples(),
+            samples=SharedSamples(watch_reader.new_samples),
             position=self.position,
             progress=self.progress,
             heartbeat_prefix=self._spec.heartbeat_prefix,
@@ -171,12 +172,13 @@ class Sidecar:
         tables: dict[str, Table],
         columns: dict[str, str],
         changed: threading.Event,
-        reader: PostgresReader,
+        reader: SourceReader,
         state: StateStore,
     ) -> None:
         """Do what `supervision.decide` says, until Delta stops or the lease is lost."""
         alive_since = ended_at = confirmed_at = None
-        failures = confirmed = 0
+        failures = beat = 0
+        place = reader.capture_position(self._spec)
         while not self._stopping.is_set():
             now = self._clock()
             if alive_since is not None and not self._server.alive:
@@ -188,10 +190,10 @@ class Sidecar:
                 if changed.is_set():
                     changed.clear()
                     self._take_over_columns(reader, tables, columns)
-                slot = reader.slot(self._spec.slot)
-                if slot is not None and slot.confirmed_lsn is not None and slot.confirmed_lsn > confirmed:
-                    confirmed, confirmed_at = slot.confirmed_lsn, now
-                    self.position.advance(confirmed)
+                found = place.look()
+                if found is not None and found.position is not None and found.beat > beat:
+                    beat, confirmed_at = found.beat, now
+                    self.position.advance(found.position)
             except Transient as error:
                 self.progress.waits("source", redact(str(error)))
             held = keeper.holds(lease)
@@ -219,23 +221,24 @@ class Sidecar:
             self._save_status(state, "leading")
             self._stopping.wait(LOOK_S)
 
-    def _start(self, epoch: int, tables: Mapping[str, Table], reader: PostgresReader, state: StateStore) -> None:
+    def _start(self, epoch: int, tables: Mapping[str, Table], reader: SourceReader, state: StateStore) -> None:
         """Start the server behind what is confirmed, in place of whoever reads the slot."""
         spec = self._spec
         check_slot(spec, reader, state)
-        reader.end_reader_of_slot(spec.slot)
+        reader.capture_position(spec).free()
         properties = server_properties(spec, tables, epoch)
         self._server.start(properties, server_environment(spec, tables, epoch, resolve))
         log.info("connector_started", pid=self._server.pid)
 
-    def _take_over_columns(self, reader: PostgresReader, tables: dict[str, Table], columns: dict[str, str]) -> None:
+    def _take_over_columns(self, reader: SourceReader, tables: dict[str, Table], columns: dict[str, str]) -> None:
         """Publish the tables as they are now; a connector that has to be configured anew ends."""
         current = reader.fingerprints(list(self._spec.tables))
         found = reader.tables([name for name in current if current[name] != columns.get(name)])
         for name, table in found.items():
             tables[name] = table
             columns[name] = current[name]
-        reader.publish(self._spec.publication, [tables[name] for name in self._spec.tables if name in current])
+        place = reader.capture_position(self._spec)
+        place.publish([tables[name] for name in self._spec.tables if name in current])
         if found:
             self._server.kill()
 

@@ -20,8 +20,7 @@ from delta_sync.changes import Change, Key
 from delta_sync.errors import LeaseLost, Transient
 from delta_sync.leases import LeaseKeeper
 from delta_sync.progress import LogPosition, Progress
-from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
-from delta_sync.sources.postgresql.reader import Chunk, PostgresReader
+from delta_sync.sources.reader import Chunk, Sample, Samples, Snapshot, SourceReader
 from delta_sync.spec import LoadSpec
 from delta_sync.state import Lease, StateStore, TableLoad
 from delta_sync.tables import Table
@@ -39,11 +38,12 @@ RETRY_S = 1.0  # after the source or the state store did not answer
 
 
 class SharedSamples:
-    """The samples that the watch takes and that loads and re-reads claim from."""
+    """The samples that the watch takes and that loads and re-reads claim from. `new` makes an empty collection."""
 
-    def __init__(self) -> None:
+    def __init__(self, new: Callable[[], Samples]) -> None:
         self._lock = threading.Lock()
-        self._samples = Samples()
+        self._new = new
+        self._samples = new()
 
     def add(self, sample: Sample) -> None:
         """Keep a sample, the newest so far."""
@@ -58,7 +58,7 @@ class SharedSamples:
     def forget(self) -> None:
         """Drop all samples: the source may be another one now."""
         with self._lock:
-            self._samples = Samples()
+            self._samples = self._new()
 
 
 class Slice(NamedTuple):
@@ -88,7 +88,7 @@ class Loader(threading.Thread):
         *,
         pipeline: str,
         epoch: int,
-        reader: PostgresReader,
+        reader: SourceReader,
         samples: SharedSamples,
         position: LogPosition,
         progress: Progress,
@@ -223,7 +223,7 @@ class Loader(threading.Thread):
         if load.covered_from is None:
             self._pass_log()  # now the connector surely delivers this table's changes
             load = load._replace(
-                covered_from=self._reader.insert_lsn(), state="running", started_at=dt.datetime.now(dt.UTC)
+                covered_from=self._reader.log_end(), state="running", started_at=dt.datetime.now(dt.UTC)
             )
             self._save(load)
             log.info("load_started", table=load.table, reason=load.reason)

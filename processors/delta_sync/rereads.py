@@ -22,15 +22,13 @@ from delta_sync.changes import Key
 from delta_sync.decoding import Lacking, ReadAhead
 from delta_sync.errors import SchemaChanged, SourceBusy
 from delta_sync.load import SharedSamples
-from delta_sync.sources.postgresql.claims import Snapshot, widen
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources.reader import Snapshot, SourceReader
 from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import position_of, reread_version, version_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-CLAIM_WAIT_S = 0.25  # for the transactions that are running now: far above a short one's length, still near real time
 POLL_S = 0.003
 RETRY_S = 1.0
 AHEAD_MOST = 100_000  # keys of a table, some 20 MB; a connector that is hours behind may meet any number of them
@@ -101,7 +99,7 @@ class Rereader:
 
     def __init__(
         self,
-        reader: PostgresReader,
+        reader: SourceReader,
         samples: SharedSamples,
         epoch: int,
         table: Callable[[str], Table],
@@ -113,7 +111,7 @@ class Rereader:
         self._table = table
         self._stopping = stopping
         self.ahead = AheadOfLog()
-        self._blocked_at: int | None = None  # xmin of a snapshot for which waiting was in vain
+        self._blocked_at: int | None = None  # horizon of a snapshot for which waiting was in vain
 
     def __call__(self, table: str, lacking: Sequence[Lacking]) -> list[tuple[Lacking, Row | None, int]]:
         """Return changes with their rows (None: it is gone) and the version to write each with.
@@ -132,31 +130,29 @@ class Rereader:
                     raise
 
     def _read(self, table: Table, lacking: Sequence[Lacking]) -> list[tuple[Lacking, Row | None, int]]:
-        sample = self._reader.sample()  # after the events came, so above all of them
-        self._samples.add(sample)
+        self._samples.add(self._reader.sample())  # after the events came, so above all of them
         keys = [item.key for item in lacking]
-        newest_lsn = max(position_of(item.version) for item in lacking)
-        assert sample.lsn > newest_lsn, "an event is in the log before its successor's position"
+        newest = max(position_of(item.version) for item in lacking)
         waited_s = 0.0
         claim = 0
         while True:
-            patient = waited_s < CLAIM_WAIT_S
+            patient = waited_s < self._reader.claim_wait_s
 
             def usable(snapshot: Snapshot, patient: bool = patient) -> bool:
                 # Made here, once: the samples that allow a claim may be forgotten while rows are read, and without a
                 # claim the version rests on another condition.
                 nonlocal claim
                 claim = self._samples.claim(snapshot, 0) or 0
-                if claim > newest_lsn:
+                if claim > newest:
                     self._blocked_at = None
                     return True
-                if snapshot.xmin == self._blocked_at:
+                if snapshot.horizon == self._blocked_at:
                     patient = False  # the same transaction as last time: it will not end now, either
                 if patient:
                     return False
-                self._blocked_at = snapshot.xmin
-                xids = {item.xid for item in lacking if position_of(item.version) >= claim}  # 32-bit, as in the log
-                return all(snapshot.sees(widen(xid, snapshot.xmax)) for xid in xids)
+                self._blocked_at = snapshot.horizon
+                changes = {(position_of(item.version), item.xid) for item in lacking}
+                return all(snapshot.shows(position, xid) for position, xid in changes if position >= claim)
 
             chunk = self._reader.read_keys(table, keys, usable)
             if chunk is not None:

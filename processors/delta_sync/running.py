@@ -23,8 +23,8 @@ from delta_sync.progress import LogPosition, News, Progress
 from delta_sync.rereads import Rereader
 from delta_sync.secrets import redact
 from delta_sync.sinks import AnySink, open_sinks
-from delta_sync.sources.postgresql import codec
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources import open_reader
+from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import load_fingerprint, targets_of_table
 from delta_sync.state import StateStore, TableLoad
@@ -62,7 +62,7 @@ class Running:
         self._stopping = threading.Event()
         self._giving_up = threading.Event()
         self._worker: Worker | None = None
-        self._readers: list[PostgresReader] = []
+        self._readers: list[SourceReader] = []
         self.position = LogPosition(time.monotonic)
         self.progress = Progress(self.position, time.monotonic)
         self._news = News(self.progress)
@@ -108,8 +108,8 @@ class Running:
 
     def _run(self, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore) -> None:
         spec, transport = self._spec, self._transport
-        watch_reader = PostgresReader(spec.source, f"delta {spec.name} watch", ANSWER_S)
-        load_reader, key_reader = (PostgresReader(spec.source, f"delta {spec.name} {use}") for use in ("load", "read"))
+        watch_reader = open_reader(spec.source, f"delta {spec.name} watch", ANSWER_S)
+        load_reader, key_reader = (open_reader(spec.source, f"delta {spec.name} {use}") for use in ("load", "read"))
         readers = self._readers = [watch_reader, load_reader, key_reader]
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
@@ -117,7 +117,7 @@ class Running:
             name: LookupCaller(lookup, self._stopping, time.monotonic, self._lookup_waits(name))
             for name, lookup in pipeline.lookups.items()
         }
-        samples = SharedSamples()
+        samples = SharedSamples(watch_reader.new_samples)
         try:
             source = self._until_reached(lambda: transport.prepare(pipeline, key_reader, state, sinks))
             if source is None:
@@ -126,7 +126,7 @@ class Running:
             keeper = transport.load_lease(state)
 
             def runtime(table: Table) -> TableRuntime:
-                return TableRuntime(codec.table_codec(table), targets_of_table(pipeline, sinks, table, spec))
+                return TableRuntime(key_reader.table_codec(table), targets_of_table(pipeline, sinks, table, spec))
 
             def refresh(wanted: list[str]) -> Mapping[str, TableRuntime]:
                 """Read tables again; those that changed are loaded again, because old documents have old columns.

@@ -13,11 +13,11 @@ from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.sinks import AnySink, store_of, target_for
 from delta_sync.sinks.base import Target
 from delta_sync.sources.postgresql.checks import new_slot_command
-from delta_sync.sources.postgresql.reader import PostgresReader, SlotState, SourceIdentity
+from delta_sync.sources.reader import CapturePosition, Confirmed, SourceIdentity, SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import Lease, PipelineState, StateStore, TableLoad
 from delta_sync.tables import Table
-from delta_sync.versions import epoch_of, format_lsn
+from delta_sync.versions import epoch_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -33,7 +33,7 @@ class Source(NamedTuple):
 def prepare_source(
     spec: PipelineSpec,
     pipeline: Pipeline,
-    reader: PostgresReader,
+    reader: SourceReader,
     state: StateStore,
     sinks: Mapping[str, AnySink],
     *,
@@ -55,26 +55,26 @@ def prepare_source(
     check_columns(pipeline, tables)
     identity = reader.identity()
     known = state.pipeline(spec.name)
-    slot = reader.slot(spec.slot)
+    place = reader.capture_position(spec)
+    there = place.look()
     found_state = known or PipelineState(spec.name, 0, *identity)
-    wrong = why_lost(spec, found_state, identity, slot)
+    wrong = why_lost(place, found_state, identity, there)
     if wrong is not None and not new_slot:
         raise SlotMissing(slot_missing(spec, wrong))
     if known is None or wrong is not None:
         known = PipelineState(spec.name, found_state.epoch + 1, *identity)
     if wrong is not None:
         log.warning("epoch_rises", reason=wrong, epoch=known.epoch)
-        if slot is not None:
-            reader.drop_slot(spec.slot)
-            slot = None
+        place.drop()
+        there = None
     if not bounded:
         known = known._replace(confirmed_most=None)
     targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in tables.items()}
     loads = state.loads(spec.name)
-    there = _newest_epoch_of_others(loads, targets, sinks)
-    if there >= known.epoch:
-        log.warning("epoch_rises", reason="a place holds what was written before", epoch=there + 1)
-        known = known._replace(epoch=there + 1)
+    newest = _newest_epoch_of_others(loads, targets, sinks)
+    if newest >= known.epoch:
+        log.warning("epoch_rises", reason="a place holds what was written before", epoch=newest + 1)
+        known = known._replace(epoch=newest + 1)
     state.save_pipeline(known, lease)
     for name in loads.keys() - tables.keys():
         # Added again later, it must be loaded again: its changes are not captured now.
@@ -86,19 +86,18 @@ def prepare_source(
             state.save_load(
                 spec.name, TableLoad(name, reason=reason, epoch=known.epoch, fingerprint=fingerprint), lease
             )
-    reader.publish(spec.publication, list(tables.values()))
-    if slot is None:
-        position = reader.create_slot(spec.slot)
+    place.publish(list(tables.values()))
+    if there is None:
+        position = place.create()
         if bounded:
             known = known._replace(confirmed_most=position)
-        log.info("slot_created", slot=spec.slot)
     else:
-        position = slot.confirmed_lsn or 0
+        position = there.position or 0
     state.save_pipeline(known._replace(slot_lsn=position), lease)
     return Source(known.epoch, tables, columns)
 
 
-def read_tables(spec: PipelineSpec, reader: PostgresReader) -> dict[str, Table]:
+def read_tables(spec: PipelineSpec, reader: SourceReader) -> dict[str, Table]:
     """Return the specification's tables as they are now. Raises UsageError: one is missing or has no key in the log."""
     tables = reader.tables(list(spec.tables))
     missing = [name for name in spec.tables if name not in tables]
@@ -160,19 +159,21 @@ def _why_to_load(load: TableLoad | None, epoch: int, fingerprint: str, *, reload
     return None
 
 
-def why_lost(spec: PipelineSpec, known: PipelineState, identity: SourceIdentity, slot: SlotState | None) -> str | None:
+def why_lost(
+    place: CapturePosition, known: PipelineState, identity: SourceIdentity, found: Confirmed | None
+) -> str | None:
     """Return why changes may have been lost since the pipeline's state was saved; None: they were not."""
     if (known.system_identifier, known.timeline) != identity:
         return "the source is another server, or was promoted or restored"
-    if slot is None:
-        return f"replication slot {spec.slot} is gone" if known.slot_lsn is not None else None
-    if slot.wal_status == "lost":
-        return f"the source removed log that replication slot {spec.slot} still needed"
-    confirmed, most = slot.confirmed_lsn, known.confirmed_most
+    if found is None:
+        return f"{place.name} is gone" if known.slot_lsn is not None else None
+    if found.lost is not None:
+        return found.lost
+    confirmed, most = found.position, known.confirmed_most
     if confirmed is not None and most is not None and confirmed > most:
         return (
-            f"replication slot {spec.slot} is at {format_lsn(confirmed)}, and this pipeline confirmed nothing beyond"
-            f" {format_lsn(most)}: it was dropped and made anew, or advanced by hand"
+            f"{place.name} is at {place.text(confirmed)}, and this pipeline confirmed nothing beyond"
+            f" {place.text(most)}: it was dropped and made anew, or advanced by hand"
         )
     return None
 
@@ -185,7 +186,7 @@ def slot_missing(spec: PipelineSpec, why: str) -> str:
     )
 
 
-def check_slot(spec: PipelineSpec, reader: PostgresReader, state: StateStore) -> None:
+def check_slot(spec: PipelineSpec, reader: SourceReader, state: StateStore) -> None:
     """Raise SlotMissing unless the slot is there and goes on where the pipeline's state was.
 
     Called before each start of the capture. What the last one confirmed lies below a bound that was saved before it did
@@ -194,6 +195,7 @@ def check_slot(spec: PipelineSpec, reader: PostgresReader, state: StateStore) ->
     """
     known = state.pipeline(spec.name)
     assert known is not None, "prepare_source saved it"
-    wrong = why_lost(spec, known, reader.identity(), reader.slot(spec.slot))
+    place = reader.capture_position(spec)
+    wrong = why_lost(place, known, reader.identity(), place.look())
     if wrong is not None:
         raise SlotMissing(slot_missing(spec, wrong))

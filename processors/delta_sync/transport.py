@@ -19,7 +19,8 @@ from delta_sync.leases import LeaseKeeper
 from delta_sync.pipeline import Pipeline
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources import open_reader
+from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import Source, check_slot, prepare_source
 from delta_sync.state import StateStore
@@ -37,7 +38,7 @@ class Transport(ABC):
 
     @abstractmethod
     def prepare(
-        self, pipeline: Pipeline, reader: PostgresReader, state: StateStore, sinks: Mapping[str, AnySink]
+        self, pipeline: Pipeline, reader: SourceReader, state: StateStore, sinks: Mapping[str, AnySink]
     ) -> Source:
         """Make sure that the source is captured. Repeated as long as it raises Transient."""
 
@@ -50,11 +51,11 @@ class Transport(ABC):
         """Return the events of a batch of that capture. Raises Transient, after which it may be called again."""
 
     @abstractmethod
-    def check(self, reader: PostgresReader, state: StateStore) -> None:
+    def check(self, reader: SourceReader, state: StateStore) -> None:
         """Raise PipelineStopped if going on would lose changes. Called by the capture's thread, before each start."""
 
     @abstractmethod
-    def publish(self, reader: PostgresReader, tables: Sequence[Table]) -> None:
+    def publish(self, reader: SourceReader, tables: Sequence[Table]) -> None:
         """Make the changes of exactly these tables arrive, now that they are others than before."""
 
     def background(self, progress: Progress, stopping: threading.Event) -> Sequence[threading.Thread]:
@@ -94,7 +95,7 @@ class EmbeddedTransport(Transport):
         self._state: StateStore | None = None
 
     def prepare(
-        self, pipeline: Pipeline, reader: PostgresReader, state: StateStore, sinks: Mapping[str, AnySink]
+        self, pipeline: Pipeline, reader: SourceReader, state: StateStore, sinks: Mapping[str, AnySink]
     ) -> Source:
         """Make sure of publication and slot, and decide the epoch."""
         self._state = state
@@ -108,10 +109,10 @@ class EmbeddedTransport(Transport):
         self._epoch = source.epoch
         state = self._state
         assert state is not None, "it was prepared"
-        reader = PostgresReader(self._spec.source, f"delta {self._spec.name} confirm", CONFIRM_ANSWER_S)
+        reader = open_reader(self._spec.source, f"delta {self._spec.name} confirm", CONFIRM_ANSWER_S)
         return BoundedCapture(
             self._make_capture(tables),
-            reader.insert_lsn,
+            reader.log_end,
             lambda lsn: state.raise_confirmed_most(self._spec.name, lsn),
             reader.close,
         )
@@ -120,13 +121,13 @@ class EmbeddedTransport(Transport):
         """Return a batch's events, which are JSON."""
         return [Stretch(self._epoch, orjson.loads(batch.payload))]
 
-    def check(self, reader: PostgresReader, state: StateStore) -> None:
+    def check(self, reader: SourceReader, state: StateStore) -> None:
         """Raise SlotMissing unless the slot goes on where the pipeline's state was."""
         check_slot(self._spec, reader, state)
 
-    def publish(self, reader: PostgresReader, tables: Sequence[Table]) -> None:
+    def publish(self, reader: SourceReader, tables: Sequence[Table]) -> None:
         """Bring the publication up to date."""
-        reader.publish(self._spec.publication, tables)
+        reader.capture_position(self._spec).publish(tables)
 
     def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
         """Save it as the pipeline's."""

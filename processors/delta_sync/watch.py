@@ -11,7 +11,7 @@ import structlog
 from delta_sync.errors import DeltaError, SourceBusy
 from delta_sync.load import SharedSamples
 from delta_sync.progress import LogPosition, Progress
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources.reader import SourceReader
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -31,7 +31,7 @@ class Watch(threading.Thread):
     def __init__(
         self,
         *,
-        reader: PostgresReader,
+        reader: SourceReader,
         samples: SharedSamples,
         position: LogPosition,
         progress: Progress,
@@ -66,7 +66,7 @@ class Watch(threading.Thread):
             try:
                 sample = self._reader.sample()
                 self._samples.add(sample)
-                self._progress.insert_lsn = sample.lsn
+                self._progress.insert_lsn = sample.position
                 now = self._clock()
                 if self._heartbeat_s is not None and now >= due_heartbeat:
                     due_heartbeat = now + self._heartbeat_s

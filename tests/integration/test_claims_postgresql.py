@@ -23,8 +23,9 @@ import pytest
 from psycopg import sql
 
 from delta_sync.load import SharedSamples
-from delta_sync.sources.postgresql.claims import Sample, Snapshot, sample_of
-from delta_sync.sources.postgresql.reader import Chunk, PostgresReader
+from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot, sample_of
+from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources.reader import Chunk
 from delta_sync.spec import SourceSpec
 from delta_sync.tables import Table
 from delta_sync.testing.processes import wait_until
@@ -121,8 +122,8 @@ class Claims:
     def __init__(self, connection: psycopg.Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
-        self.ours = SharedSamples()
-        self.without_locks = SharedSamples()
+        self.ours = SharedSamples(Samples)
+        self.without_locks = SharedSamples(Samples)
 
     def sample(self, reader: PostgresReader) -> None:
         """Take a sample in Delta's way, and one of insert position and xmax alone, as if running ids were in xip."""
@@ -197,7 +198,7 @@ class Source:
         read: Callable[[PostgresReader, Callable[[Snapshot], bool]], Chunk | None],
         ids: Iterable[int],
     ) -> Read:
-        claims: dict[str, int | None] = {"position before": reader.insert_lsn()}
+        claims: dict[str, int | None] = {"position before": reader.log_end()}
 
         def usable(snapshot: Snapshot) -> bool:
             claims["ours"] = self.claims.ours.claim(snapshot, 0)
@@ -299,7 +300,7 @@ STARTS: dict[str, tuple[LiteralString, ...]] = {
 def test_a_running_transaction_that_is_in_no_list(source: Source, start: str) -> None:
     """No transaction with a later id has ended, so the snapshot's xmax is this one's id: it is not in xip."""
     session = source.connect()
-    before = source.reader.insert_lsn()
+    before = source.reader.log_end()
     for statement in STARTS[start]:
         session.execute(statement)
     source.admin.execute("CHECKPOINT")  # so that the change, which is not committed, is below our sample as well
@@ -369,7 +370,7 @@ def test_a_transaction_in_the_log_that_is_not_visible_yet(source: Source) -> Non
                 "the commit",
             )
             history = source.history()
-            update = history.newest_below(1, source.reader.insert_lsn())
+            update = history.newest_below(1, source.reader.log_end())
             assert update is not None
             assert update.rev == 1  # the log delivers it
 

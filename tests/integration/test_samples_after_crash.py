@@ -22,18 +22,18 @@ def test_a_claim_is_not_above_what_a_crash_leaves_of_the_log(tmp_path: Path) -> 
         with psycopg.connect(server.url, autocommit=True) as connection:
             connection.execute("CREATE TABLE t (id int PRIMARY KEY, text text)")
             connection.execute("INSERT INTO t VALUES (1, 'first')")
-            end = reader.insert_lsn()
+            end = reader.log_end()
             with connection.transaction(force_rollback=True):  # nobody waits for a rollback to be on disk
                 connection.execute(
                     "INSERT INTO t SELECT n, repeat('x', 1000) FROM generate_series(2, %s) n", [UNFLUSHED_BYTES // 1000]
                 )
-            assert reader.insert_lsn() > end + UNFLUSHED_BYTES // 2
+            assert reader.log_end() > end + UNFLUSHED_BYTES // 2
             sample = reader.sample()
             reader.close()
             server.kill()
         server.start()
-        again = reader.insert_lsn()
+        again = reader.log_end()
         reader.close()
     assert again < end + UNFLUSHED_BYTES // 2, "the log was on disk after all, so this showed nothing"
     # A change that is made now has a position from `again` on, and must outrank every row that claimed the sample.
-    assert sample.lsn <= again
+    assert sample.position <= again

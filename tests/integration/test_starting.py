@@ -83,7 +83,7 @@ class Start:
             connection.execute("INSERT INTO starting SELECT coalesce(max(id), 0) + 1 FROM starting")
             row = connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
             assert row is not None
-            self.state.raise_confirmed_most("starting", self.reader.insert_lsn())
+            self.state.raise_confirmed_most("starting", self.reader.log_end())
             connection.execute("SELECT pg_replication_slot_advance(%s, %s::pg_lsn)", [self.spec.slot, row[0]])
 
     def write(self, sink: str, version: int, row: Row) -> None:

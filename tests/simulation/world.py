@@ -24,9 +24,10 @@ from delta_sync.load import SharedSamples
 from delta_sync.pipeline import Pipeline
 from delta_sync.processing import Failure, process
 from delta_sync.rereads import Rereader
-from delta_sync.sources.postgresql.claims import Sample, Snapshot
+from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
 from delta_sync.sources.postgresql.codec import table_codec
-from delta_sync.sources.postgresql.reader import Chunk, PostgresReader
+from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources.reader import Chunk
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Document
 from delta_sync.versions import dump_version, version_of
@@ -308,7 +309,7 @@ class Process:
         self.jobs: list[Job] = []
         self.load_jobs: list[Job] = []
         self.passed_lsn = 0
-        self.samples = SharedSamples()
+        self.samples = SharedSamples(Samples)
         self.sampling = Sampling(self.source, with_locks=not world.faults.claim_without_locks)
         self.loading = self._load()
         self.killed_before = world.killed
@@ -451,6 +452,8 @@ class Process:
 
 class KeyReader:
     """What `Rereader` asks of a `PostgresReader`."""
+
+    claim_wait_s = PostgresReader.claim_wait_s
 
     def __init__(self, source: Source, *, blind: bool) -> None:
         self._source = source

@@ -14,8 +14,9 @@ from delta_sync.changes import Change, Key
 from delta_sync.errors import SourceBusy
 from delta_sync.load import Loader, SharedSamples, Slice
 from delta_sync.progress import LogPosition, Progress
-from delta_sync.sources.postgresql.claims import Sample, Snapshot
-from delta_sync.sources.postgresql.reader import Blocker, Chunk, PostgresReader
+from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
+from delta_sync.sources.postgresql.reader import Blocker, PostgresReader
+from delta_sync.sources.reader import Chunk
 from delta_sync.spec import LoadSpec
 from delta_sync.state import Lease, StateStore, TableLoad
 from delta_sync.tables import Column, Kind, Table
@@ -48,7 +49,7 @@ class FakeReader:
     def estimated_rows(self, table: Table) -> int | None:
         return 42
 
-    def insert_lsn(self) -> int:
+    def log_end(self) -> int:
         return self.lsn
 
     def heartbeat(self, prefix: str) -> int:
@@ -103,7 +104,7 @@ class Bench:
         self.position = LogPosition(lambda: 0.0)
         self.reader.on_heartbeat = self.position.advance
         self.progress = Progress(self.position, lambda: 0.0)
-        self.samples = SharedSamples()
+        self.samples = SharedSamples(Samples)
         self.samples.add(Sample(5000, 10))
         self.stopping = Stopping()
         self.slices: list[Slice] = []

@@ -412,8 +412,8 @@ def test_the_registry_is_spoken_to_in_its_own_way(registry: dict[str, str], expe
     assert ("apicurio.registry.dereference-schema" in options) == ("apicurio.registry.url" in options)
 
 
-def test_the_server_is_for_postgresql_so_far() -> None:
-    with pytest.raises(UsageError, match="PostgreSQL so far"):
+def test_the_server_is_for_what_pipelines_run_on() -> None:
+    with pytest.raises(UsageError, match="MySQL: a snapshot there does not say where in the log it is"):
         server_options("mysql://delta@db/studio")
 
 

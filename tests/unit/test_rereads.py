@@ -14,8 +14,9 @@ from delta_sync.decoding import Lacking
 from delta_sync.errors import SourceBusy
 from delta_sync.load import SharedSamples
 from delta_sync.rereads import Ahead, AheadOfLog, Rereader
-from delta_sync.sources.postgresql.claims import Sample, Snapshot
-from delta_sync.sources.postgresql.reader import Chunk, PostgresReader
+from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
+from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources.reader import Chunk
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
 from delta_sync.versions import reread_version, version_of
@@ -47,6 +48,8 @@ class Stopping(threading.Event):
 class FakeReader:
     """`snapshots` are given out one by one, the last for ever; row 1 is there, row 2 is not."""
 
+    claim_wait_s = PostgresReader.claim_wait_s
+
     def __init__(self) -> None:
         self.samples = [Sample(5000, 30)]
         self.snapshots: list[Snapshot] = []
@@ -72,7 +75,7 @@ class FakeReader:
 class Bench:
     def __init__(self) -> None:
         self.reader = FakeReader()
-        self.samples = SharedSamples()
+        self.samples = SharedSamples(Samples)
         self.stopping = Stopping()
         reader = cast("PostgresReader", self.reader)
         self.reread = Rereader(reader, self.samples, EPOCH, lambda _: TABLE, self.stopping)
@@ -128,7 +131,7 @@ def test_beside_a_long_transaction_the_changes_own_versions_do(bench: Bench) -> 
     items = [lacking(1, 3000, 20), lacking(2, 4000, 21)]
     assert bench.reread(MOVIE, items) == [(items[0], ROW, items[0].version), (items[1], None, items[1].version)]
     waited_s = sum(bench.stopping.pauses)
-    assert rereads.CLAIM_WAIT_S - rereads.POLL_S <= waited_s <= rereads.CLAIM_WAIT_S + 2 * rereads.POLL_S
+    assert PostgresReader.claim_wait_s - rereads.POLL_S <= waited_s <= PostgresReader.claim_wait_s + 2 * rereads.POLL_S
 
 
 def test_for_the_same_long_transaction_it_waits_once(bench: Bench) -> None:

@@ -22,6 +22,7 @@ from fastavro import schemaless_reader as _untyped_reader  # pyright: ignore[rep
 from delta_sync.decoding import Event, Image, Stretch
 from delta_sync.errors import SchemaUnfit, UndecodableChange
 from delta_sync.kafka.consumer import Partition, Records
+from delta_sync.sources.mysql.claims import event_position
 from delta_sync.versions import MAX_EPOCH, POSITION_BITS
 
 Json = Any  # an Avro schema or a part of it
@@ -307,6 +308,7 @@ def column_name(adjusted: str) -> str:
 # ── schemas ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _SOURCE = frozenset({"schema", "table", "lsn", "txId", "ts_ms"})  # what is read of it
+_BINLOG_SOURCE = frozenset({"db", "table", "file", "pos", "row", "ts_ms"})  # … of a source with a binary log
 _IMAGES = frozenset({"before", "after"})
 
 
@@ -319,16 +321,17 @@ class _Reader:
         fields = {field["name"]: field["type"] for field in envelope["fields"]}
         row = _row_of(fields)
         source = fields.get("source")
+        of_source = {field["name"] for field in source.get("fields", ())} if _is_object(source) else set[str]()
+        self._has_binlog = of_source >= _BINLOG_SOURCE
         if (
-            not _is_object(source)
-            or not _SOURCE.issubset(field["name"] for field in source.get("fields", ()))
+            not (of_source >= _SOURCE or self._has_binlog)
             or "op" not in fields
             or (row is None and "message" not in fields)
         ):
             raise SchemaUnfit(
-                f"Schema {schema_id} ({schema.get('name')}) is not one of Debezium's events of PostgreSQL, which have "
-                "before, after, op, and source with schema, table, lsn, txId and ts_ms: this record is not of Delta's "
-                "connector."
+                f"Schema {schema_id} ({schema.get('name')}) is not one of Debezium's events, which have before, after,"
+                " op, and source with ts_ms, table and, of PostgreSQL, schema, lsn and txId, of MariaDB db, file, pos"
+                " and row: this record is not of Delta's connector."
             )
         self._floats: list[str] = []
         self._defaults: list[tuple[str, object]] = []
@@ -353,6 +356,8 @@ class _Reader:
         event, end = self._decode(value, self._whole)
         if end != len(value):
             raise UndecodableChange(f"The record goes on for {len(value) - end} bytes after the event's end.")
+        if self._has_binlog:
+            event["source"] = _binlog_source(event["source"], event["op"])
         source = event["source"]
         lsn, xid = source["lsn"], source["txId"]
         if type(lsn) is not int or lsn >> POSITION_BITS or type(source["ts_ms"]) is not int:
@@ -403,8 +408,8 @@ class _Reader:
 
     def learn(self, value: bytes, event: Event) -> None:
         """Try to find a template in a record that was read as a whole, and in none before."""
-        if self._images is None or event["op"] == "m":
-            return
+        if self._images is None or event["op"] == "m" or self._has_binlog:
+            return  # (the names of files and GTIDs have no place in a template)
         template = _template(self._envelope, event)
         if template is None:
             return
@@ -417,6 +422,19 @@ class _Reader:
         found = _long(raw_ts), _long(raw_xid), _long(raw_lsn), op.decode()
         if found == (source["ts_ms"], source["txId"], source["lsn"], event["op"]):
             self.template = template
+
+
+def _binlog_source(source: Mapping[str, Any], op: str) -> dict[str, Any]:
+    """Return `source` of a connector for MariaDB as one for PostgreSQL has it: `lsn` is the change's position.
+
+    The row's number says nothing of a TRUNCATE: it is that of the change before.
+    """
+    try:
+        lsn = event_position(source["file"], source["pos"], 0 if op == "t" else source["row"])
+    except (ValueError, TypeError) as error:
+        place = f"{source['file']!r}:{source['pos']!r}, row {source['row']!r}"
+        raise UndecodableChange(f"The event's place in the log is {place}.") from error
+    return {"schema": source["db"], "table": source["table"], "lsn": lsn, "txId": 0, "ts_ms": source["ts_ms"]}
 
 
 def _row_of(fields: Mapping[str, Json]) -> dict[str, Any] | None:

@@ -22,6 +22,21 @@ def message_topic(pipeline: str) -> str:
     return topic_name(pipeline, "message")
 
 
+def heartbeat_topic(pipeline: str) -> str:
+    """Return the topic of Debezium's own heartbeats, for sources whose log takes none. Nobody listens to it, either."""
+    return f"__debezium-heartbeat.delta_{pipeline}"
+
+
+def offsets_topic(pipeline: str) -> str:
+    """Return the topic of the connector's position, for sources that keep none for it. No table has it: one dot."""
+    return f"delta_{pipeline}.offsets"
+
+
+def history_topic(pipeline: str) -> str:
+    """Return the topic of the schema's history, which the connector needs to read its source's log."""
+    return f"delta_{pipeline}.schema-history"
+
+
 def group_id(pipeline: str) -> str:
     """Return the consumer group of a pipeline's workers."""
     return f"delta_{pipeline}"

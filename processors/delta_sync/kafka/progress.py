@@ -1,8 +1,8 @@
 """How far the log is in the sinks, over all workers: what the load waits for, and what status and metrics show.
 
-Partitions are independent, so no single record can tell. Instead: the slot is confirmed up to L, which the connector
-does only when Kafka has acknowledged everything before L; then the ends of all partitions are read; and when the
-group's committed positions have reached these ends, everything before L has been applied.
+Partitions are independent, so no single record can tell. Instead: the connector has confirmed up to L (PostgreSQL: in
+its slot), which it does only when Kafka has acknowledged everything before L; then the ends of all partitions are read;
+and when the group's committed positions have reached these ends, everything before L has been applied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import structlog
 from delta_sync.errors import DeltaError, Transient
 from delta_sync.kafka.consumer import Partition
 from delta_sync.progress import LogPosition
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources.reader import CapturePosition, SourceReader
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -53,13 +53,13 @@ class Barrier(NamedTuple):
 
 
 class GroupProgress(threading.Thread):
-    """Advances `position` until `stopping` is set. `reader` and `offsets` are its own."""
+    """Advances `position` until `stopping` is set. `reader`, to which `place` belongs, and `offsets` are its own."""
 
     def __init__(
         self,
         *,
-        reader: PostgresReader,
-        slot: str,
+        reader: SourceReader,
+        place: CapturePosition,
         offsets: Offsets,
         position: LogPosition,
         waits: Callable[[str | None], None],
@@ -67,7 +67,7 @@ class GroupProgress(threading.Thread):
     ) -> None:
         super().__init__(name="progress", daemon=True)
         self._reader = reader
-        self._slot = slot
+        self._place = place
         self._offsets = offsets
         self._position = position
         self._waits = waits
@@ -95,10 +95,10 @@ class GroupProgress(threading.Thread):
     def look(self) -> None:
         """Set a barrier at what is confirmed now, or look whether the last one has been passed."""
         if self._barrier is None:
-            slot = self._reader.slot(self._slot)
-            if slot is None or slot.confirmed_lsn is None or slot.confirmed_lsn <= self._position.passed_lsn:
+            confirmed = self._place.confirmed()
+            if confirmed is None or confirmed <= self._position.passed_lsn:
                 return
-            self._barrier = Barrier(slot.confirmed_lsn, self._offsets.ends())
+            self._barrier = Barrier(confirmed, self._offsets.ends())
         if self._barrier.is_passed(self._offsets.committed()):
             self._position.advance(self._barrier.lsn)
             self._barrier = None

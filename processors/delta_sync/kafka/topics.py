@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from delta_sync.errors import Problem, UsageError
 from delta_sync.kafka import refusals, settings
 from delta_sync.kafka.consumer import KafkaBusy
-from delta_sync.kafka.names import message_topic, topic_name
+from delta_sync.kafka.names import heartbeat_topic, history_topic, message_topic, offsets_topic, topic_name
 from delta_sync.secrets import redact
 from delta_sync.spec import KafkaSpec, PipelineSpec
 
@@ -44,7 +44,7 @@ class Cluster(NamedTuple):
 
 
 def wanted_topics(spec: PipelineSpec) -> list[Topic]:
-    """Return the topics that a pipeline needs: one for each table, and one for heartbeats. Pure.
+    """Return the topics that a pipeline needs: one for each table, and those of its connector. Pure.
 
     Raises UsageError when two tables would have the same one: Kafka allows fewer characters in names than PostgreSQL.
     """
@@ -56,8 +56,15 @@ def wanted_topics(spec: PipelineSpec) -> list[Topic]:
             raise UsageError(f"Tables {owners[name]} and {table} would both have the topic {name}; rename one of them.")
         owners[name] = table
     kafka = spec.kafka
-    heartbeats = Topic(message_topic(spec.name), 1, kafka.replication_factor, _configs(kafka))
-    return [Topic(name, kafka.partitions, kafka.replication_factor, _configs(kafka)) for name in owners] + [heartbeats]
+    tables = [Topic(name, kafka.partitions, kafka.replication_factor, _configs(kafka)) for name in owners]
+    connector = {message_topic(spec.name): _configs(kafka)}
+    if spec.source.kind != "postgresql":  # whose slot holds the position, and whose log takes heartbeats
+        connector = {
+            heartbeat_topic(spec.name): _configs(kafka),
+            offsets_topic(spec.name): _configs(kafka) | {"cleanup.policy": "compact", "retention.ms": "-1"},
+            history_topic(spec.name): _configs(kafka) | {"retention.ms": "-1"},
+        }
+    return tables + [Topic(name, 1, kafka.replication_factor, configs) for name, configs in connector.items()]
 
 
 def _configs(kafka: KafkaSpec) -> dict[str, str]:
@@ -135,6 +142,9 @@ def _topic_differences(topic: Topic, there: Topic, kafka: KafkaSpec) -> list[Pro
                 fatal,
             )
         )
+    if topic.partitions == 1 < there.partitions:
+        what = f"it has {there.partitions} partitions, and its records belong into one"
+        found.append(Problem(where, what, "delete it, and type the `deltactl pipeline create` again", fatal))
     if there.partitions < topic.partitions:
         fix = f"type: kafka-topics.sh --alter --topic {topic.name} --partitions {topic.partitions}"
         what = f"it has {there.partitions} partitions instead of {topic.partitions}, so fewer workers help"
@@ -157,8 +167,10 @@ def _as_good(name: str, wanted: str, there: str) -> bool:
 
 
 _WHY = {
-    "cleanup.policy": "compaction or none takes records away before they are read, or keeps them for ever",
-    "retention.ms": "longer than tombstone_ttl could bring deleted rows back, shorter loses what workers have not read",
+    "cleanup.policy": "compaction of a table's changes takes records away before they are read, none keeps them for"
+    " ever; a connector's position is compacted, and its history is not",
+    "retention.ms": "longer than tombstone_ttl could bring deleted rows back, shorter loses what workers have not read;"
+    " a connector's position and history are needed for ever",
     "retention.bytes": "a limit by size takes away what workers have not read",
     "min.insync.replicas": "a change counts as written when fewer brokers have it",
     "unclean.leader.election.enable": "a broker that lacks changes may take over, and they are gone",

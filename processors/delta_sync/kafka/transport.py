@@ -20,7 +20,8 @@ from delta_sync.kafka.registry import SchemaRegistry
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources import open_reader
+from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import KafkaSpec, PipelineSpec
 from delta_sync.starting import Source, read_tables
 from delta_sync.state import StateStore
@@ -48,7 +49,7 @@ class KafkaTransport(Transport):
         self._capture: KafkaCapture | None = None
 
     def prepare(
-        self, pipeline: Pipeline, reader: PostgresReader, state: StateStore, sinks: Mapping[str, AnySink]
+        self, pipeline: Pipeline, reader: SourceReader, state: StateStore, sinks: Mapping[str, AnySink]
     ) -> Source:
         """Wait for the sidecar: it makes sure of publication and slot, and decides the epoch."""
         del sinks
@@ -101,10 +102,10 @@ class KafkaTransport(Transport):
             (place,),
         )
 
-    def check(self, reader: PostgresReader, state: StateStore) -> None:
+    def check(self, reader: SourceReader, state: StateStore) -> None:
         """Nothing: the sidecar looks after the slot."""
 
-    def publish(self, reader: PostgresReader, tables: Sequence[Table]) -> None:
+    def publish(self, reader: SourceReader, tables: Sequence[Table]) -> None:
         """Nothing: the sidecar does."""
 
     def background(self, progress: Progress, stopping: threading.Event) -> Sequence[threading.Thread]:
@@ -113,14 +114,14 @@ class KafkaTransport(Transport):
         def waits(reason: str | None) -> None:
             progress.waits("kafka", reason)
 
-        reader = PostgresReader(self._spec.source, f"delta {self._spec.name} progress", ANSWER_S)
+        reader = open_reader(self._spec.source, f"delta {self._spec.name} progress", ANSWER_S)
         offsets = GroupOffsets(
             lambda: settings.resolved(settings.kafka_python(self._kafka)), group_id(self._spec.name), self._topics
         )
         return [
             GroupProgress(
                 reader=reader,
-                slot=self._spec.slot,
+                place=reader.capture_position(self._spec),
                 offsets=offsets,
                 position=progress.position,
                 waits=waits,

@@ -1,0 +1,80 @@
+"""Sources: reading them beside their log, and what they must be like. `open_reader` knows which kinds there are."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from delta_sync.errors import UsageError
+from delta_sync.sources.inspection import Inspector
+from delta_sync.sources.reader import SourceReader
+from delta_sync.spec import PipelineSpec, SourceSpec
+
+
+def open_reader(source: SourceSpec, application_name: str, answer_s: float | None = None) -> SourceReader:
+    """Return a reader of a source; it connects when it is first used. Raises UsageError.
+
+    With `answer_s` its calls raise SourceBusy when the source has said nothing for so long; without it long queries
+    take as long as they need.
+    """
+    match source.kind:
+        case "postgresql":
+            from delta_sync.sources.postgresql.reader import PostgresReader
+
+            return PostgresReader(source, application_name, answer_s)
+        case "mariadb":
+            need_package()
+            from delta_sync.sources.mysql.reader import MariaReader
+
+            return MariaReader(source, application_name, answer_s)
+        case kind:
+            raise UsageError(unknown(kind))
+
+
+def open_inspector(source: SourceSpec) -> Inspector:
+    """Connect to a source, to look at it. Raises SourceBusy, CheckFailed or UsageError."""
+    match source.kind:
+        case "postgresql":
+            from delta_sync.sources.postgresql.inspection import PostgresInspector
+
+            return PostgresInspector(source)
+        case "mariadb":
+            need_package()
+            from delta_sync.sources.mysql.inspection import MariaInspector
+
+            return MariaInspector(source)
+        case kind:
+            raise UsageError(unknown(kind))
+
+
+def check_supported(spec: PipelineSpec) -> None:
+    """Raise UsageError for a source on which no pipeline can run, or not with its transport; and say why."""
+    match spec.source.kind:
+        case "postgresql":
+            return
+        case "mariadb":
+            need_package()
+            if spec.transport != "kafka":
+                raise UsageError(
+                    "source.url begins with mariadb://, and the embedded engine has no connector for MariaDB (only"
+                    " Debezium Server has): use transport: kafka (`deltactl pipeline create` with --kafka and"
+                    " --registry)."
+                )
+        case kind:
+            raise UsageError(unknown(kind))
+
+
+def unknown(kind: str) -> str:
+    """Return why no pipeline runs on a kind of source."""
+    if kind == "mysql":
+        return (
+            "source.url begins with mysql://, and pipelines do not run on MySQL: a snapshot there does not say where in"
+            " the log it is (no status variable Binlog_snapshot_file), so rows that are there already could not be"
+            " ordered among the changes. MariaDB can: write mariadb:// if it is one."
+        )
+    return f"source.url begins with {kind}://; it can be postgresql:// or mariadb://."
+
+
+def need_package() -> None:
+    """Raise UsageError unless the client of MariaDB is installed."""
+    if importlib.util.find_spec("pymysql") is None:
+        raise UsageError("A MariaDB source needs a package; type: pip install 'delta-sync[mariadb]'.")

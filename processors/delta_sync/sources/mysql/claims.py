@@ -44,6 +44,21 @@ class Snapshot(NamedTuple):
     taken_s: float  # monotonic
     prepared: frozenset[str] = frozenset()  # XA transactions
 
+    @property
+    def horizon(self) -> int:
+        """What stays the same as long as nothing is committed."""
+        return self.position
+
+    def shows(self, position: int, xid: int) -> bool:
+        """Tell whether it surely sees a change at a position.
+
+        What lies before its own position in the same file is visible; of the file before, the last transaction may not
+        be, yet. What a prepared transaction changed is in the log and visible later.
+        """
+        del xid
+        same_file = position >> OFFSET_BITS == self.position >> OFFSET_BITS
+        return same_file and position < self.position and not self.prepared
+
 
 class Sample(NamedTuple):
     """A position that a snapshot had, and from after that was known what was prepared, and then our clock (s)."""

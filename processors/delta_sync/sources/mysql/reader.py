@@ -7,22 +7,27 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import pymysql
 from pymysql.cursors import SSCursor
 
 from delta_sync.changes import Key
+from delta_sync.decoding import TableCodec
 from delta_sync.errors import CheckFailed, Problem, SchemaChanged, SourceBusy
 from delta_sync.secrets import redact
 from delta_sync.sources.mysql import codec
 from delta_sync.sources.mysql.catalogue import read_fingerprints, read_tables
-from delta_sync.sources.mysql.claims import Sample, Snapshot, position_of
+from delta_sync.sources.mysql.claims import MAX_OFFSET, STOOD_S, Sample, Samples, Snapshot, position_of
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session, code_of, connect, patience
-from delta_sync.spec import SourceSpec
+from delta_sync.sources.reader import Chunk, SourceIdentity, SourceReader
+from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.tables import Table
 from delta_sync.values import Row
+
+if TYPE_CHECKING:
+    from delta_sync.sources.mysql.position import BinlogPosition
 
 KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
 KEYS_AT_ONCE = 500  # keys in a statement: from 1,000 on the server makes a temporary table of them
@@ -37,34 +42,30 @@ _asking = threading.Lock()
 asks at the same time may be told another's. So one at a time in this process; for others' sake, reads must agree."""
 
 
-class Chunk(NamedTuple):
-    """Rows read in one snapshot, in the order of the key. The next chunk begins behind `last_key`; None: the end.
+class Resting(NamedTuple):
+    """For what a claim waits while nobody has prepared a transaction: said in place of a transaction."""
 
-    Of rows read by their keys, `last_key` tells only whether some were left out: then it is not None. `seen_to` is a
-    position above every change that the snapshot sees.
-    """
-
-    seen_to: int
-    rows: list[tuple[Key, Row]]
-    last_key: Key | None
+    def __str__(self) -> str:
+        return f"{STOOD_S:.0f} s without a commit, or the next commit (nothing has to be done)"
 
 
-class SourceIdentity(NamedTuple):
-    """What tells one history of positions from another: they start again when one of the two changes.
+class Prepared(NamedTuple):
+    """An XA transaction for whose end a claim has to wait."""
 
-    RESET MASTER changes neither: that is what `why_lost` is for.
-    """
+    xid: str
 
-    system_identifier: str  # the server's own, and where its log is
-    timeline: int  # always 0
+    def __str__(self) -> str:
+        return f"the XA transaction {self.xid!r}, which is prepared (XA COMMIT or XA ROLLBACK ends it)"
 
 
-class MariaReader:
+class MariaReader(SourceReader):
     """One connection to the source, opened when needed and again after it broke. Used by one thread at a time.
 
     Every method raises SourceBusy when the source cannot be reached; CheckFailed when it refuses. With `answer_s` it
     also does so when the source has said nothing for so long; without it long queries take as long as they need.
     """
+
+    claim_wait_s: ClassVar[float] = 0.0  # it would take LISTED_S at least, and the snapshot shows the change at once
 
     def __init__(
         self,
@@ -79,11 +80,15 @@ class MariaReader:
         self._clock = clock
         self._session: Session | None = None
         self._lock = threading.Lock()
+        self._place: BinlogPosition | None = None
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
         with self._lock:
             self._drop()
+        place, self._place = self._place, None
+        if place is not None:
+            place.close()
 
     def abort(self) -> None:
         """End, from another thread, whatever is waiting for an answer: it raises SourceBusy.
@@ -141,6 +146,10 @@ class MariaReader:
             rows = _fetch(session, query, (table.schema, table.name))
         return int(rows[0][0]) if rows and rows[0][0] is not None else None
 
+    def table_codec(self, table: Table) -> TableCodec:
+        """Return how the events of a table are read."""
+        return codec.table_codec(table)
+
     # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def log_end(self) -> int:
@@ -153,21 +162,52 @@ class MariaReader:
                         return position_of(str(rows[0][0]), int(rows[0][1]))
         raise CheckFailed([Problem("source", "it has no binary log", "see `deltactl pipeline check`")])
 
-    def why_lost(self, position: int) -> str | None:
+    def heartbeat(self, prefix: str) -> int:
+        """Return the log's end, which the connector confirms though nothing more is written. Nothing is written."""
+        del prefix
+        return self.log_end()
+
+    def capture_position(self, spec: PipelineSpec) -> BinlogPosition:
+        """Return where the pipeline's connector keeps its position: in Kafka."""
+        from delta_sync.sources.mysql.position import BinlogPosition  # which needs Kafka's client
+
+        if self._place is None:
+            self._place = BinlogPosition(self, spec)
+        return self._place
+
+    def why_lost(self, position: int, gtids: str | None = None) -> str | None:
         """Return why the log does not go on from a position that it once had, as a clause; None when it does.
 
-        That a log was reset and has come beyond the position since is not noticed here: the connector ends when it
-        finds no event there.
+        A log that was reset and has come beyond the position since is told by `gtids`, what was in the log up to the
+        position: numbers that are not there yet. One that has come beyond these, too, is told when no event begins at
+        the position.
         """
         with self._connected() as session:
             files = [(str(row[0]), int(row[1])) for row in _fetch(session, "SHOW BINARY LOGS")]
-        if not files:
-            return "the source has no binary log"
-        if position > position_of(*files[-1]):
-            return "the source's log ends before it: it was reset (RESET MASTER), or the source was restored"
-        if position < position_of(files[0][0], 0):
-            return "the source has removed the file of its log that holds it"
+            if not files:
+                return "the source has no binary log"
+            if position > position_of(*files[-1]):
+                return "the source's log ends before it: it was reset (RESET MASTER), or the source was restored"
+            if position < position_of(files[0][0], 0):
+                return "the source has removed the file of its log that holds it"
+            sizes = {position_of(name, 0): size for name, size in files}
+            file, offset = position & ~MAX_OFFSET, position & MAX_OFFSET
+            if offset > sizes.get(file, 0):
+                return "the source's log lacks it: the end of a file went with a crash, or the source was restored"
+            here = str(_fetch(session, "SELECT @@global.gtid_binlog_state")[0][0] or "") if gtids else ""
+        if gtids and behind(here, gtids):
+            return "the source's log begins anew: it was reset (RESET MASTER), or the source was restored"
         return None
+
+    def blockers(self) -> Sequence[object]:
+        """Return for what claims wait: transactions that are prepared (XA); else it is time or the next commit."""
+        with self._connected() as session:
+            prepared = sorted(_prepared(session))
+        return [Prepared(xid) for xid in prepared] or [Resting()]
+
+    def new_samples(self) -> Samples:
+        """Return an empty collection of samples."""
+        return Samples()
 
     def sample(self) -> Sample:
         """Take a sample for claims: the position of a snapshot of its own."""
@@ -176,7 +216,10 @@ class MariaReader:
             return Sample(snapshot.position, self._clock(), prepared)
 
     def identity(self) -> SourceIdentity:
-        """Return which history of positions the source is in."""
+        """Return which history of positions the source is in: the server's own identifier, and where its log is.
+
+        RESET MASTER changes neither: that is what `why_lost` is for.
+        """
         query = (
             "SHOW GLOBAL VARIABLES WHERE Variable_name IN"
             " ('server_uid', 'server_uuid', 'server_id', 'hostname', 'log_bin_basename')"
@@ -271,6 +314,17 @@ class MariaReader:
                 self._drop()
                 return True
         return False
+
+
+def behind(here: str, gtids: str) -> bool:
+    """Tell whether a log with the GTIDs `here` lacks some of `gtids`: both as `0-1-27,1-2-3`, the last of each kind."""
+    newest = dict(map(_gtid, filter(None, here.split(","))))
+    return any(number > newest.get(kind, 0) for kind, number in map(_gtid, filter(None, gtids.split(","))))
+
+
+def _gtid(text: str) -> tuple[str, int]:
+    kind, _, number = text.strip().rpartition("-")  # domain and server
+    return kind, int(number)
 
 
 def _stream(session: Session, query: str, parameters: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:

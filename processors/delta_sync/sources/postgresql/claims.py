@@ -25,6 +25,16 @@ class Snapshot(NamedTuple):
         """Tell whether the effects of a top-level transaction (64-bit id) are visible, given that it committed."""
         return xid < self.xmin or (xid < self.xmax and xid not in self.xip)
 
+    @property
+    def horizon(self) -> int:
+        """What stays the same as long as the same transaction keeps a claim from being made."""
+        return self.xmin
+
+    def shows(self, position: int, xid: int) -> bool:
+        """Tell whether it sees a committed change of a transaction, given that one's id as the log has it (32 bits)."""
+        del position
+        return self.sees(widen(xid, self.xmax))
+
 
 def parse_snapshot(text: str) -> Snapshot:
     """Return the snapshot that PostgreSQL writes as `xmin:xmax:xip,xip,…`."""
@@ -35,7 +45,7 @@ def parse_snapshot(text: str) -> Snapshot:
 class Sample(NamedTuple):
     """A position of the log, and the lowest transaction id for which all changes are at or after it."""
 
-    lsn: int
+    position: int
     next_xid: int
 
 
@@ -80,5 +90,5 @@ class Samples:
         usable = bisect.bisect_right(self._bounds, snapshot.xmin)
         if usable == 0:
             return None
-        lsn = self._samples[usable - 1].lsn
-        return lsn if lsn >= covered_from else None
+        position = self._samples[usable - 1].position
+        return position if position >= covered_from else None

@@ -12,40 +12,33 @@ import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, LiteralString, NamedTuple
+from typing import Any, ClassVar, LiteralString, NamedTuple
 
 import psycopg
+import structlog
 from psycopg import sql
 
 from delta_sync.changes import Key
+from delta_sync.decoding import TableCodec
 from delta_sync.errors import SchemaChanged, SourceBusy
 from delta_sync.secrets import redact
 from delta_sync.sources.postgresql import codec
 from delta_sync.sources.postgresql.catalogue import read_fingerprints, read_tables
-from delta_sync.sources.postgresql.claims import Sample, Snapshot, parse_snapshot, sample_of
+from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot, parse_snapshot, sample_of
 from delta_sync.sources.postgresql.connection import connect
-from delta_sync.spec import SourceSpec
+from delta_sync.sources.reader import CapturePosition, Chunk, Confirmed, SourceIdentity, SourceReader
+from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.tables import Column, Table
 from delta_sync.values import Row
-from delta_sync.versions import parse_lsn
+from delta_sync.versions import format_lsn, parse_lsn
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 ROWS_AT_ONCE = 4  # of a table with long values: what may be in memory beyond the chunk's byte limit
 KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
 LOCK_NOTICE_AGE_S = 1.0
 FLUSHING_MESSAGES = 170000
 TERMINATION_MS = 10_000  # a backend ends within milliseconds, unless it is stuck; until then its slot is in use
-
-
-class Chunk(NamedTuple):
-    """Rows read in one snapshot, in the order of the key. The next chunk begins behind `last_key`; None: the end.
-
-    Of rows read by their keys, `last_key` tells only whether some were left out: then it is not None. `seen_to` is a
-    position above every change that the snapshot sees.
-    """
-
-    seen_to: int
-    rows: list[tuple[Key, Row]]
-    last_key: Key | None
 
 
 class Blocker(NamedTuple):
@@ -61,13 +54,6 @@ class Blocker(NamedTuple):
         return f"{who} (xid {self.xid}, open for {self.age_s:.0f} s): {self.query[:200]}"
 
 
-class SourceIdentity(NamedTuple):
-    """What tells one history of positions from another: they start again when one of the two changes."""
-
-    system_identifier: str
-    timeline: int
-
-
 class SlotState(NamedTuple):
     """The replication slot as the server has it; positions are integers."""
 
@@ -76,12 +62,14 @@ class SlotState(NamedTuple):
     confirmed_lsn: int | None
 
 
-class PostgresReader:
+class PostgresReader(SourceReader):
     """One connection to the source, opened when needed and again after it broke. Used by one thread at a time.
 
     Every method raises SourceBusy when the source cannot be reached; CheckFailed when it refuses. With `answer_s` it
     also does so when the source has said nothing for so long; without it long queries take as long as they need.
     """
+
+    claim_wait_s: ClassVar[float] = 0.25  # for running transactions: far above a short one's length, near real time
 
     def __init__(self, source: SourceSpec, application_name: str, answer_s: float | None = None) -> None:
         self._source = source
@@ -175,9 +163,13 @@ class PostgresReader:
         )
         return estimate if estimate is not None and estimate >= 0 else None
 
+    def table_codec(self, table: Table) -> TableCodec:
+        """Return how the events of a table are read."""
+        return codec.table_codec(table)
+
     # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def insert_lsn(self) -> int:
+    def log_end(self) -> int:
         """Return the position at which the next record of the log will be written."""
         return parse_lsn(self._value("SELECT pg_current_wal_insert_lsn()::text"))
 
@@ -192,6 +184,10 @@ class PostgresReader:
             query = sql.SQL("SELECT pg_logical_emit_message(false, %s, ''" + flush + ")::text")
             (lsn,) = _row(connection.execute(query, [prefix]))
         return parse_lsn(lsn)
+
+    def new_samples(self) -> Samples:
+        """Return an empty collection of samples."""
+        return Samples()
 
     def sample(self) -> Sample:
         """Take a sample for claims: three statements of one connection, in the order that the proof needs.
@@ -235,6 +231,10 @@ class PostgresReader:
         ]
 
     # ── slot and publication ─────────────────────────────────────────────────────────────────────────────────────
+
+    def capture_position(self, spec: PipelineSpec) -> CapturePosition:
+        """Return the pipeline's slot, and its publication."""
+        return Slot(self, spec)
 
     def slot(self, name: str) -> SlotState | None:
         """Return the state of a replication slot, or None when there is none of that name."""
@@ -381,6 +381,46 @@ class PostgresReader:
             )
         )
         return bool(size)
+
+
+class Slot(CapturePosition):
+    """A pipeline's replication slot and publication, through a reader."""
+
+    def __init__(self, reader: PostgresReader, spec: PipelineSpec) -> None:
+        self._reader = reader
+        self._slot = spec.slot
+        self._publication = spec.publication
+        self.name = f"replication slot {spec.slot}"
+
+    def look(self) -> Confirmed | None:
+        """Return where the slot is. The connector moves it with each heartbeat."""
+        slot = self._reader.slot(self._slot)
+        if slot is None:
+            return None
+        lost = f"the source removed log that {self.name} still needed" if slot.wal_status == "lost" else None
+        return Confirmed(slot.confirmed_lsn, lost, slot.confirmed_lsn or 0)
+
+    def create(self) -> int:
+        """Create the slot; waits for every transaction that is running now."""
+        position = self._reader.create_slot(self._slot)
+        log.info("slot_created", slot=self._slot)
+        return position
+
+    def drop(self) -> None:
+        """Drop the slot."""
+        self._reader.drop_slot(self._slot)
+
+    def free(self) -> None:
+        """End the connection that reads the slot."""
+        self._reader.end_reader_of_slot(self._slot)
+
+    def publish(self, tables: Sequence[Table]) -> None:
+        """Bring the publication up to date."""
+        self._reader.publish(self._publication, tables)
+
+    def text(self, position: int) -> str:
+        """Return an LSN as PostgreSQL writes it."""
+        return format_lsn(position)
 
 
 def _limited(

@@ -1,0 +1,201 @@
+"""What Delta needs of a source beside its log, whatever kind it is: `open_reader` of this package opens one.
+
+Positions are integers that rise with the log; what they are made of is each source's own matter, as are its samples and
+snapshots (`claims` of each kind): they go from a reader to the samples of the same kind, and nobody looks into them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from delta_sync.changes import Key
+from delta_sync.decoding import TableCodec
+from delta_sync.spec import PipelineSpec
+from delta_sync.tables import Table
+from delta_sync.values import Row
+
+
+class Chunk(NamedTuple):
+    """Rows read in one snapshot, in the order of the key. The next chunk begins behind `last_key`; None: the end.
+
+    Of rows read by their keys, `last_key` tells only whether some were left out: then it is not None. `seen_to` is a
+    position above every change that the snapshot sees.
+    """
+
+    seen_to: int
+    rows: list[tuple[Key, Row]]
+    last_key: Key | None
+
+
+class SourceIdentity(NamedTuple):
+    """What tells one history of positions from another: they start again when one of the two changes."""
+
+    system_identifier: str
+    timeline: int
+
+
+class Sample(Protocol):
+    """What was seen of the log at one moment."""
+
+    @property
+    def position(self) -> int:
+        """How far the log was."""
+        ...
+
+
+class Snapshot(Protocol):
+    """In what rows are read."""
+
+    @property
+    def horizon(self) -> int:
+        """What stays the same as long as the same transaction keeps a claim from being made."""
+        ...
+
+    def shows(self, position: int, xid: int) -> bool:
+        """Tell whether it surely sees a change: one at this position, by this transaction, that the log delivered."""
+        ...
+
+
+class Samples(Protocol):
+    """The samples taken so far. A source's own are given to it, so their types are not said here."""
+
+    def add(self, sample: Any, /) -> None:
+        """Keep a sample that was taken after all those before it."""
+        ...
+
+    def claim(self, snapshot: Any, covered_from: int, /) -> int | None:
+        """Return the claim of rows read in `snapshot`: a position at or above `covered_from`, or None for not yet.
+
+        Changes at or above the claim come from the log; the snapshot sees all others.
+        """
+        ...
+
+
+class Confirmed(NamedTuple):
+    """Where the connector goes on. Everything before `position` was delivered and acknowledged; None: not known.
+
+    `lost` says, as a clause, why the source can no longer deliver from there. `beat` is another number each time that
+    the connector has shown that it works, also while nothing is written to the log.
+    """
+
+    position: int | None
+    lost: str | None = None
+    beat: int = 0
+
+
+class CapturePosition(ABC):
+    """The place where it is kept from where the connector goes on: in the source (a slot), or beside it.
+
+    Methods raise SourceBusy, or another Transient, when the place cannot be reached.
+    """
+
+    name: str  # for messages: `replication slot delta_movies`
+
+    @abstractmethod
+    def look(self) -> Confirmed | None:
+        """Return where the connector goes on; None when there is no such place, or nothing in it yet."""
+
+    def confirmed(self) -> int | None:
+        """Return the position alone, as `look` does: for those who ask often."""
+        found = self.look()
+        return None if found is None else found.position
+
+    @abstractmethod
+    def create(self) -> int | None:
+        """Make it; return the position from which the log is delivered, or None when only the connector knows."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Remove it, whoever uses it. Nothing happens when there is none."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """End whatever other connector goes on from there, and wait for its end."""
+
+    @abstractmethod
+    def publish(self, tables: Sequence[Table]) -> None:
+        """Make the changes of exactly these tables arrive."""
+
+    @abstractmethod
+    def text(self, position: int) -> str:
+        """Return a position for people."""
+
+
+class SourceReader(ABC):
+    """One connection to the source, opened when needed and again after it broke. Used by one thread at a time.
+
+    Every method raises SourceBusy when the source cannot be reached; CheckFailed when it refuses.
+    """
+
+    claim_wait_s: ClassVar[float]  # how long a claim of rows read by key is worth waiting for, where it is not needed
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End, from another thread, whatever is waiting for an answer: it raises SourceBusy."""
+
+    @abstractmethod
+    def tables(self, names: Sequence[str]) -> dict[str, Table]:
+        """Return the tables that exist, by the name that the specification has for them."""
+
+    @abstractmethod
+    def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
+        """Return, for each table that exists, a text that changes whenever its columns or its key do."""
+
+    @abstractmethod
+    def estimated_rows(self, table: Table) -> int | None:
+        """Return an estimate of a table's rows; None where there is none."""
+
+    @abstractmethod
+    def table_codec(self, table: Table) -> TableCodec:
+        """Return how the events of a table are read. Asks nobody."""
+
+    @abstractmethod
+    def log_end(self) -> int:
+        """Return the position at which the next record of the log will be written."""
+
+    @abstractmethod
+    def heartbeat(self, prefix: str) -> int:
+        """Return a position that will be passed even if nothing else is written, above all that is visible now."""
+
+    @abstractmethod
+    def new_samples(self) -> Samples:
+        """Return an empty collection of this source's samples."""
+
+    @abstractmethod
+    def sample(self) -> Sample:
+        """Take a sample for claims."""
+
+    @abstractmethod
+    def identity(self) -> SourceIdentity:
+        """Return which history of positions the source is in."""
+
+    @abstractmethod
+    def blockers(self) -> Sequence[object]:
+        """Return the transactions, as text (`str`), for whose end claims wait, oldest first."""
+
+    @abstractmethod
+    def capture_position(self, spec: PipelineSpec) -> CapturePosition:
+        """Return where a pipeline's connector keeps its position. It uses this reader, and ends with it."""
+
+    @abstractmethod
+    def read_chunk(
+        self, table: Table, after: Key | None, rows_most: int, bytes_most: int, usable: Callable[[Any], bool]
+    ) -> Chunk | None:
+        """Read the rows behind `after` in the order of the key, at most `rows_most`, in one snapshot.
+
+        None if the snapshot is not `usable`. It ends early when the values have `bytes_most` bytes. Raises
+        SchemaChanged.
+        """
+
+    @abstractmethod
+    def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Any], bool]) -> Chunk | None:
+        """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
+
+        A row that is gone is absent. Of large rows some may be left out: then `last_key` is set. Raises SchemaChanged.
+        """
