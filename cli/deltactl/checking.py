@@ -16,7 +16,7 @@ from delta_sync.sources import open_reader
 from delta_sync.sources.inspection import Inspector
 from delta_sync.sources.postgresql.checks import new_slot_command
 from delta_sync.spec import PipelineSpec
-from delta_sync.starting import why_lost
+from delta_sync.starting import find_loss, look, why_not_by_itself
 from delta_sync.state import StateStore
 from delta_sync.tables import Table
 from delta_sync.watch import ANSWER_S
@@ -59,26 +59,35 @@ def check_source(inspector: Inspector, spec: PipelineSpec, *, running: bool = Fa
 
 
 def check_history(spec: PipelineSpec, folder: Path) -> Findings:
-    """Look at whether the slot goes on where the pipeline's state was; what is wrong is what a run would stop with.
+    """Look at whether the slot goes on where the pipeline's state was, as a run does before it streams.
 
-    Raises StateBusy and SourceBusy.
+    What a run would stop with is fatal. Raises Transient when source, state store or Kafka do not answer.
     """
     store = StateStore.open(spec.state, folder, create=False)
     if store is None:
         return Findings((), {}, ())
+    delivered = None
+    if spec.kafka is not None:
+        need_kafka_packages()
+        from delta_sync.kafka.delivered import delivered_of
+
+        delivered = delivered_of(spec)
     reader = open_reader(spec.source, "deltactl", ANSWER_S)
     try:
         with store:
-            place = reader.capture_position(spec)
-            found = place.look()  # before the state: a pipeline that runs saves how far it confirms, then does
-            known = store.pipeline(spec.name)
-            why = None if known is None else why_lost(place, known, reader.identity(), found)
+            seen = look(spec, reader, store, delivered)
+            loss = None if seen.known is None else find_loss(seen)
+            why_not = None if loss is None else why_not_by_itself(spec, loss, store.loads(spec.name))
     finally:
         reader.close()
-    if why is None or (found is not None and found.lost is not None):  # that the check of the source says itself
-        return Findings((), {}, ())
-    fix = f"type: {new_slot_command(spec)}, which begins a new epoch: every table is loaded again"
-    return Findings((), {}, (Problem("source", f"changes may have been lost: {why}", fix),))
+    if loss is None or (loss.overtaken and (why_not is None or spec.source.on_lost_log == "stop")):
+        return Findings((), {}, ())  # that a slot is invalidated the check of the source says itself
+    if why_not is None:
+        fix = "the next start begins a new epoch by itself: every table is loaded again"
+    else:
+        fix = f"type: {new_slot_command(spec)}, which begins a new epoch: every table is loaded again"
+    problem = Problem("source", f"changes may have been lost: {loss.why}", fix, fatal=why_not is not None)
+    return Findings((), {}, (problem,))
 
 
 def check_sinks(spec: PipelineSpec, tables: Iterable[Table]) -> Findings:

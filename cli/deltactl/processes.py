@@ -1,15 +1,18 @@
-"""What the commands of the Kafka transport share: names of members, signals, and several processes of one kind."""
+"""What commands that run for long share: names of members, signals, and a run for each epoch."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+import threading
 import uuid
 from collections.abc import Callable
 from types import FrameType
 
-from delta_sync.errors import UsageError
+from delta_sync import observe
+from delta_sync.errors import EpochRose, UsageError
+from delta_sync.running import Running
 from delta_sync.sources import check_supported
 from delta_sync.spec import PipelineSpec
 from deltactl.checking import need_kafka_packages
@@ -28,6 +31,36 @@ def on_signal(stop: Callable[[], None]) -> None:
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+
+
+def run_through_epochs(make: Callable[[], Running], name: str, host: str, port: int | None) -> None:
+    """Run a pipeline until a signal ends it, with another run whenever an epoch is over; serve its metrics at `port`.
+
+    Raises what a run does.
+    """
+    stopping = threading.Event()
+    current: list[Running] = []
+
+    def stop() -> None:
+        stopping.set()
+        for running in current:
+            running.stop()
+
+    on_signal(stop)
+    while not stopping.is_set():
+        running = make()
+        current[:] = [running]
+        server = observe.serve(name, running.progress, host, port) if port is not None else None
+        try:
+            if not stopping.is_set():
+                running.run()
+        except EpochRose:
+            continue
+        finally:
+            if server is not None:
+                server.shutdown()
+                server.server_close()  # or the next run would find the port taken
+        break
 
 
 def need_kafka(spec: PipelineSpec, command: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 import click
@@ -13,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from delta_debezium.engine import EmbeddedCapture
 from delta_debezium.render import engine_properties
-from delta_sync import logs, observe
+from delta_sync import logs
 from delta_sync.capture import Capture
 from delta_sync.errors import PipelineRunning, UsageError
 from delta_sync.running import Running
@@ -23,6 +21,7 @@ from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
 from delta_sync.transport import EmbeddedTransport
 from deltactl.app import LOCK_FILE, LOCK_PATIENCE_S, App, name_argument, pass_app, shared_options
+from deltactl.processes import run_through_epochs
 
 CAPTURE_LOG = "capture.log"
 
@@ -73,21 +72,16 @@ def run(
     logs.configure(log_format)
     try:
         with FileLock(folder / LOCK_FILE, timeout=LOCK_PATIENCE_S):
-            transport = EmbeddedTransport(
-                spec, lambda tables: embedded_capture(spec, folder, tables), new_slot=new_slot, reload=reload
-            )
-            running = Running(folder=folder, spec=spec, transport=transport)
-            server = observe.serve(name, running.progress, host, port) if port is not None else None
+            accepted = new_slot, reload  # by the first run: what follows in a newer epoch was not meant
 
-            def stop(_signal: int, _frame: FrameType | None) -> None:
-                running.stop()
+            def running() -> Running:
+                nonlocal accepted
+                (may_lose, anew), accepted = accepted, (False, False)
+                transport = EmbeddedTransport(
+                    spec, lambda tables: embedded_capture(spec, folder, tables), new_slot=may_lose, reload=anew
+                )
+                return Running(folder=folder, spec=spec, transport=transport)
 
-            signal.signal(signal.SIGTERM, stop)
-            signal.signal(signal.SIGINT, stop)
-            try:
-                running.run()
-            finally:
-                if server is not None:
-                    server.shutdown()
+            run_through_epochs(running, name, host, port)
     except Timeout:
         raise PipelineRunning(f"Pipeline {name} is running already; `deltactl status {name}` shows it.") from None

@@ -10,11 +10,11 @@ from typing import Literal
 
 import click
 
-from delta_sync import logs, observe
-from delta_sync.errors import EpochRose, PipelineStopped
+from delta_sync import logs
+from delta_sync.errors import PipelineStopped
 from delta_sync.running import Running
 from deltactl.app import App, name_argument, pass_app, shared_options
-from deltactl.processes import member_name, need_kafka, on_signal
+from deltactl.processes import member_name, need_kafka, on_signal, run_through_epochs
 
 STOP_BUDGET_S = 30.0  # a worker drains for 10 s, and its group notices that it leaves
 
@@ -53,32 +53,11 @@ def worker(
     from delta_sync.kafka.transport import KafkaTransport  # the packages of the extra `kafka`
 
     folder = app.home(name)
-    stopping = threading.Event()
-    current: list[Running] = []
 
-    def stop() -> None:
-        stopping.set()
-        for running in current:
-            running.stop()
+    def running() -> Running:
+        return Running(folder=folder, spec=spec, transport=KafkaTransport(spec, member_name()))
 
-    on_signal(stop)
-    server = None
-    try:
-        while not stopping.is_set():
-            running = Running(folder=folder, spec=spec, transport=KafkaTransport(spec, member_name()))
-            current[:] = [running]
-            if server is not None:
-                server.shutdown()
-            server = observe.serve(name, running.progress, host, port) if port is not None else None
-            try:
-                if not stopping.is_set():
-                    running.run()
-            except EpochRose:
-                continue  # the next run begins with the new epoch
-            break
-    finally:
-        if server is not None:
-            server.shutdown()
+    run_through_epochs(running, name, host, port)
 
 
 def _run_several(app: App, name: str, processes: int, port: int | None, host: str, log_format: str) -> None:

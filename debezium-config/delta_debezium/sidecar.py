@@ -21,7 +21,8 @@ from delta_debezium.distribution import Distribution
 from delta_debezium.render import server_environment, server_properties
 from delta_debezium.server import DebeziumServer
 from delta_sync.capture import CaptureDied
-from delta_sync.errors import LeaseLost, Transient
+from delta_sync.errors import EpochRose, LeaseLost, Transient
+from delta_sync.kafka.delivered import delivered_of
 from delta_sync.leases import LeaseKeeper
 from delta_sync.load import SharedSamples
 from delta_sync.pipeline import Pipeline, load_processor
@@ -73,6 +74,7 @@ class Sidecar:
         self._clock = clock
         self._stopping = threading.Event()
         self._server = DebeziumServer(work_dir, distribution)
+        self._delivered = delivered_of(spec)
         self.position = LogPosition(clock)
         self.progress = Progress(self.position, clock)
 
@@ -102,6 +104,9 @@ class Sidecar:
                             self._lead(keeper, lease, pipeline, sinks, state)
                         except LeaseLost as error:
                             log.warning("not_leading", reason=str(error))
+                        except EpochRose as error:
+                            log.warning("leading_begins_anew", reason=str(error))
+                            self._server.kill()  # what it reads now belongs to no epoch
                         finally:
                             self._server.stop(STOP_BUDGET_S if keeper.holds(lease) else 0.0)
                 self.progress.end("stopped", "it was asked to stop")
@@ -117,15 +122,27 @@ class Sidecar:
     def _lead(
         self, keeper: LeaseKeeper, lease: Lease, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore
     ) -> None:
-        """Prepare the source and run the server, until Delta stops or the lease is lost."""
+        """Prepare the source and run the server, until Delta stops or the lease is lost.
+
+        Raises EpochRose when a new epoch has to begin: lead anew.
+        """
         spec = self._spec
-        reader, watch_reader = (
-            open_reader(spec.source, f"delta {spec.name} {use}", ANSWER_S) for use in ("sidecar", "watch")
+        reader, watch_reader, check_reader = (
+            open_reader(spec.source, f"delta {spec.name} {use}", ANSWER_S) for use in ("sidecar", "watch", "check")
         )
+        self.position.forget()
 
         def prepare() -> Source:
             found = prepare_source(
-                spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload, lease=lease
+                spec,
+                pipeline,
+                reader,
+                state,
+                sinks,
+                new_slot=self._new_slot,
+                reload=self._reload,
+                lease=lease,
+                delivered=self._delivered,
             )
             self._new_slot = self._reload = False
             return found
@@ -137,6 +154,7 @@ class Sidecar:
         tables = dict(source.tables)
         columns = dict(source.columns)
         changed = threading.Event()
+        failures: list[BaseException] = []
 
         def schema_changed(names: Iterable[str]) -> None:
             log.warning("schema_changed", tables=sorted(names))
@@ -153,16 +171,19 @@ class Sidecar:
             fingerprints=lambda: columns,
             schema_changed=schema_changed,
             stopping=leading,
+            check=lambda: check_slot(spec, check_reader, state),
+            failed=failures.append,
         )
         watch.start()
         try:
-            self._supervise(keeper, lease, source.epoch, tables, columns, changed, reader, state)
+            self._supervise(keeper, lease, source.epoch, tables, columns, changed, failures, reader, state)
         finally:
             leading.set()
-            watch_reader.abort()
+            for one in (watch_reader, check_reader):
+                one.abort()
             watch.join(STOP_BUDGET_S)
-            watch_reader.close()
-            reader.close()
+            for one in (watch_reader, check_reader, reader):
+                one.close()
 
     def _supervise(
         self,
@@ -172,14 +193,16 @@ class Sidecar:
         tables: dict[str, Table],
         columns: dict[str, str],
         changed: threading.Event,
+        failed: list[BaseException],
         reader: SourceReader,
         state: StateStore,
     ) -> None:
         """Do what `supervision.decide` says, until Delta stops or the lease is lost."""
         alive_since = ended_at = confirmed_at = None
         failures = beat = 0
-        place = reader.capture_position(self._spec)
         while not self._stopping.is_set():
+            if failed:
+                raise failed[0]
             now = self._clock()
             if alive_since is not None and not self._server.alive:
                 log.warning("connector_died", reason=self._server.last_words())
@@ -190,7 +213,7 @@ class Sidecar:
                 if changed.is_set():
                     changed.clear()
                     self._take_over_columns(reader, tables, columns)
-                found = place.look()
+                found = reader.capture_position(self._spec).look()
                 if found is not None and found.position is not None and found.beat > beat:
                     beat, confirmed_at = found.beat, now
                     self.position.advance(found.position)
@@ -207,7 +230,7 @@ class Sidecar:
                     return
                 case supervision.Start():
                     try:
-                        self._start(epoch, tables, reader, state)
+                        self._start(lease, epoch, tables, reader, state)
                         alive_since = self._clock()
                     except (Transient, CaptureDied) as error:
                         self.progress.waits("connector", redact(str(error)))
@@ -221,11 +244,17 @@ class Sidecar:
             self._save_status(state, "leading")
             self._stopping.wait(LOOK_S)
 
-    def _start(self, epoch: int, tables: Mapping[str, Table], reader: SourceReader, state: StateStore) -> None:
+    def _start(
+        self, lease: Lease, epoch: int, tables: Mapping[str, Table], reader: SourceReader, state: StateStore
+    ) -> None:
         """Start the server behind what is confirmed, in place of whoever reads the slot."""
         spec = self._spec
-        check_slot(spec, reader, state)
-        reader.capture_position(spec).free()
+        reader.close()  # the source's name may lead to another server by now
+        reader.capture_position(spec).free()  # first, so that the slot does not move while it is looked at
+        seen = check_slot(spec, reader, state, self._delivered)
+        assert seen.known is not None, "it was saved when this sidecar began to lead"
+        if seen.there is not None:  # until this server has delivered something, Kafka does not tell how far it may be
+            state.save_pipeline(seen.known._replace(slot_lsn=seen.there.position), lease)
         properties = server_properties(spec, tables, epoch)
         self._server.start(properties, server_environment(spec, tables, epoch, resolve))
         log.info("connector_started", pid=self._server.pid)

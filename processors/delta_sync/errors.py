@@ -126,7 +126,7 @@ class TooManyDeadLetters(PipelineStopped):
 
 
 class SlotMissing(PipelineStopped):
-    """The replication slot is gone or invalidated, so changes may have been lost."""
+    """Changes may have been lost (a failover, a slot that is gone or moved), and Delta is not to go on by itself."""
 
 
 class PipelineRunning(DeltaError):
@@ -138,7 +138,7 @@ class LeaseLost(DeltaError):
 
 
 class EpochRose(DeltaError):
-    """Another process began a new epoch: a run of the old one ends, and begins anew with the new one."""
+    """A new epoch has begun in another process, or has to begin: what runs in the old one ends, and begins anew."""
 
 
 class StaleStateStore(DeltaError):

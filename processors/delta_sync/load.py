@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from delta_sync.changes import Change, Key
-from delta_sync.errors import LeaseLost, Transient
+from delta_sync.errors import EpochRose, LeaseLost, Transient
 from delta_sync.leases import LeaseKeeper
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.reader import Chunk, Sample, Samples, Snapshot, SourceReader
@@ -174,7 +174,10 @@ class Loader(threading.Thread):
         return self._lease is not None
 
     def _save(self, load: TableLoad) -> None:
-        """Save how far a load is. Raises LeaseLost when another process loads by now."""
+        """Save how far a load is. Raises LeaseLost when another process loads by now, EpochRose in a newer epoch."""
+        known = self._state.pipeline(self._pipeline)
+        if known is not None and known.epoch > self._epoch:
+            raise EpochRose("Another process has begun a new epoch, so this one's loads are over.")
         self._state.save_load(self._pipeline, load, self._lease)
 
     def _load_next(self) -> bool:
@@ -203,6 +206,8 @@ class Loader(threading.Thread):
     def _why_again(self, load: TableLoad | None, name: str) -> str | None:
         if load is None:
             return None
+        if load.epoch > self._epoch:
+            raise EpochRose("Another process has begun a new epoch, and asks for its loads.")
         if load.epoch != self._epoch:
             return "the epoch rose"
         return None if load.fingerprint == self._fingerprint(name) else "its columns changed, or where its documents go"

@@ -46,6 +46,13 @@ class LogPosition:
                 self._round_trip_s = self._clock() - self._outstanding.popleft()[1]
             self._changed.notify_all()
 
+    def forget(self) -> None:
+        """Note that positions have started again: nothing has come through the log of the new ones."""
+        with self._changed:
+            self._outstanding.clear()
+            self._passed_lsn = 0
+            self._round_trip_s = None
+
     def wait(self, lsn: int, timeout_s: float) -> bool:
         """Wait until the log is applied up to a heartbeat; return whether it is."""
         with self._changed:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import structlog
 
 from delta_sync.applying import SinkWriter
-from delta_sync.errors import StateBusy, Transient
+from delta_sync.errors import EpochRose, StateBusy, Transient
 from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
@@ -82,7 +82,10 @@ class Running:
             reader.abort()
 
     def run(self) -> None:
-        """Run the pipeline. Raises PipelineStopped, UsageError or CheckFailed with what to do."""
+        """Run the pipeline. Raises PipelineStopped, UsageError or CheckFailed with what to do.
+
+        Raises EpochRose when a new epoch has begun, or has to: then another run is to follow at once.
+        """
         spec = self._spec
         pipeline = load_processor(self._folder, spec)
         sinks = open_sinks(spec)
@@ -98,6 +101,10 @@ class Running:
             try:
                 self._run(pipeline, sinks, state)
                 self.progress.end("stopped", "it was asked to stop")
+            except EpochRose as error:
+                log.warning("run_begins_anew", reason=str(error))
+                self.progress.end("stopped", str(error))
+                raise
             except BaseException as error:
                 self.progress.end("failed", redact(str(error)) or type(error).__name__)
                 raise
@@ -109,8 +116,9 @@ class Running:
     def _run(self, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore) -> None:
         spec, transport = self._spec, self._transport
         watch_reader = open_reader(spec.source, f"delta {spec.name} watch", ANSWER_S)
+        check_reader = open_reader(spec.source, f"delta {spec.name} check", ANSWER_S)
         load_reader, key_reader = (open_reader(spec.source, f"delta {spec.name} {use}") for use in ("load", "read"))
-        readers = self._readers = [watch_reader, load_reader, key_reader]
+        readers = self._readers = [watch_reader, check_reader, load_reader, key_reader]
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
         lookups = {
@@ -206,6 +214,8 @@ class Running:
                 fingerprints=lambda: columns,
                 schema_changed=worker.schema_changed,
                 stopping=self._stopping,
+                check=lambda: transport.check(check_reader, state),
+                failed=worker.fail,
             )
             worker.use({name: runtime(table) for name, table in source.tables.items()})
             for name in spec.tables:

@@ -86,6 +86,12 @@ class SourceSpec(_Model):
         description="How often a heartbeat goes through the log (pg_logical_emit_message: no table is written). "
         "It lets the slot advance while the tables rest, and it measures the lag.",
     )
+    on_lost_log: Literal["new_epoch", "stop"] = Field(
+        default="new_epoch",
+        description="What to do when changes may have been lost (a promoted replica, a restored backup, a slot that is "
+        "gone, invalidated or moved): load every table again and remove what the source lacks, or stop until somebody "
+        "types --new-slot. A source that may be another database stops the pipeline either way.",
+    )
 
     @field_validator("password")
     @classmethod

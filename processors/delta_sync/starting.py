@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import structlog
 
-from delta_sync.errors import SlotMissing, UsageError
+from delta_sync.errors import EpochRose, SlotMissing, UsageError
 from delta_sync.load import FIRST_LOAD
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.sinks import AnySink, store_of, target_for
@@ -20,6 +20,8 @@ from delta_sync.tables import Table
 from delta_sync.versions import epoch_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+Delivered = Callable[[int], int | None]  # `kafka.delivered.Delivered`: by epoch, the position that may be confirmed
 
 
 class Source(NamedTuple):
@@ -40,35 +42,41 @@ def prepare_source(
     new_slot: bool,
     reload: bool,
     lease: Lease | None = None,
-    bounded: bool = False,
+    delivered: Delivered | None = None,
 ) -> Source:
     """Make sure that publication and slot exist, decide the epoch, and note which tables are to be loaded.
 
-    A slot that is gone, or a source with another history, means that changes may have been lost: that is SlotMissing,
-    unless `new_slot` accepts it. Then the epoch rises, and everything is loaded again; `reload` asks for that, too.
-    With a lease, everything is saved under it: LeaseLost when another process decides by now. `bounded` says that what
-    is confirmed from now on will be bounded in the state store (see `confirming`); without, an old bound is forgotten.
+    A slot that is gone, or a source with another history, means that changes may have been lost. Then the epoch rises,
+    and everything is loaded again, if that is for Delta to decide (`why_not_by_itself`) or `new_slot` accepts it; if
+    not, it is SlotMissing. `reload` has everything loaded again, too. With a lease, everything is saved under it:
+    LeaseLost when another process decides by now. `delivered` is for Kafka, where the connector confirms by itself;
+    without, what is confirmed is bounded in the state store (see `confirming`).
+
+    It may be killed between any two steps: the epoch is saved before anything is done in its name, loads of an older
+    one are loaded again whatever is saved of them, and the slot is the last; so the next start finds the loss once
+    more, or goes on where this one was.
     """
     found = reader.fingerprints(list(spec.tables))  # before the tables: what changes between the two is noticed later
     tables = read_tables(spec, reader)
     columns = {name: found.get(name, "") for name in tables}
     check_columns(pipeline, tables)
-    identity = reader.identity()
-    known = state.pipeline(spec.name)
     place = reader.capture_position(spec)
-    there = place.look()
-    found_state = known or PipelineState(spec.name, 0, *identity)
-    wrong = why_lost(place, found_state, identity, there)
-    if wrong is not None and not new_slot:
-        raise SlotMissing(slot_missing(spec, wrong))
-    if known is None or wrong is not None:
-        known = PipelineState(spec.name, found_state.epoch + 1, *identity)
-    if wrong is not None:
-        log.warning("epoch_rises", reason=wrong, epoch=known.epoch)
+    seen = look(spec, reader, state, delivered)
+    known, there = seen.known, seen.there
+    found_state = known or PipelineState(spec.name, 0, *seen.identity)
+    loss = find_loss(seen)
+    if loss is not None and not new_slot:
+        why_not = why_not_by_itself(spec, loss, state.loads(spec.name))
+        if why_not is not None:
+            raise SlotMissing(slot_missing(spec, loss, why_not))
+    if known is None or loss is not None:
+        known = PipelineState(spec.name, found_state.epoch + 1, *seen.identity)
+    if loss is not None:
+        log.warning("epoch_rises", reason=loss.why, epoch=known.epoch)
         place.drop()
         there = None
-    if not bounded:
-        known = known._replace(confirmed_most=None)
+    if delivered is not None:  # what an embedded run had saved as a bound counts no longer; the slot's position does
+        known = known._replace(confirmed_most=None, slot_lsn=there.position if there is not None else None)
     targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in tables.items()}
     loads = state.loads(spec.name)
     newest = _newest_epoch_of_others(loads, targets, sinks)
@@ -89,7 +97,7 @@ def prepare_source(
     place.publish(list(tables.values()))
     if there is None:
         position = place.create()
-        if bounded:
+        if delivered is None:
             known = known._replace(confirmed_most=position)
     else:
         position = there.position or 0
@@ -159,43 +167,134 @@ def _why_to_load(load: TableLoad | None, epoch: int, fingerprint: str, *, reload
     return None
 
 
-def why_lost(
-    place: CapturePosition, known: PipelineState, identity: SourceIdentity, found: Confirmed | None
-) -> str | None:
-    """Return why changes may have been lost since the pipeline's state was saved; None: they were not."""
-    if (known.system_identifier, known.timeline) != identity:
-        return "the source is another server, or was promoted or restored"
-    if found is None:
-        return f"{place.name} is gone" if known.slot_lsn is not None else None
-    if found.lost is not None:
-        return found.lost
-    confirmed, most = found.position, known.confirmed_most
-    if confirmed is not None and most is not None and confirmed > most:
-        return (
-            f"{place.name} is at {place.text(confirmed)}, and this pipeline confirmed nothing beyond"
-            f" {place.text(most)}: it was dropped and made anew, or advanced by hand"
+class Seen(NamedTuple):
+    """What source, state store and Kafka said, asked in the order that comparing them needs; see `look`.
+
+    `there` is where the connector goes on, in `place`. `most` is a position beyond which this pipeline confirmed
+    nothing, None: not known. `end` is where the log ends, as far as no crash takes it back.
+    """
+
+    identity: SourceIdentity
+    place: CapturePosition
+    there: Confirmed | None
+    known: PipelineState | None
+    most: int | None
+    end: int
+
+
+class Loss(NamedTuple):
+    """Why changes may have been lost since the pipeline's state was saved.
+
+    `foreign`: the source may not be the database that it was, or be behind it. `overtaken`: it removed log that was
+    still needed, which it may do again.
+    """
+
+    why: str
+    foreign: bool = False
+    overtaken: bool = False
+
+
+def look(spec: PipelineSpec, reader: SourceReader, state: StateStore, delivered: Delivered | None = None) -> Seen:
+    """Ask source, state store and Kafka (`delivered`, where it is asked for).
+
+    While a connector runs, each is ahead of the one before: the slot, what may be confirmed, the end of the log.
+    """
+    identity = reader.identity()
+    place = reader.capture_position(spec)
+    there = place.look()
+    known = state.pipeline(spec.name)
+    most = None
+    if known is not None and delivered is not None:
+        newest = delivered(known.epoch)
+        if newest is not None and known.slot_lsn is not None:  # where it was when the last connector was started
+            most = max(newest, known.slot_lsn, known.confirmed_most or 0)
+    elif known is not None:
+        most = known.confirmed_most
+    return Seen(identity, place, there, known, most, reader.durable_end())
+
+
+def find_loss(seen: Seen) -> Loss | None:
+    """Return why changes may have been lost; None: they were not. Asks nobody."""
+    known, identity, place, there = seen.known, seen.identity, seen.place, seen.there
+    if known is not None and known.system_identifier != identity.system_identifier:
+        return Loss(
+            f"the source is another server than before: it is {identity.system_identifier}, and was"
+            f" {known.system_identifier}",
+            foreign=True,
+        )
+    if known is not None and identity.timeline < known.timeline:
+        return Loss(
+            f"the source is on timeline {identity.timeline}, and was on {known.timeline}: a server that a failover had"
+            " left behind is back, or a backup that is older",
+            foreign=True,
+        )
+    if known is not None and identity.timeline > known.timeline:
+        return Loss(
+            f"the source was promoted or restored: it is on timeline {identity.timeline}, and was on {known.timeline}"
+        )
+    if there is None:
+        missing = known is not None and known.slot_lsn is not None
+        return Loss(f"{place.name} is gone") if missing else None
+    if there.lost is not None:
+        return Loss(there.lost, overtaken=there.overtaken)
+    reached = max((known.slot_lsn or 0) if known is not None else 0, seen.most or 0)
+    if seen.end < reached:
+        return Loss(
+            f"the source's log ends at {place.text(seen.end)}, and had reached {place.text(reached)}: it was restored"
+            " from a copy of its files, or crashed without having written what it said it had"
+        )
+    if there.position is not None and seen.most is not None and there.position > seen.most:
+        return Loss(
+            f"{place.name} is at {place.text(there.position)}, and this pipeline confirmed nothing beyond"
+            f" {place.text(seen.most)}: it was dropped and made anew, or advanced by hand"
         )
     return None
 
 
-def slot_missing(spec: PipelineSpec, why: str) -> str:
-    """Return what is to be said when changes may have been lost: why, and what to type."""
+def why_not_by_itself(spec: PipelineSpec, loss: Loss, loads: Mapping[str, TableLoad]) -> str | None:
+    """Return why a new epoch is not for Delta to begin after a loss; None: it is. Pure.
+
+    A new epoch makes the stores what the source is now, and removes what the source lacks. Delta does so by itself
+    only where the source is surely the database that it was, or comes from it.
+    """
+    if spec.source.on_lost_log == "stop":
+        return "source.on_lost_log is stop"
+    if loss.foreign:
+        return "it may be the wrong server, and what it lacks would be removed from every sink"
+    if loss.overtaken and any(load.state != "done" for load in loads.values()):
+        return (
+            "the load after the last loss has not ended yet, and would be overtaken again: raise max_slot_wal_keep_size"
+        )
+    return None
+
+
+def slot_missing(spec: PipelineSpec, loss: Loss, why_not: str) -> str:
+    """Return what is to be said when changes may have been lost, and Delta stops: why, and what to type."""
     return (
-        f"Changes may have been lost: {why}. Type `{new_slot_command(spec)}` to begin a new epoch:"
+        f"Changes may have been lost: {loss.why}. Delta does not go on by itself, because {why_not}."
+        f" Type `{new_slot_command(spec)}` to begin a new epoch:"
         " every table is loaded again, and documents of rows that are gone are removed."
     )
 
 
-def check_slot(spec: PipelineSpec, reader: SourceReader, state: StateStore) -> None:
-    """Raise SlotMissing unless the slot is there and goes on where the pipeline's state was.
+def check_slot(spec: PipelineSpec, reader: SourceReader, state: StateStore, delivered: Delivered | None = None) -> Seen:
+    """Return what was seen if the slot is there and goes on where the pipeline's state was.
 
-    Called before each start of the capture. What the last one confirmed lies below a bound that was saved before it did
-    so, however it ended: a slot beyond that bound is not as this pipeline left it. Where no bound is kept (Kafka, where
-    a connector in another process confirms), only a slot that is gone or invalidated is noticed.
+    Raises EpochRose when a new epoch has to begin, which `prepare_source` does, or SlotMissing when that is not for
+    Delta to decide. Called before each start of the capture, and every so often beside it. It connects anew, because
+    what counts is where the source's name leads to now: an old connection may last for as long as an old server does.
+
+    Where the connector confirms what this process allows, that lies below a bound which was saved before, however it
+    ended; with Kafka, the connector confirms what Kafka has acknowledged, and `delivered` tells how far that is. A slot
+    beyond the bound is not as this pipeline left it. On Kafka without `delivered` that is not looked at.
     """
-    known = state.pipeline(spec.name)
-    assert known is not None, "prepare_source saved it"
-    place = reader.capture_position(spec)
-    wrong = why_lost(place, known, reader.identity(), place.look())
-    if wrong is not None:
-        raise SlotMissing(slot_missing(spec, wrong))
+    reader.close()
+    seen = look(spec, reader, state, delivered)
+    assert seen.known is not None, "prepare_source saved it"
+    loss = find_loss(seen)
+    if loss is not None:
+        why_not = why_not_by_itself(spec, loss, state.loads(spec.name))
+        if why_not is not None:
+            raise SlotMissing(slot_missing(spec, loss, why_not))
+        raise EpochRose(f"A new epoch has to begin: {loss.why}.")
+    return seen

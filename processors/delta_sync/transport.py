@@ -52,7 +52,10 @@ class Transport(ABC):
 
     @abstractmethod
     def check(self, reader: SourceReader, state: StateStore) -> None:
-        """Raise PipelineStopped if going on would lose changes. Called by the capture's thread, before each start."""
+        """Raise EpochRose or PipelineStopped if going on would lose changes.
+
+        Called by the capture's thread before each start of it, and every so often by the watch's, with another reader.
+        """
 
     @abstractmethod
     def publish(self, reader: SourceReader, tables: Sequence[Table]) -> None:
@@ -99,9 +102,7 @@ class EmbeddedTransport(Transport):
     ) -> Source:
         """Make sure of publication and slot, and decide the epoch."""
         self._state = state
-        return prepare_source(
-            self._spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload, bounded=True
-        )
+        return prepare_source(self._spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload)
 
     def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
         """Return the child process with the Debezium Engine, what it confirms bounded in the state store."""
@@ -112,7 +113,7 @@ class EmbeddedTransport(Transport):
         reader = open_reader(self._spec.source, f"delta {self._spec.name} confirm", CONFIRM_ANSWER_S)
         return BoundedCapture(
             self._make_capture(tables),
-            reader.log_end,
+            reader.durable_end,
             lambda lsn: state.raise_confirmed_most(self._spec.name, lsn),
             reader.close,
         )
@@ -122,7 +123,7 @@ class EmbeddedTransport(Transport):
         return [Stretch(self._epoch, orjson.loads(batch.payload))]
 
     def check(self, reader: SourceReader, state: StateStore) -> None:
-        """Raise SlotMissing unless the slot goes on where the pipeline's state was."""
+        """Raise EpochRose or SlotMissing unless the slot goes on where the pipeline's state was."""
         check_slot(self._spec, reader, state)
 
     def publish(self, reader: SourceReader, tables: Sequence[Table]) -> None:

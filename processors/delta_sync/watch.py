@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
-from delta_sync.errors import DeltaError, SourceBusy
+from delta_sync.errors import DeltaError, EpochRose, PipelineStopped, SourceBusy
 from delta_sync.load import SharedSamples
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.reader import SourceReader
@@ -19,13 +19,16 @@ SAMPLE_LOADING_S = 0.1  # a load's claims are at most this old, so few rows are 
 SAMPLE_RESTING_S = 1.0  # so that a load can start at once even beside a transaction that runs for hours
 TABLES_S = 5.0  # how soon a change of a table's columns is noticed when no change event shows it
 RETRY_S = 1.0
+CHECK_S = 5.0  # how soon it is noticed that the source's name leads to another server, though the old one goes on
 ANSWER_S = 30.0  # what the watch asks takes milliseconds; a source that is silent for longer is not there
 
 
 class Watch(threading.Thread):
     """Takes samples and sends heartbeats until `stopping` is set. `heartbeat_s` is how often; None: others do.
 
-    `schema_changed` is called with the tables whose columns are no longer those of `fingerprints()`.
+    `schema_changed` is called with the tables whose columns are no longer those of `fingerprints()`. `check` is called
+    every so often, to see whether the log still is the one that it was; `failed` with what it raises, once: EpochRose
+    or PipelineStopped.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class Watch(threading.Thread):
         fingerprints: Callable[[], Mapping[str, str]],
         schema_changed: Callable[[list[str]], None],
         stopping: threading.Event,
+        check: Callable[[], object] = lambda: None,
+        failed: Callable[[BaseException], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name="watch", daemon=True)
@@ -54,12 +59,15 @@ class Watch(threading.Thread):
         self._fingerprints = fingerprints
         self._schema_changed = schema_changed
         self._stopping = stopping
+        self._check = check
+        self._failed = failed
         self._clock = clock
         self._missing: set[str] = set()
 
     def run(self) -> None:
         """Run until Delta stops; a source that does not answer is asked again."""
         due_heartbeat = due_tables = self._clock()
+        due_check = due_tables + CHECK_S  # whoever started the watch has just looked
         while not self._stopping.is_set():
             resting_s = SAMPLE_RESTING_S if self._heartbeat_s is None else min(SAMPLE_RESTING_S, self._heartbeat_s)
             pause_s = SAMPLE_LOADING_S if self._loading() else resting_s
@@ -71,6 +79,9 @@ class Watch(threading.Thread):
                 if self._heartbeat_s is not None and now >= due_heartbeat:
                     due_heartbeat = now + self._heartbeat_s
                     self._position.sent(self._reader.heartbeat(self._heartbeat_prefix))
+                if now >= due_check:
+                    due_check = now + CHECK_S
+                    self._check()
                 if now >= due_tables:
                     due_tables = now + TABLES_S
                     self._look_at_tables()
@@ -80,6 +91,9 @@ class Watch(threading.Thread):
                 log.warning("source_busy", reason=str(error))
                 self._samples.forget()  # what answers next may be another server
                 pause_s = RETRY_S
+            except (EpochRose, PipelineStopped) as error:
+                self._failed(error)
+                return
             except DeltaError as error:
                 log.warning("source_refuses", reason=str(error))
                 pause_s = RETRY_S

@@ -33,11 +33,19 @@ def _check(it: Stage) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def _stop_when_changes_are_lost(it: Stage) -> None:
+    file = it.pipeline.home / "pipeline.yaml"
+    text = file.read_text()
+    assert "source:\n" in text
+    file.write_text(text.replace("source:\n", "source:\n  on_lost_log: stop\n", 1))
+
+
+@pytest.mark.parametrize("loss", ["dropped", "advanced"])
 def test_changes_that_may_be_lost_stop_it_and_check_says_what_the_run_says(
     stage: Callable[..., Stage], loss: str
 ) -> None:
     it = stage(SETUP, ["movie"])
+    _stop_when_changes_are_lost(it)
     _in_step(it).stop()
     status, said = _check(it)
     assert status == 0
@@ -56,6 +64,22 @@ def test_changes_that_may_be_lost_stop_it_and_check_says_what_the_run_says(
     assert "Next:" not in said
 
 
+def test_a_new_epoch_begins_by_itself_unless_that_is_not_wanted(stage: Callable[..., Stage]) -> None:
+    it = stage(SETUP, ["movie"])
+    _in_step(it).stop()
+    statement, expected = LOSSES["made anew"]
+    it.source.execute("DELETE FROM movie WHERE id = 1", *statement.format(slot=it.pipeline.slot).split(";"))
+    status, said = _check(it)
+    assert (status, expected in said, "begins a new epoch by itself" in said) == (0, True, True)
+    run = it.run()
+    wait_until(lambda: bool(run.events("slot_created")), 60, f"its notice; {run.tail()}")  # till then all looks done
+    it.in_step(run)
+    (rise,) = run.events("epoch_rises")
+    assert expected in rise["reason"]
+    assert it.stores.document("cache", "movie", (1,)) is None
+    assert run.stop() == 0
+
+
 def test_no_kill_makes_it_believe_that_the_slot_was_moved(stage: Callable[..., Stage]) -> None:
     it = stage(SETUP, ["movie"])
     _in_step(it).stop()
@@ -69,4 +93,7 @@ def test_no_kill_makes_it_believe_that_the_slot_was_moved(stage: Callable[..., S
             it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
         it.source.execute("UPDATE movie SET title = title || '.'")
         run.kill()
-    it.in_step(it.run())
+        assert run.events("epoch_rises") == []
+    run = it.run()
+    it.in_step(run)
+    assert run.events("epoch_rises") == []

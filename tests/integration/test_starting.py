@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import select
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ import psycopg
 import pytest
 
 from delta_sync.changes import Write
-from delta_sync.errors import SlotMissing
+from delta_sync.errors import EpochRose, SlotMissing, SourceBusy
 from delta_sync.pipeline import Pipeline
 from delta_sync.sinks import AnySink, target_for
 from delta_sync.sinks.memory import MemorySink
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import PipelineSpec, spec_from
-from delta_sync.starting import Source, check_slot, prepare_source
+from delta_sync.starting import Delivered, Source, check_slot, prepare_source
 from delta_sync.state import StateStore
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import PostgreSQL
@@ -34,7 +33,7 @@ TABLE = "public.starting"
 class Start:
     """A pipeline with sinks in memory, started as often as one likes, as far as the stream."""
 
-    def __init__(self, postgresql: PostgreSQL, folder: Path) -> None:
+    def __init__(self, postgresql: PostgreSQL, folder: Path, on_lost_log: str = "stop") -> None:
         self.folder = folder
         parts = urlsplit(postgresql.url)
         self.url = postgresql.url
@@ -42,6 +41,7 @@ class Start:
         source = {
             "url": _without_password(postgresql.url),
             "password": f"${{file:{folder}/password}}",
+            "on_lost_log": on_lost_log,
         }
         sinks = {"cache": {"url": "memory://cache"}, "search": {"url": "memory://search"}}
         self.spec: PipelineSpec = spec_from(
@@ -54,13 +54,30 @@ class Start:
         self.reader = PostgresReader(self.spec.source, "test")
 
     def __call__(
-        self, *to: str, new_slot: bool = False, reload: bool = False, bounded: bool = True, table: str = TABLE
+        self,
+        *to: str,
+        new_slot: bool = False,
+        reload: bool = False,
+        delivered: Delivered | None = None,
+        table: str = TABLE,
     ) -> Source:
         pipeline = Pipeline("starting")
         pipeline.table(table, to=to)(lambda row: row)
         return prepare_source(
-            self.spec, pipeline, self.reader, self.state, self.sinks, new_slot=new_slot, reload=reload, bounded=bounded
+            self.spec,
+            pipeline,
+            self.reader,
+            self.state,
+            self.sinks,
+            new_slot=new_slot,
+            reload=reload,
+            delivered=delivered,
         )
+
+    def goes_on_by_itself(self) -> None:
+        """Set what `source.on_lost_log` is by default."""
+        source = self.spec.source.model_copy(update={"on_lost_log": "new_epoch"})
+        self.spec = self.spec.model_copy(update={"source": source})
 
     def loaded(self) -> None:
         """Pretend that the load has ended."""
@@ -83,7 +100,7 @@ class Start:
             connection.execute("INSERT INTO starting SELECT coalesce(max(id), 0) + 1 FROM starting")
             row = connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
             assert row is not None
-            self.state.raise_confirmed_most("starting", self.reader.log_end())
+            self.state.raise_confirmed_most("starting", self.reader.durable_end())
             connection.execute("SELECT pg_replication_slot_advance(%s, %s::pg_lsn)", [self.spec.slot, row[0]])
 
     def write(self, sink: str, version: int, row: Row) -> None:
@@ -208,23 +225,122 @@ def test_a_slot_that_was_advanced_by_hand_is_noticed(start: Start) -> None:
         start("cache")
 
 
-def test_without_a_bound_nothing_is_compared(start: Start) -> None:
-    """In Kafka mode another process confirms; a bound that an embedded run had saved before must not be left behind."""
-    start("cache")
-    start("cache", bounded=False)
+def advance(start: Start, id_: int) -> None:
+    """Do what somebody does who wants to be rid of a change, with the slot that has it."""
     with psycopg.connect(start.url, autocommit=True) as connection:
-        connection.execute("INSERT INTO starting VALUES (1000)")
+        connection.execute("INSERT INTO starting VALUES (%s)", [id_])
         connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [start.spec.slot])
-    start("cache", bounded=False)
-    check_slot(start.spec, start.reader, start.state)
+
+
+def test_on_kafka_the_slot_is_compared_with_what_was_delivered(start: Start) -> None:
+    """And a bound that an embedded run had saved before is not left behind for the next one."""
+    start("cache")
+    start("cache", delivered=lambda epoch: 0)
+    advance(start, 1000)
+    delivered = start.reader.durable_end()
+    start("cache", delivered=lambda epoch: delivered if epoch == 1 else 0)
+    advance(start, 1001)
+    for refuse in (
+        lambda: start("cache", delivered=lambda _: delivered),
+        lambda: check_slot(start.spec, start.reader, start.state, lambda _: delivered),
+    ):
+        with pytest.raises(SlotMissing, match="advanced by hand"):
+            refuse()
+    check_slot(start.spec, start.reader, start.state)  # while the connector runs, that is not asked for
+    start("cache", delivered=lambda _: None)  # nor when Kafka cannot tell
     start("cache")
     start.confirm()
     start("cache")
-    with psycopg.connect(start.url, autocommit=True) as connection:
-        connection.execute("INSERT INTO starting VALUES (2000)")
-        connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [start.spec.slot])
+    advance(start, 2000)
     with pytest.raises(SlotMissing):
         start("cache")
+
+
+def test_a_source_that_was_restored_with_its_slot_is_noticed(start: Start) -> None:
+    """A copy of the server's files has identifier, timeline and slot as they were; but the log has gone back."""
+    start("cache")
+    known = start.state.pipeline("starting")
+    assert known is not None
+    start.state.save_pipeline(known._replace(slot_lsn=start.reader.durable_end() + (1 << 30)))
+    with pytest.raises(SlotMissing, match="from a copy of its files"):
+        start("cache")
+
+
+def test_another_database_is_never_taken_by_itself(start: Start) -> None:
+    start.goes_on_by_itself()
+    start("cache")
+    known = start.state.pipeline("starting")
+    assert known is not None
+    for other in (known._replace(system_identifier="1"), known._replace(timeline=known.timeline + 1)):
+        start.state.save_pipeline(other)
+        with pytest.raises(SlotMissing, match="wrong server"):
+            start("cache")
+    assert start("cache", new_slot=True).epoch == 2
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("on_kafka", [False, True], ids=["embedded", "kafka"])
+def test_a_new_epoch_that_is_killed_at_any_step_is_begun_by_the_next_start(
+    start: Start, monkeypatch: pytest.MonkeyPatch, on_kafka: bool
+) -> None:
+    start.goes_on_by_itself()
+    delivered: Delivered | None = (lambda _: 0) if on_kafka else None
+    start("cache", delivered=delivered)
+    places = [
+        (PostgresReader, "drop_slot"),
+        (StateStore, "save_pipeline"),
+        (StateStore, "save_load"),
+        (PostgresReader, "publish"),
+        (PostgresReader, "create_slot"),
+    ]
+    steps = 0
+    left = [0]
+
+    def killed(owner: type, name: str) -> None:
+        call = getattr(owner, name)
+
+        def step(*arguments: object, **options: object) -> object:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            result = call(*arguments, **options)
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return result
+
+        monkeypatch.setattr(owner, name, step)
+
+    for owner, name in places:
+        killed(owner, name)
+    while True:
+        left[0] = 0
+        before = start("cache", delivered=delivered).epoch
+        start.loaded()
+        start.confirm()
+        with psycopg.connect(start.url, autocommit=True) as connection:  # as if it were another timeline
+            connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [start.spec.slot])
+        known = start.state.pipeline("starting")
+        assert known is not None
+        start.state.save_pipeline(known._replace(timeline=known.timeline - 1))
+        steps += 1
+        left[0] = steps
+        try:
+            start("cache", delivered=delivered)
+        except Killed:
+            left[0] = 0
+            source = start("cache", delivered=delivered)
+        else:
+            break
+        load = start.state.loads("starting")[TABLE]
+        assert source.epoch == before + 1, steps
+        assert (load.state, load.epoch) == ("pending", source.epoch), steps
+        check_slot(start.spec, start.reader, start.state, delivered)
+        assert start("cache", delivered=delivered).epoch == source.epoch, steps
+    assert steps > 2 * len(places), "each was killed before and after"
 
 
 CONFIRM_FOR_EVER = """
@@ -257,7 +373,7 @@ class Slot:
 
 
 def end_of_log():
-    (lsn,) = source.execute("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint").fetchone()
+    (lsn,) = source.execute("SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint").fetchone()
     return lsn
 
 
@@ -266,7 +382,9 @@ capture = BoundedCapture(
     Slot(), end_of_log, lambda lsn: state.raise_confirmed_most("starting", lsn), clock=never_waits
 )
 capture.start()
-print("started", flush=True)
+capture.confirm(capture.poll(0.0))
+capture.poll(0.0)
+print("confirmed", flush=True)
 while True:
     capture.confirm(capture.poll(0.0))
 """
@@ -282,14 +400,14 @@ def test_no_kill_at_any_moment_makes_a_false_alarm(start: Start, tmp_path: Path)
         arguments = [start.url, str(tmp_path), start.spec.slot]
         with subprocess.Popen([sys.executable, "-c", CONFIRM_FOR_EVER, *arguments], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            assert process.stdout.readline() == b"started\n"
+            assert process.stdout.readline() == b"confirmed\n"
             select.select([process.stdout], [], [], moment.uniform(0.0, 0.05))  # it prints no more
             process.kill()
         slot = start.reader.slot(start.spec.slot)
         assert slot is not None
         confirmed.add(slot.confirmed_lsn)
     start("cache")
-    assert len(confirmed) > 10, "most of them confirmed something"
+    assert len(confirmed) == 25, "each of them confirmed something"
 
 
 def test_a_table_that_was_taken_out_and_put_back_is_loaded_again(start: Start) -> None:
@@ -354,7 +472,15 @@ def test_a_slot_that_was_invalidated(own_server: PostgreSQL, tmp_path: Path, kno
         _invalidate(own_server, start.spec.slot)
         with pytest.raises(SlotMissing, match="removed log that replication slot"):
             start("cache")
-        assert start("cache", new_slot=True).epoch == (2 if known else 1)
+        start.goes_on_by_itself()
+        if known:
+            with pytest.raises(EpochRose):
+                check_slot(start.spec, start.reader, start.state)
+            start.state.save_load("starting", start.state.loads("starting")[TABLE]._replace(state="running"))
+            with pytest.raises(SlotMissing, match="would be overtaken again: raise max_slot_wal_keep_size"):
+                start("cache")
+            start.loaded()
+        assert start("cache").epoch == (2 if known else 1)
         slot = start.reader.slot(start.spec.slot)
         assert slot is not None
         assert slot.wal_status == "reserved"
@@ -367,26 +493,26 @@ def test_a_slot_that_was_invalidated(own_server: PostgreSQL, tmp_path: Path, kno
 def test_a_replica_that_was_promoted(own_server: PostgreSQL, tmp_path: Path) -> None:
     """It has the same system identifier, and even a slot of that name, made by whoever promoted it."""
     start = Start(own_server, tmp_path)
-    with PostgreSQL() as replica:
-        replica.stop()
-        data = replica.directory / "data"
-        for path in data.iterdir():  # the folder itself stays: it is the server's user's
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        replica._run(  # pyright: ignore[reportPrivateUsage] -- the program runs as the server's user
-            str(replica.bin_dir / "pg_basebackup"), "-d", own_server.url, "-D", str(data), "-c", "fast", "-R"
-        )
-        replica.start()
+    replica = PostgreSQL()
+    replica.copy(own_server, standby=True)
+    with replica:
         try:
-            start("cache", bounded=False)
+            start("cache")
             start.loaded()
+            start.goes_on_by_itself()
+            start.to(replica.url)
+            with pytest.raises(SourceBusy):
+                start("cache")  # not promoted yet
             with psycopg.connect(replica.url, autocommit=True) as connection:
                 connection.execute("SELECT pg_promote(true, 60)")
-                connection.execute("CHECKPOINT")
-            start.to(replica.url)
             start.reader.create_slot(start.spec.slot)
-            with pytest.raises(SlotMissing, match="was promoted"):
-                start("cache", bounded=False)
-            assert start("cache", bounded=False, new_slot=True).epoch == 2
+            with pytest.raises(EpochRose, match="timeline 2, and was on 1"):
+                check_slot(start.spec, start.reader, start.state)
+            assert start("cache").epoch == 2
+            check_slot(start.spec, start.reader, start.state)
+            start.to(own_server.url)
+            with pytest.raises(SlotMissing, match="left behind is back"):
+                start("cache")
         finally:
             start.reader.close()
             start.state.close()

@@ -11,14 +11,14 @@ import pytest
 
 from delta_sync import load
 from delta_sync.changes import Change, Key
-from delta_sync.errors import SourceBusy
+from delta_sync.errors import EpochRose, SourceBusy
 from delta_sync.load import Loader, SharedSamples, Slice
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
 from delta_sync.sources.postgresql.reader import Blocker, PostgresReader
 from delta_sync.sources.reader import Chunk
 from delta_sync.spec import LoadSpec
-from delta_sync.state import Lease, StateStore, TableLoad
+from delta_sync.state import Lease, PipelineState, StateStore, TableLoad
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version
@@ -413,3 +413,21 @@ def test_a_reload_that_is_asked_for_while_one_begins_is_not_lost(make: MakeBench
     loader.run()
     assert asked
     assert bench.saved().reason == "the second"
+
+
+def test_a_loader_of_an_epoch_that_is_over_ends(make: MakeBench) -> None:
+    """What another process asked for in the new epoch stays as it is, whether this one sees that at once or not."""
+    bench = make(rows=7)
+    asked = TableLoad(MOVIE, reason="the epoch rose", epoch=EPOCH + 1)
+
+    def rise() -> None:
+        bench.state.save_pipeline(PipelineState("movies", EPOCH + 1, "7", 2))
+        bench.state.save_load("movies", asked)
+
+    bench.reader.while_reading = rise
+    for _ in range(2):
+        bench.loader().run()
+        assert [type(failure) for failure in bench.failures] == [EpochRose]
+        assert bench.saved() == asked
+        bench.failures.clear()
+    assert len(bench.slices) == 1, "one chunk, by the first"

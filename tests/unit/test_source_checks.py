@@ -112,7 +112,6 @@ def test_a_sound_source_has_no_problems() -> None:
         ({"slot": SLOT._replace(plugin="test_decoding")}, "plugin test_decoding", "source.slot"),
         ({"slot": SLOT._replace(plugin=None, slot_type="physical")}, "a physical one", "source.slot"),
         ({"slot": SLOT._replace(database="other")}, "belongs to database other", "source.slot"),
-        ({"slot": SLOT._replace(wal_status="lost")}, "invalidated", "deltactl run movies --new-slot"),
         ({"slot": SLOT._replace(active=True, active_pid=7)}, "pid 7", "one reader"),
         ({"may_create": False}, "lacks CREATE on database studio", "CREATE PUBLICATION delta_movies FOR TABLE"),
         ({"tables": (MOVIE._replace(owned=False),)}, "does not own public.movie", "CREATE PUBLICATION"),
@@ -135,6 +134,18 @@ def test_a_server_that_is_not_ready(changes: dict[str, object], what: str, fix: 
     assert problem.fatal
     assert what in problem.what
     assert fix in problem.fix
+
+
+def test_a_slot_that_is_invalidated_is_mended_by_the_next_start_unless_that_is_not_wanted() -> None:
+    lost, spec = SOUND._replace(slot=SLOT._replace(wal_status="lost")), spec_of()
+    problem = one(problems(lost, spec))
+    assert not problem.fatal
+    assert "invalidated" in problem.what
+    assert "the next start makes a new one" in problem.fix
+    stops = spec.model_copy(update={"source": spec.source.model_copy(update={"on_lost_log": "stop"})})
+    for refused in (one(problems(lost, stops)), one(problems(lost, spec, fresh=True))):
+        assert refused.fatal
+        assert "deltactl run movies --new-slot" in refused.fix
 
 
 @pytest.mark.parametrize(

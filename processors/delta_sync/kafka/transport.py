@@ -30,6 +30,8 @@ from delta_sync.transport import Tables, Transport
 from delta_sync.versions import version_of
 from delta_sync.watch import ANSWER_S
 
+ROSE = "The sidecar has begun a new epoch; this worker begins anew with it."
+
 
 class KafkaTransport(Transport):
     """One worker's. `member` is its name among the pipeline's processes."""
@@ -88,7 +90,7 @@ class KafkaTransport(Transport):
             self._decoder.use(columns)
         decoded = self._decoder.decode(batch.payload)
         if any(stretch.epoch > self._epoch for stretch in decoded.stretches):
-            raise EpochRose("The sidecar has begun a new epoch; this worker begins anew with it.")
+            raise EpochRose(ROSE)
         broken = [self._undecodable(record) for record in decoded.undecodable]
         return [*decoded.stretches, Stretch(self._epoch, [], broken)] if broken else decoded.stretches
 
@@ -103,7 +105,14 @@ class KafkaTransport(Transport):
         )
 
     def check(self, reader: SourceReader, state: StateStore) -> None:
-        """Nothing: the sidecar looks after the slot."""
+        """Raise EpochRose when the sidecar, which looks after the slot, has begun a new epoch.
+
+        A record would tell, too, but none comes while the tables rest.
+        """
+        del reader
+        known = state.pipeline(self._spec.name)
+        if known is not None and known.epoch > self._epoch:
+            raise EpochRose(ROSE)
 
     def publish(self, reader: SourceReader, tables: Sequence[Table]) -> None:
         """Nothing: the sidecar does."""

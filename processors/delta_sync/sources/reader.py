@@ -77,12 +77,14 @@ class Confirmed(NamedTuple):
     """Where the connector goes on. Everything before `position` was delivered and acknowledged; None: not known.
 
     `lost` says, as a clause, why the source can no longer deliver from there. `beat` is another number each time that
-    the connector has shown that it works, also while nothing is written to the log.
+    the connector has shown that it works, also while nothing is written to the log. `overtaken`: it is lost because the
+    source removed log that was still needed, by a limit that it may reach again.
     """
 
     position: int | None
     lost: str | None = None
     beat: int = 0
+    overtaken: bool = False
 
 
 class CapturePosition(ABC):
@@ -158,6 +160,10 @@ class SourceReader(ABC):
     @abstractmethod
     def log_end(self) -> int:
         """Return the position at which the next record of the log will be written."""
+
+    def durable_end(self) -> int:
+        """Return a position that the log has reached, and that no crash takes back: no connector is beyond it."""
+        return self.log_end()
 
     @abstractmethod
     def heartbeat(self, prefix: str) -> int:

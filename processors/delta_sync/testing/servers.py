@@ -305,6 +305,15 @@ class PostgreSQL(NativeServer):
     def _prepare(self) -> None:
         if (self._data / "PG_VERSION").exists():
             return
+        self._make_folder()
+        password = self.directory / "password"
+        password.write_text("postgres\n")
+        self._give_away(password)
+        options = ["--encoding=UTF8", "--locale=C.UTF-8", "--auth=scram-sha-256", "--username=postgres", "--no-sync"]
+        self._run(str(self.bin_dir / "initdb"), "-D", str(self._data), f"--pwfile={password}", *options)
+
+    def _make_folder(self) -> None:
+        """Make the folder for the data, where the server's user can use it."""
         user = self._user()
         if user is not None:
             if self._temporary:
@@ -314,14 +323,35 @@ class PostgreSQL(NativeServer):
             if self.bin_dir != self._installed_bin_dir:
                 _copy_wheel(self._installed_bin_dir.parent, self.bin_dir.parent)
         self._data.mkdir(mode=0o700, exist_ok=True)
-        password = self.directory / "password"
-        password.write_text("postgres\n")
+        self._give_away(self._data)
+
+    def _give_away(self, path: Path) -> None:
+        user = self._user()
         if user is not None:
             account = pwd.getpwnam(user)
-            os.chown(self._data, account.pw_uid, account.pw_gid)
-            os.chown(password, account.pw_uid, account.pw_gid)
-        options = ["--encoding=UTF8", "--locale=C.UTF-8", "--auth=scram-sha-256", "--username=postgres", "--no-sync"]
-        self._run(str(self.bin_dir / "initdb"), "-D", str(self._data), f"--pwfile={password}", *options)
+            os.chown(path, account.pw_uid, account.pw_gid)
+
+    def copy(self, other: PostgreSQL, *, standby: bool = False) -> None:
+        """Take over the data of a server that runs (pg_basebackup), in place of its own. Call it while this one is not.
+
+        Started, it is what was restored from that backup, on a timeline of its own; or, with `standby`, a replica that
+        follows the other one until `promote`.
+        """
+        assert not self.alive, "it would write to what is replaced"
+        shutil.rmtree(self._data, ignore_errors=True)
+        self._make_folder()
+        program, follow = str(self.bin_dir / "pg_basebackup"), ["-R"] if standby else []
+        self._run(program, "-d", other.url, "-D", str(self._data), "-c", "fast", *follow)
+        if not standby:  # with it the server restores, and without what is to come after: it ends with the backup
+            signal_file = self._data / "recovery.signal"
+            signal_file.touch()
+            self._give_away(signal_file)
+            self.settings.setdefault("restore_command", "false")
+
+    def promote(self) -> None:
+        """Make a replica that runs a server of its own, and return when it can be written to."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("SELECT pg_promote(true, %s)", [int(START_TIMEOUT_S)])
 
     def _run(self, *command: str) -> None:
         process = ServerProcess(command, log=self.log, cwd=self.directory, env=self._environment(), user=self._user())

@@ -428,11 +428,14 @@ def _slot_problems(facts: Facts, spec: PipelineSpec, *, running: bool, fresh: bo
     if slot.database != facts.database_name:
         return [Problem("source", f"slot {spec.slot} exists already and belongs to database {slot.database}", rename)]
     if slot.wal_status == "lost":
+        by_itself = spec.source.on_lost_log == "new_epoch" and not fresh
+        what = "the next start" if by_itself else f"type: {new_slot_command(spec)}, which"
         return [
             Problem(
                 "source",
                 f"slot {spec.slot} is invalidated: the source has removed WAL that this pipeline had not read",
-                f"type: {new_slot_command(spec)}, which makes a new one and loads the tables again",
+                f"{what} makes a new one and loads the tables again",
+                fatal=not by_itself,
             )
         ]
     if slot.active and not running:

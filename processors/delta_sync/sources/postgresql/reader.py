@@ -38,6 +38,7 @@ ROWS_AT_ONCE = 4  # of a table with long values: what may be in memory beyond th
 KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
 LOCK_NOTICE_AGE_S = 1.0
 FLUSHING_MESSAGES = 170000
+TIMELINE_DIGITS = 8  # hexadecimal, at the beginning of the name of a file of the log
 TERMINATION_MS = 10_000  # a backend ends within milliseconds, unless it is stuck; until then its slot is in use
 
 
@@ -173,6 +174,10 @@ class PostgresReader(SourceReader):
         """Return the position at which the next record of the log will be written."""
         return parse_lsn(self._value("SELECT pg_current_wal_insert_lsn()::text"))
 
+    def durable_end(self) -> int:
+        """Return the position up to which the log is on disk: a crash takes nothing below, and no slot is beyond."""
+        return parse_lsn(self._value("SELECT pg_current_wal_flush_lsn()::text"))
+
     def heartbeat(self, prefix: str) -> int:
         """Write a logical message and return its position: the log carries it with exactly this `lsn`.
 
@@ -206,14 +211,19 @@ class PostgresReader(SourceReader):
         return sample_of(parse_lsn(lsn), (xid for (xid,) in running), xmax)
 
     def identity(self) -> SourceIdentity:
-        """Return which history of positions the source is in."""
+        """Return which history of positions the source is in. Raises SourceBusy on a replica that is not promoted yet.
+
+        The timeline is that of the log which is written now. pg_control_checkpoint() has that of the last checkpoint,
+        which after a promotion is the old one for minutes.
+        """
         with self._connected() as connection:
-            row = _row(
+            identifier, file = _row(
                 connection.execute(
-                    "SELECT system_identifier::text, timeline_id FROM pg_control_system(), pg_control_checkpoint()"
+                    "SELECT system_identifier::text, pg_walfile_name(pg_current_wal_insert_lsn())"
+                    " FROM pg_control_system()"
                 )
             )
-        return SourceIdentity(*row)
+        return SourceIdentity(identifier, int(file[:TIMELINE_DIGITS], 16))
 
     def blockers(self) -> list[Blocker]:
         """Return the transactions with an id that are open for a while, oldest first: claims wait for their end."""
@@ -398,7 +408,7 @@ class Slot(CapturePosition):
         if slot is None:
             return None
         lost = f"the source removed log that {self.name} still needed" if slot.wal_status == "lost" else None
-        return Confirmed(slot.confirmed_lsn, lost, slot.confirmed_lsn or 0)
+        return Confirmed(slot.confirmed_lsn, lost, slot.confirmed_lsn or 0, overtaken=lost is not None)
 
     def create(self) -> int:
         """Create the slot; waits for every transaction that is running now."""
