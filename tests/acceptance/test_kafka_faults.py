@@ -89,6 +89,8 @@ def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster,
     stage.in_step(standby, again, workers[1], third)
     assert writer.transactions > 100
     assert stage.pipeline.dead_letters() == []
+    rises = [rise for one in (leader, standby, again) for rise in one.events("epoch_rises")]
+    assert rises == [], "the slot was moved by nobody but the connectors"
     for run in (third, workers[1], again, standby):
         assert run.stop() == 0, run.tail()
 

@@ -70,6 +70,13 @@ class Delivered:
 
     def __call__(self, epoch: int) -> int | None:
         """Return the highest position that was ever to be confirmed; 0 when nothing of the epoch was delivered."""
+        try:
+            return self._highest(epoch)
+        except (_errors.TopicAuthorizationFailedError, SchemaUnknown, SchemaUnfit) as error:
+            log.warning("slot_not_compared", reason=redact(str(error) or type(error).__name__))
+            return None
+
+    def _highest(self, epoch: int) -> int | None:
         with self._consumer() as consumer:
             partitions = [
                 _kafka.TopicPartition(topic, number)
@@ -81,15 +88,14 @@ class Delivered:
                 return None  # a heartbeat comes every second: the connector was away for longer than records are kept
             wanted = {one: max(beginnings[one], ends[one] - LAST_RECORDS) for one in partitions}
             wanted = {one: start for one, start in wanted.items() if start < ends[one]}
-            try:
-                return max(
-                    (confirmable(self._source_of(record.value)) for record in self._records(consumer, wanted, ends)
-                     if record.value is not None and _epoch_of(record.headers) == epoch),
-                    default=0,
-                )  # fmt: skip
-            except (SchemaUnknown, SchemaUnfit) as error:
-                log.warning("slot_not_compared", reason=redact(str(error)))
-                return None
+            return max(
+                (
+                    confirmable(self._source_of(record.value))
+                    for record in self._records(consumer, wanted, ends)
+                    if record.value is not None and _epoch_of(record.headers) == epoch
+                ),
+                default=0,
+            )
 
     def _records(self, consumer: Any, starts: dict[Any, int], ends: dict[Any, int]) -> Generator[Any]:
         """Yield the records from these positions to the ends."""
@@ -124,12 +130,19 @@ class Delivered:
         options = settings.resolved(settings.kafka_python(self._kafka))
         try:
             consumer = _kafka.KafkaConsumer(
-                **options, group_id=None, enable_auto_commit=False, auto_offset_reset="none", check_crcs=False
+                **options,
+                group_id=None,
+                enable_auto_commit=False,
+                auto_offset_reset="none",
+                allow_auto_create_topics=False,
+                check_crcs=False,
             )
             try:
                 yield consumer
             finally:
                 consumer.close()
+        except _errors.TopicAuthorizationFailedError:
+            raise
         except _errors.KafkaError as error:
             raise KafkaBusy(f"Kafka does not answer: {redact(str(error) or type(error).__name__)}.") from error
 
