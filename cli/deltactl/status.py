@@ -120,6 +120,9 @@ def as_text(found: Mapping[str, Any]) -> str:
         rate = f" ({rates['changes_per_s']:.0f}/s)" if "changes_per_s" in rates else ""
         lines.append(("changes", f"{totals.get('changes', 0):,}{rate}"))
         lines.append(("writes", f"{totals.get('writes', 0):,}"))
+    if totals.get("positions_expired"):
+        gaps = totals["positions_expired"]
+        lines.append(("expired", f"records of {gaps:,} partition{'s' * (gaps != 1)}; their tables are loaded again"))
     hint = f" (see: deltactl dead list {found['pipeline']})" if found["dead_letters"] else ""
     lines.append(("dead letters", f"{found['dead_letters']:,}{hint}"))
     sinks: Mapping[str, Mapping[str, Any]] = found.get("sinks") or {}
@@ -145,6 +148,8 @@ def _load(load: Mapping[str, Any]) -> str:
     if estimate and load.get("state") != "done":
         # The estimate is the planner's: a load may well find more rows than that.
         text += f" of about {estimate:,} ({min(99, 100 * rows // estimate)} %)"
+    if load.get("reason") and load.get("state") != "done":
+        text += f": {load['reason']}"
     return text
 
 

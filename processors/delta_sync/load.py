@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from delta_sync.changes import Change, Key
-from delta_sync.errors import LeaseLost, Transient
+from delta_sync.errors import LeaseLost, LoadOverruled, Transient
 from delta_sync.leases import LeaseKeeper
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.reader import Chunk, Sample, Samples, Snapshot, SourceReader
@@ -157,6 +157,8 @@ class Loader(threading.Thread):
                     self._progress.waits("load", None)
                 except LeaseLost as error:
                     log.info("load_left", reason=str(error))  # another goes on where the last chunk was saved
+                except LoadOverruled as error:
+                    log.info("load_overruled", reason=str(error))
                 except Transient as error:
                     log.warning("load_waits", reason=str(error))
                     self._progress.waits("load", str(error))
@@ -174,7 +176,7 @@ class Loader(threading.Thread):
         return self._lease is not None
 
     def _save(self, load: TableLoad) -> None:
-        """Save how far a load is. Raises LeaseLost when another process loads by now."""
+        """Save how far a load is. Raises LeaseLost when another process loads by now, LoadOverruled to begin anew."""
         self._state.save_load(self._pipeline, load, self._lease)
 
     def _load_next(self) -> bool:
@@ -215,7 +217,7 @@ class Loader(threading.Thread):
             epoch=self._epoch,
             fingerprint=self._fingerprint(name),
         )
-        self._save(load)
+        load = self._state.begin_load(self._pipeline, load, self._lease)
         self._show(load)
         return load
 

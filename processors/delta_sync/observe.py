@@ -38,6 +38,11 @@ class ProgressCollector(Collector):
             ("delta_dead_letters", "Changes kept as dead letters.", progress.dead_letters),
             ("delta_reread_rows", "Rows read by key because an event lacked a value.", progress.reread_rows),
             ("delta_capture_restarts", "Starts of the capture after it ended.", progress.capture_restarts),
+            (
+                "delta_positions_expired",
+                "Partitions of which records were gone before they were read; their tables are loaded again.",
+                progress.positions_expired,
+            ),
         ):
             counter = CounterMetricFamily(name, help_text, labels=["pipeline"])
             counter.add_metric([pipeline], value)

@@ -80,6 +80,7 @@ class Progress:
         self.dead_letters = 0
         self.reread_rows = 0  # rows read by key, because an event lacked a value
         self.capture_restarts = 0
+        self.positions_expired = 0  # partitions of which records were gone before they were read
         self.loads: dict[str, dict[str, Any]] = {}
         self._waits: dict[str, str] = {}
         self._ended: tuple[State, str] | None = None
@@ -146,6 +147,7 @@ class Progress:
                 "dead_letters": self.dead_letters,
                 "reread_rows": self.reread_rows,
                 "capture_restarts": self.capture_restarts,
+                "positions_expired": self.positions_expired,
             },
             "sinks": {
                 name: {

@@ -81,6 +81,7 @@ LOADS = sa.Table(
     sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("started_at", Instant),
     sa.Column("finished_at", Instant),
+    sa.Column("revision", sa.Integer, nullable=False, server_default="0"),  # rises whenever it begins anew
     sa.PrimaryKeyConstraint("pipeline", "table_name", name="pk_delta_load"),
     **_OPTIONS,
 )

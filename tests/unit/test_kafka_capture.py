@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection, Mapping
 import pytest
 
 from delta_sync.capture import Batch
+from delta_sync.errors import StateBusy
 from delta_sync.kafka import capture as module
 from delta_sync.kafka.capture import KafkaCapture
-from delta_sync.kafka.consumer import KafkaBusy, Partition, Records
+from delta_sync.kafka.consumer import KafkaBusy, Partition, PositionsExpired, Records
 
 TOPIC = "delta_movies.public.movie"
+BEGINNING = 50  # of every partition, once a group is rewound
 P0, P1 = Partition(TOPIC, 0), Partition(TOPIC, 1)
 
 
@@ -25,6 +27,7 @@ class Group:
         self.mine: set[Partition] = set()
         self.paused = self.closed = False
         self.woken = 0
+        self.rewound: list[dict[Partition, int]] = []
 
     def subscribe(
         self,
@@ -63,6 +66,10 @@ class Group:
         self.commits.append({partition: at for partition, at in positions.items() if partition in self.mine})
         self.committed.update(self.commits[-1])
 
+    def rewind(self, partitions: Collection[Partition]) -> dict[Partition, int]:
+        self.rewound.append(dict.fromkeys((at for at in partitions if at in self.mine), BEGINNING))
+        return self.rewound[-1]
+
     def pause(self) -> None:
         self.paused = True
 
@@ -84,12 +91,19 @@ class Bench:
         self.now = 100.0
         self.groups: list[Group] = []
         self.waits: list[str | None] = []
-        self.capture = KafkaCapture(self._open, [TOPIC], self.waits.append, lambda: self.now)
+        self.expired: list[tuple[list[Partition], dict[Partition, int]]] = []  # and what was committed at that moment
+        self.failing: Exception | None = None
+        self.capture = KafkaCapture(self._open, [TOPIC], self.waits.append, self._note_expired, lambda: self.now)
         self.capture.start()
 
     def _open(self) -> Group:
         self.groups.append(Group())
         return self.groups[-1]
+
+    def _note_expired(self, partitions: Collection[Partition]) -> None:
+        if self.failing is not None:
+            raise self.failing
+        self.expired.append((sorted(partitions), dict(self.group.committed)))
 
     @property
     def group(self) -> Group:
@@ -241,3 +255,57 @@ def test_a_new_start_begins_behind_what_was_committed(bench: Bench) -> None:
     bench.capture.confirm(new)
     bench.poll()
     assert bench.group.committed == {P0: 5}
+
+
+# ── positions that have expired ──────────────────────────────────────────────────────────────────────────────────
+
+
+def expired(*positions: tuple[Partition, int | None]) -> PositionsExpired:
+    return PositionsExpired("records were gone", dict(positions))
+
+
+def test_a_gap_is_recorded_before_the_position_behind_it_is_committed(bench: Bench) -> None:
+    assert bench.poll(expired((P0, 10))) is None
+    assert bench.expired == [([P0], {})]
+    assert bench.group.committed == {P0: BEGINNING}
+    bench.capture.confirm(bench.batch([records(P0, 60)]))
+    bench.poll()
+    assert bench.group.committed == {P0: 60}
+
+
+def test_what_cannot_be_recorded_is_not_committed(bench: Bench) -> None:
+    bench.failing = StateBusy("the state store does not answer")
+    with pytest.raises(StateBusy):
+        bench.poll(expired((P0, 10)))
+    assert bench.group.committed == {}
+    assert bench.group.rewound == []
+
+
+def test_what_lies_before_the_gap_is_not_committed_any_more(bench: Bench) -> None:
+    """In a topic that was made anew, it could lie beyond records that were never read."""
+    bench.capture.confirm(bench.batch([records(P1, 6)]))
+    bench.poll()
+    confirmed = bench.batch([records(P0, 100), records(P1, 7)])
+    flying = bench.batch([records(P0, 200), records(P1, 8)])
+    bench.capture.confirm(confirmed)
+    bench.now -= 3.0  # no commit is due
+    bench.poll(expired((P0, 200)))
+    bench.now += 3.0
+    bench.capture.confirm(flying)
+    bench.poll()
+    assert bench.group.committed == {P0: BEGINNING, P1: 8}
+    assert all(commit.get(P0) in (None, BEGINNING) for commit in bench.group.commits)
+
+
+def test_records_behind_a_gap_are_of_another_generation(bench: Bench) -> None:
+    """They may be delivered once more."""
+    before = bench.batch([records(P0, 5)])
+    bench.poll(expired((P0, 5)))
+    assert bench.batch([records(P0, 60)]).generation > before.generation
+
+
+def test_a_gap_in_a_partition_that_is_anothers_by_now(bench: Bench) -> None:
+    bench.group.mine.discard(P0)
+    bench.poll(expired((P0, 10), (P1, None)))
+    assert bench.group.committed == {P1: BEGINNING}
+    assert bench.expired == [([P0, P1], {})]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import structlog
 
 from delta_sync.capture import Batch
-from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, Records
+from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, PositionsExpired, Records
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -37,7 +37,9 @@ class Delivered(NamedTuple):
 class KafkaCapture:
     """Delivers the records of some topics. `payload` of its batches is a list of `Records`.
 
-    `open_group` makes a new member; `waits` is told what it waits for, and None when it no longer does.
+    `open_group` makes a new member; `waits` is told what it waits for, and None when it no longer does. `expired` is
+    called with partitions of which records were gone before they were read. It has to record what will mend that: once
+    it has returned, the positions behind the gap are committed.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class KafkaCapture:
         open_group: Callable[[], ConsumerGroup],
         topics: Collection[str],
         waits: Callable[[str | None], None] = lambda _: None,
+        expired: Callable[[Collection[Partition]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_group = open_group
         self._topics = topics
         self._waits = waits
+        self._expired = expired
         self._clock = clock
         self._group: ConsumerGroup | None = None
         self._generation = 0  # rises with every loss of partitions, too: their records are delivered again
@@ -97,7 +101,11 @@ class KafkaCapture:
             self._commit_now_and_then()
             if self._hold_back(group, timeout_s):
                 return None
-            records = group.poll(timeout_s)
+            try:
+                records = group.poll(timeout_s)
+            except PositionsExpired as error:
+                self._go_on_behind_the_gap(group, error)
+                return None
         except KafkaBusy as error:
             if not self._busy:
                 log.warning("kafka_busy", reason=str(error))
@@ -167,6 +175,29 @@ class KafkaCapture:
         self._generation += 1
         log.info("partitions_revoked", partitions=_texts(partitions), left=len(self._assignments))
 
+    def _go_on_behind_the_gap(self, group: ConsumerGroup, error: PositionsExpired) -> None:
+        """Go on with what is there. In this order, so that whoever is killed in between finds the gap once more.
+
+        What is still in flight of these partitions must not be committed any more: it lies before the gap, or in a
+        topic that is no longer there, whose positions could be beyond records of the new one.
+        """
+        self._expired(error.positions)
+        self._settle()
+        for partition in error.positions:
+            self._committable.pop(partition, None)
+            if partition in self._assignments:
+                self._assigned_ever += 1
+                self._assignments[partition] = self._assigned_ever
+        self._generation += 1
+        positions = group.rewind(error.positions)
+        group.commit(positions)
+        log.warning(
+            "positions_expired",
+            positions={_text(partition): offset for partition, offset in sorted(error.positions.items())},
+            goes_on_at={_text(partition): offset for partition, offset in sorted(positions.items())},
+            reason=str(error),
+        )
+
     # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _settle(self) -> None:
@@ -214,5 +245,9 @@ class KafkaCapture:
         return many >= IN_FLIGHT_BATCHES or (many > 1 and size_bytes > IN_FLIGHT_BYTES)
 
 
+def _text(partition: Partition) -> str:
+    return f"{partition.topic}[{partition.number}]"
+
+
 def _texts(partitions: Collection[Partition]) -> list[str]:
-    return [f"{topic}[{number}]" for topic, number in sorted(partitions)]
+    return [_text(partition) for partition in sorted(partitions)]
