@@ -147,6 +147,7 @@ class Loader(threading.Thread):
                 try:
                     if not self._may_load():
                         self._reloads.clear()  # whoever loads sees for itself that a table's columns are others
+                        self._progress.loads = {}  # and shows how far they are
                         self._stopping.wait(LOOK_S)
                     elif not self._load_next():
                         with self._wake:

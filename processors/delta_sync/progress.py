@@ -10,6 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from delta_sync.applying import SinkNumbers
+from delta_sync.measures import (
+    BATCH_BOUNDS,
+    LATENCY_BOUNDS_S,
+    STAGE_BOUNDS_S,
+    STAGES,
+    Histogram,
+    PartitionLag,
+    Stage,
+)
 
 State = Literal["starting", "loading", "streaming", "waiting", "stopped", "failed"]
 READY: frozenset[str] = frozenset({"loading", "streaming"})
@@ -82,6 +91,10 @@ class Progress:
         self.capture_restarts = 0
         self.positions_expired = 0  # partitions of which records were gone before they were read
         self.loads: dict[str, dict[str, Any]] = {}
+        self.stages: Mapping[Stage, Histogram] = {stage: Histogram(STAGE_BOUNDS_S) for stage in STAGES}  # apply: sinks'
+        self.batch_changes = Histogram(BATCH_BOUNDS)
+        self.latency = Histogram(LATENCY_BOUNDS_S)  # each batch counts its changes by its oldest one
+        self.partition_lags: Mapping[tuple[str, int], PartitionLag] = {}  # of this process, by topic and number
         self._waits: dict[str, str] = {}
         self._ended: tuple[State, str] | None = None
         self._seen: State = "starting"
@@ -114,6 +127,11 @@ class Progress:
         loading = [table for table, load in self.loads.items() if load["state"] != "done"]
         return ("loading", f"{', '.join(loading)}") if loading else ("streaming", None)
 
+    def lag_s(self) -> float | None:
+        """How long a change takes into the sinks; with Kafka, how long it has been there before it is in the sinks."""
+        known = [lag.seconds for lag in self.partition_lags.values() if lag.seconds is not None]
+        return max(known) if known else self.position.lag_s()
+
     def lag_bytes(self) -> int | None:
         """How much log lies between its end and what is in the sinks."""
         passed = self.position.passed_lsn
@@ -130,7 +148,7 @@ class Progress:
             self._history.popleft()
         then, events_then, applied_then = self._history[0]
         elapsed_s = max(now - then, 1e-9)
-        lag_s = self.position.lag_s()
+        lag_s = self.lag_s()
         state, reason = self.state()
         if state != self._seen:
             self._seen, self._since = state, _now()
@@ -162,6 +180,13 @@ class Progress:
                 for name, numbers in self.sinks.items()
             },
             "loads": {table: dict(load) for table, load in self.loads.items()},
+            "partition_lags": {
+                f"{topic}[{number}]": {
+                    "records": lag.records,
+                    "seconds": round(lag.seconds, 3) if lag.seconds is not None else None,
+                }
+                for (topic, number), lag in sorted(self.partition_lags.items())
+            },
             "pid": os.getpid(),
             "at": _now(),
         }
@@ -182,7 +207,7 @@ class News:
         totals = {"changes": progress.events, "writes": progress.writes, "dead_letters": progress.dead_letters}
         happened: list[tuple[str, bool, dict[str, Any]]] = [
             ("loading", bool(loading), {"tables": loading}),
-            ("streaming", progress.position.passed_lsn > 0, {"lag_s": progress.position.lag_s()}),
+            ("streaming", progress.position.passed_lsn > 0, {"lag_s": progress.lag_s()}),
             ("stopped", ended in ("stopped", "failed"), {"state": ended, **totals}),
         ]
         new = [(name, fields) for name, has, fields in happened if has and name not in self._told]

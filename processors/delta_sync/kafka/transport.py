@@ -19,6 +19,7 @@ from delta_sync.kafka.names import group_id, topic_name
 from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.progress import GroupProgress
 from delta_sync.kafka.registry import SchemaRegistry
+from delta_sync.leases import LeaseKeeper
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
@@ -35,6 +36,8 @@ from delta_sync.watch import ANSWER_S
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 POSITIONS_EXPIRED = "positions expired"  # why a table is loaded again
+LOAD_LEASE = "load"
+LOAD_LEASE_S = 10.0  # so long a load stands still when its worker was killed; a slow state store must not cost it
 
 
 class KafkaTransport(Transport):
@@ -78,15 +81,12 @@ class KafkaTransport(Transport):
         self._epoch = source.epoch
         self._tables = tables
 
-        def waits(reason: str | None) -> None:
-            progress.waits("kafka", reason)
-
         session_s = self._kafka.session_timeout
         timeouts = settings.DEFAULT_TIMEOUTS._replace(session_s=session_s, heartbeat_s=min(3.0, session_s / 3))
         self._capture = KafkaCapture(
             lambda: open_group(self._kafka, group_id(self._spec.name), timeouts),
             self._topics,
-            waits,
+            progress,
             lambda partitions: self._load_again(partitions, progress),
         )
         return self._capture
@@ -147,6 +147,10 @@ class KafkaTransport(Transport):
                 stopping=stopping,
             )
         ]
+
+    def load_lease(self, state: StateStore) -> LeaseKeeper:
+        """Return who keeps the lease of the one worker that loads."""
+        return LeaseKeeper(state, self._spec.name, LOAD_LEASE, self._member, LOAD_LEASE_S)
 
     def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
         """Save it as this member's."""
