@@ -94,9 +94,12 @@ class Sidecar:
                 with keeper:
                     while not self._stopping.is_set():
                         lease = keeper.wait(LOOK_S)
-                        self._save_status(state, "leading" if lease else "standing by")
+                        self.progress.standby = lease is None
+                        self._save_status(state, "leading" if lease else "standby")
                         if lease is None:
                             continue
+                        # What it passed when it led before says nothing of the connector that it starts now.
+                        self.position = self.progress.position = LogPosition(self._clock)
                         log.info("leading", member=self._member, token=lease.token)
                         try:
                             self._lead(keeper, lease, pipeline, sinks, state)
@@ -259,5 +262,7 @@ class Sidecar:
         document: dict[str, Any] = {**self.progress.document(), "role": "sidecar", "sidecar": role}
         try:
             state.save_member(self._spec.name, self._member, document)
+            self.progress.waits("state store", None)
         except Transient as error:
+            self.progress.waits("state store", redact(str(error)))  # without it nobody takes over
             log.warning("status_not_saved", reason=redact(str(error)))

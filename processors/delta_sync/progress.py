@@ -20,8 +20,8 @@ from delta_sync.measures import (
     Stage,
 )
 
-State = Literal["starting", "loading", "streaming", "waiting", "stopped", "failed"]
-READY: frozenset[str] = frozenset({"loading", "streaming"})
+State = Literal["starting", "standby", "loading", "streaming", "waiting", "stopped", "failed"]
+READY: frozenset[str] = frozenset({"standby", "loading", "streaming"})  # it does, or could at once, what it is for
 RATE_WINDOW_S = 5.0  # long enough to be calm, short enough to show what happens now
 
 
@@ -95,6 +95,7 @@ class Progress:
         self.batch_changes = Histogram(BATCH_BOUNDS)
         self.latency = Histogram(LATENCY_BOUNDS_S)  # each batch counts its changes by its oldest one
         self.partition_lags: Mapping[tuple[str, int], PartitionLag] = {}  # of this process, by topic and number
+        self.standby = False  # another process leads, and this one could take over
         self._waits: dict[str, str] = {}
         self._ended: tuple[State, str] | None = None
         self._seen: State = "starting"
@@ -122,6 +123,8 @@ class Progress:
             # An error's message may begin with whose it is.
             parts = (f"{who}: {reason.removeprefix(f'{who}: ')}" for who, reason in waits.items())
             return "waiting", "; ".join(parts)
+        if self.standby:
+            return "standby", None
         if not self.position.passed_lsn:
             return "starting", None
         loading = [table for table, load in self.loads.items() if load["state"] != "done"]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from kafka import TopicPartition
+from prometheus_client.parser import text_string_to_metric_families
 
 from acceptance.harness import SHAPES, Shop
 from acceptance.kafka_harness import KafkaStage, kafka_stage
 from delta_sync.kafka.names import topic_name
 from delta_sync.testing.kafka import Kafka, admin_client
-from delta_sync.testing.processes import wait_until
+from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import PostgreSQL, Redis
 
@@ -47,6 +49,17 @@ def write(shop: Shop, text: str) -> None:
                     shop.insert(connection, shape, number, text)
 
 
+def metrics(port: int) -> dict[str, float]:
+    """Return a worker's metrics, summed over sinks, by name and stage; and of how many partitions it tells the lag."""
+    found: dict[str, float] = defaultdict(float)
+    text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[" ".join(filter(None, (sample.name, sample.labels.get("stage"))))] += sample.value
+            found["partitions"] += sample.name == "delta_partition_lag_records"
+    return found
+
+
 def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) -> None:
     sidecar, worker = stage.start("sidecar"), stage.start("worker")
     stage.in_step(sidecar, worker)
@@ -56,10 +69,13 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     wait_until(lambda: bool(second.events("partitions_assigned")), 60.0, f"partitions for the second; {second.tail()}")
     write(stage.shop, "while two run")
     stage.in_step(sidecar, worker, second)
-    status = json.loads(stage.pipeline.deltactl("status", stage.pipeline.name, "--json").stdout)
+    status = stage.status()
     assert status["state"] == "streaming", status
-    assert [member["state"] for member in status["members"]] == ["leading", "streaming", "streaming"]
+    assert [member["state"] for member in status["members"]] == 3 * ["streaming"]
+    assert [member["leads"] for member in status["members"]] == [True, False, False]
     assert all(member["partitions"] for member in status["members"][1:])
+    assert len(status["partitions"]) == 4 * 6
+    wait_until(lambda: stage.status()["lag_records"] == 0, 60.0, f"no lag; {stage.status()['partitions']}")
     loading = [run for run in (worker, second) if run.events("lease_taken")]
     assert loading == [worker]  # one of them, and it has finished
     worker.kill()
@@ -76,19 +92,26 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     ends = stage.pipeline.offsets.ends()
     with admin_client(kafka.url) as admin:
         admin.delete_records({TopicPartition(*at): end for at, end in ends.items() if at.topic in topics})
-    third = stage.start("worker")
+    port = free_port()
+    third = stage.start("worker", "--port", str(port))
     stage.in_step(sidecar, third)
     loads = stage.pipeline.loads()
     assert {loads[table].reason for table in expiring} == {"positions expired"}
     assert loads[kept].reason == "first load"
     gaps = [place for event in third.events("positions_expired") for place in event["positions"]]
     assert {place.partition("[")[0] for place in gaps} == topics
-    status = json.loads(stage.pipeline.deltactl("status", stage.pipeline.name, "--json").stdout)
+    status = stage.status()
     assert status["totals"]["positions_expired"] >= len(expiring), status
     marked = len(third.events("tables_loaded_again"))
     write(stage.shop, "after that")
     stage.in_step(sidecar, third)
     assert len(third.events("tables_loaded_again")) == marked
+    measured = metrics(port)
+    assert measured["partitions"] == 4 * 6
+    for kind in ("poll", "decode", "process", "apply", "commit"):
+        assert measured[f"delta_kindseconds_count {kind}"] > 0, measured
+    assert measured["delta_latency_seconds_count"] == measured["delta_changes_total"] > 0
+    assert measured["delta_positions_expired_total"] == len(gaps)
     assert third.stop() == 0
     assert sidecar.stop() == 0
     assert stage.pipeline.dead_letters() == []
