@@ -185,7 +185,9 @@ class Sidecar:
         while not self._stopping.is_set():
             now = self._clock()
             if alive_since is not None and not self._server.alive:
-                log.warning("connector_died", reason=self._server.last_words())
+                why = self._server.last_words()
+                log.warning("connector_died", reason=why)
+                self.progress.waits("connector", redact(why))
                 self.progress.capture_restarts += 1
                 failures = 0 if confirmed_at is not None and confirmed_at > alive_since else failures + 1
                 alive_since, ended_at = None, now
@@ -196,7 +198,8 @@ class Sidecar:
                 found = place.look()
                 if found is not None and found.position is not None and found.beat > beat:
                     beat, confirmed_at = found.beat, now
-                    self.position.advance(found.position)
+                    if alive_since is not None:  # else it was another's doing
+                        self.position.advance(found.position)
             except Transient as error:
                 self.progress.waits("source", redact(str(error)))
             held = keeper.holds(lease)
@@ -218,7 +221,9 @@ class Sidecar:
                 case supervision.Kill(why):
                     log.warning("connector_killed", reason=why)
                     self._server.kill()
-                case supervision.Wait() | supervision.Run():
+                case supervision.Wait():
+                    pass
+                case supervision.Run():
                     self.progress.waits("connector", None)
             self._server.bound_log()
             self._save_status(state, "leading")
