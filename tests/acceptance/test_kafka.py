@@ -109,7 +109,7 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     measured = metrics(port)
     assert measured["partitions"] == 4 * 6
     for kind in ("poll", "decode", "process", "apply", "commit"):
-        assert measured[f"delta_kindseconds_count {kind}"] > 0, measured
+        assert measured[f"delta_stage_seconds_count {kind}"] > 0, measured
     assert measured["delta_latency_seconds_count"] == measured["delta_changes_total"] > 0
     assert measured["delta_positions_expired_total"] == len(gaps)
     assert third.stop() == 0
