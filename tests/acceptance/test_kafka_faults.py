@@ -37,10 +37,17 @@ def stage(
         yield made
 
 
-def ready(port: int) -> tuple[int, str]:
-    """Return what a process answers who asks whether it is ready."""
-    reply = requests.get(f"http://127.0.0.1:{port}/readyz", timeout=60)
-    return reply.status_code, reply.text.strip()
+def wait_until_ready(run: Run, port: int, state: str) -> None:
+    """Wait until a process says that it is ready, in this state."""
+
+    def ready() -> bool:
+        try:
+            reply = requests.get(f"http://127.0.0.1:{port}/readyz", timeout=60)
+        except requests.ConnectionError:  # it starts
+            return False
+        return (reply.status_code, reply.text.strip()) == (200, state)
+
+    wait_until(ready, 90.0, f"{state}; {run.tail()}")
 
 
 def leading(*sidecars: Run) -> tuple[Run, Run]:
@@ -60,9 +67,9 @@ def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster,
     writer = stage.writing(ROWS, SEED)
     leader, standby = leading(*sidecars)
     assert not standby.events("connector_started")  # one of the two
-    assert ready(ports[standby]) == (200, "standby")
+    wait_until_ready(standby, ports[standby], "standby")
     stage.comes_through("at first", *sidecars, *workers)
-    assert ready(ports[leader]) == (200, "streaming")
+    wait_until_ready(leader, ports[leader], "streaming")
 
     with admin_client(kafka_cluster.url) as admin:
         (topic,) = admin.describe_topics([topic_name(stage.pipeline.name, stage.pipeline.tables[0])])
@@ -85,7 +92,7 @@ def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster,
     print(f"leader killed: {stage.comes_through('after the leader was killed', standby, *workers):.1f} s")
     again = stage.start("sidecar")
 
-    assert ready(ports[standby]) == (200, "streaming")
+    wait_until_ready(standby, ports[standby], "streaming")
     standby.freeze()  # it leads now; its connector goes on, and must not hold the slot
     print(f"leader frozen: {stage.comes_through('with a frozen leader', again, *workers):.1f} s")
     standby.thaw()
