@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import requests
 from kafka import TopicPartition
-from prometheus_client.parser import text_string_to_metric_families
 
-from acceptance.harness import SHAPES, Run, Shop
+from acceptance.harness import SHAPES, Run, Shop, metrics
 from acceptance.kafka_harness import KafkaStage, kafka_stage
 from delta_sync.kafka.names import topic_name
 from delta_sync.testing.kafka import Kafka, admin_client
@@ -52,17 +49,6 @@ def write(shop: Shop, text: str) -> None:
 def marked(worker: Run) -> set[str]:
     """Return the tables that a worker has had loaded again."""
     return {table for event in worker.events("tables_loaded_again") for table in event["tables"]}
-
-
-def metrics(port: int) -> dict[str, float]:
-    """Return a worker's metrics, summed over sinks, by name and stage; and of how many partitions it tells the lag."""
-    found: dict[str, float] = defaultdict(float)
-    text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            found[" ".join(filter(None, (sample.name, sample.labels.get("stage"))))] += sample.value
-            found["partitions"] += sample.name == "delta_partition_lag_records"
-    return found
 
 
 def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) -> None:
