@@ -30,7 +30,7 @@ from alembic.runtime.migration import MigrationContext
 
 from delta_sync import secrets
 from delta_sync.delta_event import encode_key
-from delta_sync.errors import LeaseLost, StaleStateStore, StateBusy
+from delta_sync.errors import LeaseLost, LoadOverruled, StaleStateStore, StateBusy
 from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad, identity_of
 from delta_sync.state_database import migration_lock
 from delta_sync.state_tables import METADATA, VERSION_TABLE
@@ -51,6 +51,10 @@ class Location(NamedTuple):
     url: str
     folder: Path
     raw_url: str
+
+
+def _ignored(_value: object) -> None:
+    pass
 
 
 def letter(number: int = 1, **changed: Any) -> DeadLetter:
@@ -243,6 +247,26 @@ class StateContract:
         store.save_load("movies", done)
         assert store.loads("movies") == {"public.movie": running, "public.person": done}
         assert store.loads("other") == {}
+
+    def test_a_load_that_was_overruled_says_nothing_more(self, store: StateStore) -> None:
+        """However it was: from outside, or because it is begun anew."""
+        running = TableLoad("a.b", "running", (7,), 7, 5, "f", "first load", 3, NOW)
+        store.save_load("movies", running)
+        store.save_load("movies", running._replace(table="a.c"))
+        store.load_again("movies", ["a.b", "never.there"], "positions expired")
+        pending = TableLoad("a.b", fingerprint="f", reason="positions expired", epoch=3, revision=1)
+        assert store.loads("movies") == {"a.b": pending, "a.c": running._replace(table="a.c")}
+        with pytest.raises(LoadOverruled, match=r"a\.b"):
+            store.save_load("movies", running._replace(state="done"))
+        assert store.loads("movies")["a.b"] == pending
+        store.load_again("movies", ["a.b"], "positions expired")  # it looks the same, and is another
+        with pytest.raises(LoadOverruled):
+            store.save_load("movies", pending._replace(state="running"))
+        begun = store.begin_load("movies", TableLoad("a.b", fingerprint="g", reason="its columns changed"))
+        assert begun == TableLoad("a.b", fingerprint="g", reason="its columns changed", revision=3)
+        assert store.loads("movies")["a.b"] == begun
+        store.save_load("movies", begun._replace(state="done"))
+        assert store.begin_load("movies", TableLoad("a.d")) == TableLoad("a.d")
 
     @pytest.mark.parametrize(
         "key",
@@ -514,6 +538,7 @@ class StateContract:
 
     WRITES: tuple[Callable[[StateStore, Lease], None], ...] = (
         lambda store, lease: store.save_load("movies", TableLoad("a.b", rows=2), lease),
+        lambda store, lease: _ignored(store.begin_load("movies", TableLoad("a.b", rows=2), lease)),
         lambda store, lease: store.forget_load("movies", "a.b", lease),
         lambda store, lease: store.save_pipeline(PipelineState("movies", 2, "2", 2), lease),
     )

@@ -195,8 +195,7 @@ def _container(spec: PipelineSpec, role: str, image: str, secrets: Sequence[Secr
         "ports": [{"name": "http", "containerPort": PORT}],
         "startupProbe": _probe("/healthz", FIRST_START_S // PROBE_PERIOD_S),
         "livenessProbe": _probe("/healthz", 3),
-        # A sidecar that stands by is never ready in the sense of /readyz, and yet as it should be.
-        "readinessProbe": _probe("/healthz" if role == "sidecar" else "/readyz", 3),
+        "readinessProbe": _probe("/readyz", 3),  # a sidecar that stands by is ready: it could take over
         "resources": _resources(role),
         "securityContext": {
             "allowPrivilegeEscalation": False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from delta_sync.state import TableLoad
@@ -51,6 +51,7 @@ def combined(
         for name, numbers in worker.status.get("sinks", {}).items():
             _add(sinks.setdefault(name, {}), numbers)
     statuses = [worker.status for worker in workers]
+    partitions = _partitions(workers)
     return {
         "pipeline": pipeline,
         "running": bool(workers or leads),
@@ -59,7 +60,9 @@ def combined(
         "age_s": None,
         "dead_letters": dead_letters,
         "lag_bytes": _most(status.get("lag_bytes") for status in statuses),
-        "lag_s": _most(status.get("lag_s") for status in statuses),
+        # Into Kafka, as the connector's heartbeats tell, and from there into the sinks.
+        "lag_s": _sum(_most(m.status.get("lag_s") for m in group) for group in (leads, workers)),
+        "lag_records": _sum(partition["records"] for partition in partitions),
         "rates": {"changes_per_s": sum(status.get("rates", {}).get("changes_per_s", 0.0) for status in statuses)},
         "totals": dict(totals),
         "sinks": sinks,
@@ -71,13 +74,27 @@ def combined(
                 "member": member.name,
                 "role": member.status.get("role"),
                 "state": _state_of(member),
+                "leads": member in leads,
                 "reason": member.status.get("reason"),
                 "partitions": member.status.get("partitions", []),
                 "age_s": round(member.age_s, 1),
             }
             for member in members
         ],
+        "partitions": partitions,
     }
+
+
+def _partitions(workers: Sequence[Member]) -> list[dict[str, Any]]:
+    """Return how far behind each partition is, and who has it: of two who say so, the one who said it last."""
+    found: dict[str, dict[str, Any]] = {}
+    for worker in sorted(workers, key=lambda worker: -worker.age_s):
+        lags = worker.status.get("partition_lags", {})
+        for name in worker.status.get("partitions", []):
+            lag = lags.get(name, {})
+            records, seconds = lag.get("records"), lag.get("seconds")
+            found[name] = {"partition": name, "member": worker.name, "records": records, "seconds": seconds}
+    return [found[name] for name in sorted(found)]
 
 
 def _state(
@@ -104,7 +121,7 @@ def _state_of(member: Member) -> str:
     state = str(member.status.get("state"))
     if not member.there:
         return state if state in ("stopped", "failed") else "gone"
-    return str(member.status["sidecar"]) if member.status.get("role") == "sidecar" else state
+    return state
 
 
 def _add(total: dict[str, Any], numbers: Mapping[str, Any]) -> None:
@@ -117,6 +134,10 @@ def _add(total: dict[str, Any], numbers: Mapping[str, Any]) -> None:
             total[name] = total.get(name) or value
 
 
-def _most(values: Any) -> Any:
+def _most(values: Iterable[Any]) -> Any:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _sum(values: Iterable[Any]) -> Any:
     known = [value for value in values if value is not None]
-    return max(known) if known else None
+    return round(sum(known), 3) if known else None

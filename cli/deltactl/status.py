@@ -6,7 +6,7 @@ import datetime as dt
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -22,6 +22,8 @@ from deltactl.members import combined, members_of
 WATCH_S = 1.0  # as often as the worker saves it
 STALE_S = 15.0  # a worker that has saved nothing for this long is stuck, or its machine is
 
+PARTITIONS_SHOWN = 12  # a screen has room for them; --json has all
+
 _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -31,7 +33,7 @@ _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 @shared_options
 @pass_app
 def status(app: App, name: str, watch: bool) -> None:
-    """Show what a pipeline does: state, lag, rates, sinks, loads, dead letters.
+    """Show what a pipeline does: state, lag, rates, sinks, loads, dead letters; on Kafka its processes and partitions.
 
     \b
     Example:
@@ -115,11 +117,15 @@ def as_text(found: Mapping[str, Any]) -> str:
     if found.get("lag_bytes") is not None or found.get("lag_s") is not None:
         parts = [_bytes(found["lag_bytes"])] if found.get("lag_bytes") is not None else []
         parts += [f"{found['lag_s']:.1f} s"] if found.get("lag_s") is not None else []
+        parts += [_records(found["lag_records"])] if found.get("lag_records") is not None else []
         lines.append(("lag", ", ".join(parts)))
     if totals:
         rate = f" ({rates['changes_per_s']:.0f}/s)" if "changes_per_s" in rates else ""
         lines.append(("changes", f"{totals.get('changes', 0):,}{rate}"))
         lines.append(("writes", f"{totals.get('writes', 0):,}"))
+    if totals.get("positions_expired"):
+        gaps = totals["positions_expired"]
+        lines.append(("expired", f"records of {gaps:,} partition{'s' * (gaps != 1)}; their tables are loaded again"))
     hint = f" (see: deltactl dead list {found['pipeline']})" if found["dead_letters"] else ""
     lines.append(("dead letters", f"{found['dead_letters']:,}{hint}"))
     sinks: Mapping[str, Mapping[str, Any]] = found.get("sinks") or {}
@@ -127,6 +133,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     loads: Mapping[str, Mapping[str, Any]] = found.get("loads") or {}
     lines += [(f"load {table}", _load(load)) for table, load in loads.items()]
     lines += [(f"{member['role']}", _member(member)) for member in found.get("members") or ()]
+    lines += [("partition", text) for text in _partitions(found.get("partitions") or ())]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
@@ -145,13 +152,31 @@ def _load(load: Mapping[str, Any]) -> str:
     if estimate and load.get("state") != "done":
         # The estimate is the planner's: a load may well find more rows than that.
         text += f" of about {estimate:,} ({min(99, 100 * rows // estimate)} %)"
+    if load.get("reason") and load.get("state") != "done":
+        text += f": {load['reason']}"
     return text
 
 
 def _member(member: Mapping[str, Any]) -> str:
     held = len(member["partitions"])
-    text = f"{member['member']}: {member['state']}" + (f", {held} partition{'s' * (held != 1)}" if held else "")
+    text = f"{member['member']}: " + ("leads, " if member.get("leads") else "") + str(member["state"])
+    text += f", {held} partition{'s' * (held != 1)}" if held else ""
     return text + (f": {member['reason']}" if member.get("reason") else "")
+
+
+def _partitions(partitions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each partition that is behind, the worst first; of many, only some."""
+    behind = sorted((some for some in partitions if some["records"]), key=lambda some: -int(some["records"]))
+    texts: list[str] = []
+    for some in behind[:PARTITIONS_SHOWN]:
+        since = f", {some['seconds']:.1f} s" if some["seconds"] is not None else ""
+        texts.append(f"{some['partition']}: {_records(some['records'])}{since}, at {some['member']}")
+    left = len(behind) - len(texts)
+    return [*texts, f"{left} more are behind: --json"] if left else texts
+
+
+def _records(count: int) -> str:
+    return f"{count:,} record{'s' * (count != 1)}"
 
 
 def _bytes(count: int) -> str:

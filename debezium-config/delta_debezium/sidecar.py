@@ -96,9 +96,12 @@ class Sidecar:
                 with keeper:
                     while not self._stopping.is_set():
                         lease = keeper.wait(LOOK_S)
-                        self._save_status(state, "leading" if lease else "standing by")
+                        self.progress.standby = lease is None
+                        self._save_status(state, "leading" if lease else "standby")
                         if lease is None:
                             continue
+                        # What it passed when it led before says nothing of the connector that it starts now.
+                        self.position = self.progress.position = LogPosition(self._clock)
                         log.info("leading", member=self._member, token=lease.token)
                         try:
                             self._lead(keeper, lease, pipeline, sinks, state)
@@ -205,7 +208,9 @@ class Sidecar:
                 raise failed[0]
             now = self._clock()
             if alive_since is not None and not self._server.alive:
-                log.warning("connector_died", reason=self._server.last_words())
+                why = self._server.last_words()
+                log.warning("connector_died", reason=why)
+                self.progress.waits("connector", redact(why))
                 self.progress.capture_restarts += 1
                 failures = 0 if confirmed_at is not None and confirmed_at > alive_since else failures + 1
                 alive_since, ended_at = None, now
@@ -216,7 +221,8 @@ class Sidecar:
                 found = reader.capture_position(self._spec).look()
                 if found is not None and found.position is not None and found.beat > beat:
                     beat, confirmed_at = found.beat, now
-                    self.position.advance(found.position)
+                    if alive_since is not None:  # else it was another's doing
+                        self.position.advance(found.position)
             except Transient as error:
                 self.progress.waits("source", redact(str(error)))
             held = keeper.holds(lease)
@@ -238,7 +244,9 @@ class Sidecar:
                 case supervision.Kill(why):
                     log.warning("connector_killed", reason=why)
                     self._server.kill()
-                case supervision.Wait() | supervision.Run():
+                case supervision.Wait():
+                    pass
+                case supervision.Run():
                     self.progress.waits("connector", None)
             self._server.bound_log()
             self._save_status(state, "leading")
@@ -288,5 +296,7 @@ class Sidecar:
         document: dict[str, Any] = {**self.progress.document(), "role": "sidecar", "sidecar": role}
         try:
             state.save_member(self._spec.name, self._member, document)
+            self.progress.waits("state store", None)
         except Transient as error:
+            self.progress.waits("state store", redact(str(error)))  # without it nobody takes over
             log.warning("status_not_saved", reason=redact(str(error)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import tenacity
 
 from delta_sync.changes import APPLIED, STALE, Change, Outcome, Write
 from delta_sync.errors import SinkBusy, Transient
+from delta_sync.measures import STAGE_BOUNDS_S, Histogram
 from delta_sync.secrets import redact
 from delta_sync.sinks.base import Sink, Target
 
@@ -45,13 +47,17 @@ class SinkNumbers:
         self.lock = threading.Lock()
         self.applied = self.stale = self.rejected = self.retries = 0
         self.busy: str | None = None  # why it does not acknowledge at the moment
+        self.seconds = Histogram(STAGE_BOUNDS_S)  # until it acknowledged a batch's part, with repetitions
 
 
 class SinkWriter:
     """Hands batches to one sink. `stopping` ends retries: then a batch raises SinkBusy and stays unconfirmed."""
 
-    def __init__(self, sink: Sink[Any, Any], stopping: threading.Event) -> None:
+    def __init__(
+        self, sink: Sink[Any, Any], stopping: threading.Event, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.sink = sink
+        self._clock = clock
         self.numbers = SinkNumbers()
         self._stopping = stopping
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix=f"sink-{sink.name}")
@@ -84,7 +90,10 @@ class SinkWriter:
         self.sink.close()
 
     def _apply(self, parts: Sequence[Part]) -> list[Applied]:
-        return [self._apply_part(part) for part in parts]
+        began = self._clock()
+        applied = [self._apply_part(part) for part in parts]
+        self.numbers.seconds.add(self._clock() - began)
+        return applied
 
     def _apply_part(self, part: Part) -> Applied:
         version = part.truncate

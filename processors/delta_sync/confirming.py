@@ -43,7 +43,8 @@ class BoundedCapture:
     """A capture whose confirmations are made by `poll`, each after its bound was saved.
 
     `end_of_log` asks the source, `save_bound` the state store. When one of them does not answer, the confirmation
-    waits: what is not confirmed is only delivered again. Used like the capture inside it.
+    waits: what is not confirmed is only delivered again. `spent` is told how many seconds a confirmation took. Used
+    like the capture inside it.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class BoundedCapture:
         save_bound: Callable[[int], None],
         close: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        spent: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._capture = capture
         self._end_of_log = end_of_log
         self._save_bound = save_bound
         self._close = close
         self._clock = clock
+        self._spent = spent
         self._lock = (
             threading.Lock()
         )  # of _pending: `confirm` is called by the worker's thread, the rest by the capture's
@@ -116,7 +119,8 @@ class BoundedCapture:
             batch, self._pending = self._pending, None
         if batch is None or batch.generation != self._capture.generation:
             return
-        self._due_at = self._clock() + PAUSE_S
+        began = self._clock()
+        self._due_at = began + PAUSE_S
         try:
             self._save_bound(self._end_of_log())
         except Transient as error:
@@ -126,3 +130,4 @@ class BoundedCapture:
             return
         self._capture.confirm(batch)
         self._confirmed = batch.sequence
+        self._spent(self._clock() - began)

@@ -68,7 +68,7 @@ class Decoded(NamedTuple):
     truncates: dict[str, int]  # table → version
     undecodable: list[Undecodable]
     heartbeat_lsn: int | None
-    newest_ts_ms: int | None  # of the newest change: when its transaction committed (heartbeats: were sent)
+    oldest_ts_ms: int | None  # of the oldest change: when its transaction committed (heartbeats: were sent)
     events: int
     misfits: frozenset[str]  # tables of which an event has other columns than the catalogue had
 
@@ -92,7 +92,7 @@ def decode(
     raw_keys = {table: _raw_key(codec.table.key) for table, codec in codecs.items()}
     truncates: dict[str, int] = {}
     heartbeat_lsn: int | None = None
-    newest_ts_ms: int | None = None
+    oldest_ts_ms: int | None = None
     count = 0
     undecodable: list[Undecodable] = []
     for epoch, events, broken in stretches:
@@ -121,7 +121,8 @@ def decode(
             if known is None or known[0] <= version:
                 keys[key] = version, event
         if events:
-            newest_ts_ms = events[-1]["source"]["ts_ms"]
+            first_ts_ms = events[0]["source"]["ts_ms"]
+            oldest_ts_ms = first_ts_ms if oldest_ts_ms is None else min(first_ts_ms, oldest_ts_ms)
     changes: dict[str, list[Change]] = {}
     lacking: dict[str, list[Lacking]] = {}
     misfits: set[str] = set()
@@ -132,7 +133,7 @@ def decode(
             fits = _decode_table(codec, keys.values(), ahead, changes, lacking, undecodable)
             if not fits:
                 misfits.add(table)
-    return Decoded(changes, lacking, truncates, undecodable, heartbeat_lsn, newest_ts_ms, count, frozenset(misfits))
+    return Decoded(changes, lacking, truncates, undecodable, heartbeat_lsn, oldest_ts_ms, count, frozenset(misfits))
 
 
 Versioned = tuple[int, Event]

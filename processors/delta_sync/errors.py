@@ -137,6 +137,10 @@ class LeaseLost(DeltaError):
     """Something was to be recorded under a lease that another process has, or had since: stop that work."""
 
 
+class LoadOverruled(DeltaError):
+    """How far a load is was to be recorded, and the table is to be loaded from the start since: begin anew."""
+
+
 class EpochRose(DeltaError):
     """A new epoch has begun in another process, or has to begin: what runs in the old one ends, and begins anew."""
 

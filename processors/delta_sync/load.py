@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from delta_sync.changes import Change, Key
-from delta_sync.errors import EpochRose, LeaseLost, Transient
+from delta_sync.errors import EpochRose, LeaseLost, LoadOverruled, Transient
 from delta_sync.leases import LeaseKeeper
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.reader import Chunk, Sample, Samples, Snapshot, SourceReader
@@ -147,6 +147,7 @@ class Loader(threading.Thread):
                 try:
                     if not self._may_load():
                         self._reloads.clear()  # whoever loads sees for itself that a table's columns are others
+                        self._progress.loads = {}  # and shows how far they are
                         self._stopping.wait(LOOK_S)
                     elif not self._load_next():
                         with self._wake:
@@ -157,6 +158,8 @@ class Loader(threading.Thread):
                     self._progress.waits("load", None)
                 except LeaseLost as error:
                     log.info("load_left", reason=str(error))  # another goes on where the last chunk was saved
+                except LoadOverruled as error:
+                    log.info("load_overruled", reason=str(error))
                 except Transient as error:
                     log.warning("load_waits", reason=str(error))
                     self._progress.waits("load", str(error))
@@ -174,7 +177,8 @@ class Loader(threading.Thread):
         return self._lease is not None
 
     def _save(self, load: TableLoad) -> None:
-        """Save how far a load is. Raises LeaseLost when another process loads by now, EpochRose in a newer epoch."""
+        """Save how far a load is. Raises LeaseLost when another process loads by now, LoadOverruled to begin
+        anew, EpochRose in a newer epoch."""
         known = self._state.pipeline(self._pipeline)
         if known is not None and known.epoch > self._epoch:
             raise EpochRose("Another process has begun a new epoch, so this one's loads are over.")
@@ -220,7 +224,7 @@ class Loader(threading.Thread):
             epoch=self._epoch,
             fingerprint=self._fingerprint(name),
         )
-        self._save(load)
+        load = self._state.begin_load(self._pipeline, load, self._lease)
         self._show(load)
         return load
 

@@ -49,6 +49,8 @@ class LookupCaller:
         self.calls = 0
         self.hits = 0
         self.misses = 0
+        self.spent_s = 0.0  # in `fetch`
+        self._clock = clock
 
     def close(self) -> None:
         """Let go of the threads; a call that hangs is not waited for."""
@@ -60,6 +62,12 @@ class LookupCaller:
         A failure that may pass is retried until it does or until Delta stops (then LookupBusy is raised). One that
         will not is narrowed down to the keys that cause it by halving, so the others get their answers.
         """
+        began = self._clock()
+        answers = self._fetch(keys)
+        self.spent_s += self._clock() - began
+        return answers
+
+    def _fetch(self, keys: Iterable[Hashable]) -> Answers:
         found: dict[Any, Any] = {}
         failed: dict[Any, Exception] = {}
         missing: list[Any] = []

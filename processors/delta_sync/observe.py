@@ -9,7 +9,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
@@ -38,13 +38,18 @@ class ProgressCollector(Collector):
             ("delta_dead_letters", "Changes kept as dead letters.", progress.dead_letters),
             ("delta_reread_rows", "Rows read by key because an event lacked a value.", progress.reread_rows),
             ("delta_capture_restarts", "Starts of the capture after it ended.", progress.capture_restarts),
+            (
+                "delta_positions_expired",
+                "Partitions of which records were gone before they were read; their tables are loaded again.",
+                progress.positions_expired,
+            ),
         ):
             counter = CounterMetricFamily(name, help_text, labels=["pipeline"])
             counter.add_metric([pipeline], value)
             yield counter
         lags: tuple[tuple[str, str, float | None], ...] = (
             ("delta_lag_bytes", "Log between its end and what is in every sink.", progress.lag_bytes()),
-            ("delta_lag_seconds", "How long a change takes into every sink.", progress.position.lag_s()),
+            ("delta_lag_seconds", "How long a change takes into every sink.", progress.lag_s()),
         )
         for name, help_text, lag in lags:
             gauge = GaugeMetricFamily(name, help_text, labels=["pipeline"])
@@ -61,10 +66,50 @@ class ProgressCollector(Collector):
             busy.add_metric([pipeline, sink], 1 if numbers.busy else 0)
         yield outcomes
         yield busy
+        yield from self._measures()
         loaded = GaugeMetricFamily("delta_loaded_rows", "Rows read by a table's load.", labels=["pipeline", "table"])
         for table, load in dict(progress.loads).items():
             loaded.add_metric([pipeline, table], load.get("rows", 0))
         yield loaded
+
+    def _measures(self) -> Iterable[Metric]:
+        """Yield what is measured per batch, and per partition."""
+        progress, pipeline = self._progress, self._pipeline
+        stages = HistogramMetricFamily(
+            "delta_stage_seconds",
+            "Time that a batch spent in a stage; stage apply by sink.",
+            labels=["pipeline", "stage", "sink"],
+        )
+        for stage, measured in progress.stages.items():
+            if stage != "apply":
+                stages.add_metric([pipeline, stage, ""], *measured.read())
+        for sink, numbers in progress.sinks.items():
+            stages.add_metric([pipeline, "apply", sink], *numbers.seconds.read())
+        yield stages
+        for name, help_text, histogram in (
+            ("delta_batch_changes", "Change events of the log in a batch.", progress.batch_changes),
+            (
+                "delta_latency_seconds",
+                "From a change's commit in the source until every sink has it; a batch counts by its oldest change.",
+                progress.latency,
+            ),
+        ):
+            family = HistogramMetricFamily(name, help_text, labels=["pipeline"])
+            family.add_metric([pipeline], *histogram.read())
+            yield family
+        labels = ["pipeline", "topic", "partition"]
+        behind = GaugeMetricFamily(
+            "delta_partition_lag_records", "Records of a partition that are not in every sink yet.", labels=labels
+        )
+        since = GaugeMetricFamily(
+            "delta_partition_lag_seconds", "How long the oldest of these has been in Kafka, at most.", labels=labels
+        )
+        for (topic, number), lag in progress.partition_lags.items():
+            behind.add_metric([pipeline, topic, str(number)], lag.records)
+            if lag.seconds is not None:
+                since.add_metric([pipeline, topic, str(number)], lag.seconds)
+        yield behind
+        yield since
 
 
 def serve(pipeline: str, progress: Progress, host: str, port: int) -> ThreadingHTTPServer:

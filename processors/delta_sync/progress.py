@@ -10,9 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from delta_sync.applying import SinkNumbers
+from delta_sync.measures import (
+    BATCH_BOUNDS,
+    LATENCY_BOUNDS_S,
+    STAGE_BOUNDS_S,
+    STAGES,
+    Histogram,
+    PartitionLag,
+    Stage,
+)
 
-State = Literal["starting", "loading", "streaming", "waiting", "stopped", "failed"]
-READY: frozenset[str] = frozenset({"loading", "streaming"})
+State = Literal["starting", "standby", "loading", "streaming", "waiting", "stopped", "failed"]
+READY: frozenset[str] = frozenset({"standby", "loading", "streaming"})  # it does, or could at once, what it is for
 RATE_WINDOW_S = 5.0  # long enough to be calm, short enough to show what happens now
 
 
@@ -87,7 +96,13 @@ class Progress:
         self.dead_letters = 0
         self.reread_rows = 0  # rows read by key, because an event lacked a value
         self.capture_restarts = 0
+        self.positions_expired = 0  # partitions of which records were gone before they were read
         self.loads: dict[str, dict[str, Any]] = {}
+        self.stages: Mapping[Stage, Histogram] = {stage: Histogram(STAGE_BOUNDS_S) for stage in STAGES}  # apply: sinks'
+        self.batch_changes = Histogram(BATCH_BOUNDS)
+        self.latency = Histogram(LATENCY_BOUNDS_S)  # each batch counts its changes by its oldest one
+        self.partition_lags: Mapping[tuple[str, int], PartitionLag] = {}  # of this process, by topic and number
+        self.standby = False  # another process leads, and this one could take over
         self._waits: dict[str, str] = {}
         self._ended: tuple[State, str] | None = None
         self._seen: State = "starting"
@@ -115,10 +130,17 @@ class Progress:
             # An error's message may begin with whose it is.
             parts = (f"{who}: {reason.removeprefix(f'{who}: ')}" for who, reason in waits.items())
             return "waiting", "; ".join(parts)
+        if self.standby:
+            return "standby", None
         if not self.position.passed_lsn:
             return "starting", None
         loading = [table for table, load in self.loads.items() if load["state"] != "done"]
         return ("loading", f"{', '.join(loading)}") if loading else ("streaming", None)
+
+    def lag_s(self) -> float | None:
+        """How long a change takes into the sinks; with Kafka, how long it has been there before it is in the sinks."""
+        known = [lag.seconds for lag in self.partition_lags.values() if lag.seconds is not None]
+        return max(known) if known else self.position.lag_s()
 
     def lag_bytes(self) -> int | None:
         """How much log lies between its end and what is in the sinks."""
@@ -136,7 +158,7 @@ class Progress:
             self._history.popleft()
         then, events_then, applied_then = self._history[0]
         elapsed_s = max(now - then, 1e-9)
-        lag_s = self.position.lag_s()
+        lag_s = self.lag_s()
         state, reason = self.state()
         if state != self._seen:
             self._seen, self._since = state, _now()
@@ -153,6 +175,7 @@ class Progress:
                 "dead_letters": self.dead_letters,
                 "reread_rows": self.reread_rows,
                 "capture_restarts": self.capture_restarts,
+                "positions_expired": self.positions_expired,
             },
             "sinks": {
                 name: {
@@ -167,6 +190,13 @@ class Progress:
                 for name, numbers in self.sinks.items()
             },
             "loads": {table: dict(load) for table, load in self.loads.items()},
+            "partition_lags": {
+                f"{topic}[{number}]": {
+                    "records": lag.records,
+                    "seconds": round(lag.seconds, 3) if lag.seconds is not None else None,
+                }
+                for (topic, number), lag in sorted(self.partition_lags.items())
+            },
             "pid": os.getpid(),
             "at": _now(),
         }
@@ -187,7 +217,7 @@ class News:
         totals = {"changes": progress.events, "writes": progress.writes, "dead_letters": progress.dead_letters}
         happened: list[tuple[str, bool, dict[str, Any]]] = [
             ("loading", bool(loading), {"tables": loading}),
-            ("streaming", progress.position.passed_lsn > 0, {"lag_s": progress.position.lag_s()}),
+            ("streaming", progress.position.passed_lsn > 0, {"lag_s": progress.lag_s()}),
             ("stopped", ended in ("stopped", "failed"), {"state": ended, **totals}),
         ]
         new = [(name, fields) for name, has, fields in happened if has and name not in self._told]

@@ -147,7 +147,7 @@ class Running:
                     columns[name] = GONE
                     fingerprint = load_fingerprint(GONE, worker.targets(name), sinks)
                     load = TableLoad(name, fingerprint=fingerprint, reason="it was gone", epoch=source.epoch)
-                    state.save_load(spec.name, load)
+                    state.begin_load(spec.name, load)
                 changed = [name for name in wanted if current.get(name, GONE) not in (GONE, columns[name])]
                 tables = key_reader.tables(changed) if changed else {}
                 if not tables:

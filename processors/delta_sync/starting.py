@@ -91,7 +91,7 @@ def prepare_source(
         fingerprint = load_fingerprint(columns[name], targets[name], sinks)
         reason = _why_to_load(loads.get(name), known.epoch, fingerprint, reload=reload)
         if reason is not None:
-            state.save_load(
+            state.begin_load(
                 spec.name, TableLoad(name, reason=reason, epoch=known.epoch, fingerprint=fingerprint), lease
             )
     place.publish(list(tables.values()))

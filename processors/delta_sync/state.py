@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast, overload
@@ -26,7 +26,7 @@ from sqlalchemy import exc
 
 from delta_sync.changes import Key
 from delta_sync.delta_event import decode_key, encode_key
-from delta_sync.errors import LeaseLost, StaleStateStore
+from delta_sync.errors import LeaseLost, LoadOverruled, StaleStateStore
 from delta_sync.secrets import redact
 from delta_sync.state_database import (
     BUSY_TIMEOUT_S,
@@ -77,7 +77,8 @@ class TableLoad(NamedTuple):
     """How far the load of a table is. `after_key` is the last key whose chunk every sink has (None: none yet).
 
     `rows` have been written so far. `covered_from` is the position from which the log surely delivers the table's
-    changes. `fingerprint` is that of the table's columns when the load began, `reason` why it is loaded.
+    changes. `fingerprint` is that of the table's columns when the load began, `reason` why it is loaded. `revision` is
+    the store's: it counts how often the table was to be loaded from the start.
     """
 
     table: str
@@ -90,6 +91,7 @@ class TableLoad(NamedTuple):
     epoch: int = 1
     started_at: dt.datetime | None = None
     finished_at: dt.datetime | None = None
+    revision: int = 0
 
 
 class Lease(NamedTuple):
@@ -264,6 +266,7 @@ class StateStore:
                     epoch=row.epoch,
                     started_at=row.started_at,
                     finished_at=row.finished_at,
+                    revision=row.revision,
                 )
                 for row in rows
             }
@@ -271,16 +274,41 @@ class StateStore:
     def save_load(self, name: str, load: TableLoad, lease: Lease | None = None) -> None:
         """Save how far a table's load is, in place of what was saved before.
 
-        With a lease: only if nobody else has it now, else LeaseLost.
+        Raises LoadOverruled when the table is to be loaded from the start since: what this load has read may lack what
+        the next is to bring. With a lease: only if nobody else has it now, else LeaseLost.
         """
-        values = load._asdict()
-        key = {"pipeline": name, "table_name": values.pop("table")}
-        values["row_count"] = values.pop("rows")
-        values["after_key"] = None if load.after_key is None else encode_key(load.after_key)
-        values["reason"] = _clean(load.reason)
         with self._transaction(write=True) as connection:
             _fence(connection, name, lease)
-            upsert(connection, LOADS, key, values)
+            revision = _revision_of_load(connection, name, load.table)
+            if revision is not None and revision != load.revision:
+                raise LoadOverruled(
+                    f"Table {load.table} is to be loaded from the start: another process has found why."
+                )
+            upsert(connection, LOADS, *_load_values(name, load))
+
+    def begin_load(self, name: str, load: TableLoad, lease: Lease | None = None) -> TableLoad:
+        """Save that a table is to be loaded from the start, whatever was saved before; return it with its revision.
+
+        A load of it that is under way is overruled. With a lease: only if nobody else has it now, else LeaseLost.
+        """
+        with self._transaction(write=True) as connection:
+            _fence(connection, name, lease)
+            revision = _revision_of_load(connection, name, load.table)
+            load = load._replace(revision=0 if revision is None else revision + 1)
+            upsert(connection, LOADS, *_load_values(name, load))
+        return load
+
+    def load_again(self, name: str, tables: Collection[str], reason: str) -> None:
+        """Save that tables are to be loaded from the start, as they were last; all of them or none.
+
+        Loads of them that are under way are overruled. Nothing happens to a table of which nothing is saved. Any
+        process may call it: whoever loads goes by it.
+        """
+        anew: dict[str, Any] = {"state": "pending", "after_key": None, "row_count": 0, "covered_from": None}
+        anew |= {"started_at": None, "finished_at": None, "reason": _clean(reason), "revision": LOADS.c.revision + 1}
+        these = sa.and_(LOADS.c.pipeline == name, LOADS.c.table_name.in_(tables))
+        with self._transaction(write=True) as connection:
+            connection.execute(sa.update(LOADS).where(these).values(anew))
 
     def forget_load(self, name: str, table: str, lease: Lease | None = None) -> None:
         """Delete what is stored of a table's load; nothing stored is fine.
@@ -518,6 +546,21 @@ _LONG_AGO = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 def _now_of(connection: sa.Connection) -> dt.datetime:
     return connection.execute(sa.select(database_clock(connection))).scalar_one()
+
+
+def _revision_of_load(connection: sa.Connection, name: str, table: str) -> int | None:
+    """Return the revision of a table's load, which nobody changes before this transaction has ended; None: no load."""
+    mine = sa.and_(LOADS.c.pipeline == name, LOADS.c.table_name == table)
+    return connection.execute(sa.select(LOADS.c.revision).where(mine).with_for_update()).scalar_one_or_none()
+
+
+def _load_values(name: str, load: TableLoad) -> tuple[dict[str, Any], dict[str, Any]]:
+    values = load._asdict()
+    key = {"pipeline": name, "table_name": values.pop("table")}
+    values["row_count"] = values.pop("rows")
+    values["after_key"] = None if load.after_key is None else encode_key(load.after_key)
+    values["reason"] = _clean(load.reason)
+    return key, values
 
 
 def _current(lease: Lease) -> tuple[sa.ColumnElement[bool], ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0003"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0004"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -81,6 +81,7 @@ LOADS = sa.Table(
     sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("started_at", Instant),
     sa.Column("finished_at", Instant),
+    sa.Column("revision", sa.Integer, nullable=False, server_default="0"),  # rises whenever it begins anew
     sa.PrimaryKeyConstraint("pipeline", "table_name", name="pk_delta_load"),
     **_OPTIONS,
 )

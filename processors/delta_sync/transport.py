@@ -106,7 +106,6 @@ class EmbeddedTransport(Transport):
 
     def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
         """Return the child process with the Debezium Engine, what it confirms bounded in the state store."""
-        del progress
         self._epoch = source.epoch
         state = self._state
         assert state is not None, "it was prepared"
@@ -116,6 +115,7 @@ class EmbeddedTransport(Transport):
             reader.durable_end,
             lambda lsn: state.raise_confirmed_most(self._spec.name, lsn),
             reader.close,
+            spent=progress.stages["commit"].add,
         )
 
     def stretches(self, batch: Batch) -> Iterable[Stretch]:

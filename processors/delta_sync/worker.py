@@ -117,6 +117,7 @@ class Worker:
         giving_up: threading.Event,
         gone: Callable[[str], bool] = lambda _: False,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._spec = spec
         self._pipeline = pipeline
@@ -137,6 +138,7 @@ class Worker:
         self._giving_up = giving_up
         self._gone = gone
         self._clock = clock
+        self._wall_clock = wall_clock
         self._tables: dict[str, TableRuntime] = {}
         self._news = threading.Condition()
         self._batches: deque[Batch] = deque()
@@ -270,8 +272,12 @@ class Worker:
 
     def _begin_batches(self, batches: Sequence[Batch]) -> None:
         codecs = {name: runtime.codec for name, runtime in self._tables.items()}
+        began = self._clock()
         stretches = [stretch for batch in batches for stretch in self._events_of(batch)]
         decoded = decode(stretches, codecs, self._spec.heartbeat_prefix, self._ahead.by_table())
+        self._progress.stages["decode"].add(self._clock() - began)
+        if decoded.events:
+            self._progress.batch_changes.add(decoded.events)
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
         failures = [_undecodable(item) for item in decoded.undecodable]
@@ -280,8 +286,11 @@ class Worker:
             # be in the sinks before the second is read, or an older row could overwrite a newer one.
             self._wait_for([result for job in self._jobs for result in job.results])
         changes = dict(decoded.changes)
+        began = self._clock()
         for table, lacking in decoded.lacking.items():
             changes[table] = [*changes.get(table, []), *self._read_all(table, lacking, failures)]
+        if decoded.lacking:
+            self._progress.stages["reread"].add(self._clock() - began)
         results = self._submit(changes, decoded.truncates, failures)
         self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded))
         if not results:
@@ -355,6 +364,7 @@ class Worker:
     ) -> list[Future[list[Applied]]]:
         """Process the changes of all tables and hand the writes to the sinks, to each its part."""
         parts: dict[str, list[Part]] = {}
+        began, looked_up_s = self._clock(), self._looked_up_s()
         for name in {**changes, **truncates}:
             runtime = self._tables[name]
             processed = process(runtime.codec.table, self._pipeline.tables[name], changes.get(name, ()), self._lookups)
@@ -364,12 +374,21 @@ class Worker:
                 part = Part(target, processed.writes, processed.changes, truncates.get(name))
                 if part.writes or part.truncate is not None:
                     parts.setdefault(sink, []).append(part)
+        looked_up_s = self._looked_up_s() - looked_up_s
+        if changes:
+            self._progress.stages["process"].add(max(0.0, self._clock() - began - looked_up_s))
+            if self._lookups:
+                self._progress.stages["lookup"].add(looked_up_s)
         results: list[Future[list[Applied]]] = []
         for sink, sink_parts in parts.items():
             result = self._writers[sink].submit(sink_parts)
             result.add_done_callback(lambda _: self.wake())
             results.append(result)
         return results
+
+    def _looked_up_s(self) -> float:
+        """Return how long look-ups have taken so far."""
+        return sum(lookup.spent_s for lookup in self._lookups.values())
 
     # ── finishing ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -382,6 +401,10 @@ class Worker:
             assert job.decoded is not None
             self._capture.confirm(job.batch)
             self._progress.events += job.decoded.events
+            if job.decoded.events and job.decoded.oldest_ts_ms is not None:
+                # Not below 0: the source's clock may be ahead of ours.
+                took_s = max(0.0, self._wall_clock() - job.decoded.oldest_ts_ms / 1000)
+                self._progress.latency.add(took_s, job.decoded.events)
             if job.decoded.heartbeat_lsn is not None:
                 self._position.advance(job.decoded.heartbeat_lsn)
         passed = self._position.passed_lsn
@@ -493,10 +516,14 @@ class Worker:
             try:
                 self._check_slot()
                 self._capture.start()
+                began = self._clock()
                 while not self._stopping.is_set():
                     batch = self._capture.poll(0.5)
                     if batch is None:
                         continue
+                    now = self._clock()
+                    self._progress.stages["poll"].add(now - began)
+                    began = now
                     if failed:
                         failed = 0
                         self._progress.waits("capture", None)

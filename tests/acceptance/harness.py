@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,10 @@ from typing import Any, NamedTuple
 import bson
 import psutil
 import psycopg
+import requests
 import yaml
 from bson.decimal128 import Decimal128
+from prometheus_client.parser import text_string_to_metric_families
 from psycopg import sql
 from psycopg.rows import dict_row
 
@@ -581,3 +584,14 @@ class Scene(Stage):
     def __init__(self, shop: Shop, pipeline: Pipeline, exits: contextlib.ExitStack) -> None:
         super().__init__(pipeline, exits)
         self.shop = shop
+
+
+def metrics(port: int) -> dict[str, float]:
+    """Return a process's metrics, summed over sinks, by name and stage; and of how many partitions it tells the lag."""
+    found: dict[str, float] = defaultdict(float)
+    text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[" ".join(filter(None, (sample.name, sample.labels.get("stage"))))] += sample.value
+            found["partitions"] += sample.name == "delta_partition_lag_records"
+    return found

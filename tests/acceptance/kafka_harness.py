@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import random
 import threading
 import time
@@ -161,6 +162,13 @@ class KafkaStage:
         tails = "; ".join(run.tail() for run in runs)
         wait_until(there, IN_STEP_TIMEOUT_S, f"a change that comes through {what}; {tails}")
         return time.monotonic() - began
+
+    def status(self) -> dict[str, Any]:
+        """Return what `deltactl status` says."""
+        said = self.pipeline.deltactl("status", self.pipeline.name, "--json")
+        assert said.returncode == 0, said.stderr
+        found: dict[str, Any] = json.loads(said.stdout)
+        return found
 
     def in_step(self, *runs: Run) -> None:
         """Wait until everything that was written is in the stores, and compare every row."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kafka import TopicPartition
 
-from acceptance.harness import SHAPES, Shop
+from acceptance.harness import SHAPES, Run, Shop, metrics
 from acceptance.kafka_harness import KafkaStage, kafka_stage
-from delta_sync.testing.kafka import Kafka
-from delta_sync.testing.processes import wait_until
+from delta_sync.kafka.names import topic_name
+from delta_sync.testing.kafka import Kafka, admin_client
+from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import PostgreSQL, Redis
 
 ROWS = 300
+SESSION_S = 6  # so that a test need not wait long for a killed worker's partitions
 
 
 @pytest.fixture
@@ -23,6 +25,10 @@ def stage(
     postgresql: PostgreSQL, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
 ) -> Iterator[KafkaStage]:
     with kafka_stage(postgresql, redis_server, kafka, registry, tmp_path, ROWS) as made:
+        file = made.pipeline.home / "pipeline.yaml"
+        text = file.read_text()
+        assert "kafka:\n" in text
+        file.write_text(text.replace("kafka:\n", f"kafka:\n  session_timeout: {SESSION_S}s\n", 1))
         yield made
 
 
@@ -40,7 +46,12 @@ def write(shop: Shop, text: str) -> None:
                     shop.insert(connection, shape, number, text)
 
 
-def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage) -> None:
+def marked(worker: Run) -> set[str]:
+    """Return the tables that a worker has had loaded again."""
+    return {table for event in worker.events("tables_loaded_again") for table in event["tables"]}
+
+
+def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) -> None:
     sidecar, worker = stage.start("sidecar"), stage.start("worker")
     stage.in_step(sidecar, worker)
     write(stage.shop, "while one worker runs")
@@ -49,13 +60,47 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage) -> None:
     wait_until(lambda: bool(second.events("partitions_assigned")), 60.0, f"partitions for the second; {second.tail()}")
     write(stage.shop, "while two run")
     stage.in_step(sidecar, worker, second)
-    status = json.loads(stage.pipeline.deltactl("status", stage.pipeline.name, "--json").stdout)
+    status = stage.status()
     assert status["state"] == "streaming", status
-    assert [member["state"] for member in status["members"]] == ["leading", "streaming", "streaming"]
+    assert [member["state"] for member in status["members"]] == 3 * ["streaming"]
+    assert [member["leads"] for member in status["members"]] == [True, False, False]
     assert all(member["partitions"] for member in status["members"][1:])
+    assert len(status["partitions"]) == 4 * 6
+    assert worker.events("lease_taken")  # of the load
     worker.kill()
     write(stage.shop, "after one was killed")
     stage.in_step(sidecar, second)
     assert second.stop() == 0
+
+    # Nobody reads for longer than Kafka keeps what comes: of all tables but the last.
+    write(stage.shop, "while no worker ran")
+    *expiring, kept = stage.pipeline.tables
+    topics = {topic_name(stage.pipeline.name, table) for table in expiring}
+    written = stage.shop.insert_lsn()
+    wait_until(lambda: stage.shop.confirmed_lsn(stage.pipeline.slot) >= written, 60.0, f"the log; {sidecar.tail()}")
+    ends = stage.pipeline.offsets.ends()
+    with admin_client(kafka.url) as admin:
+        admin.delete_records({TopicPartition(*at): end for at, end in ends.items() if at.topic in topics})
+    port = free_port()
+    third = stage.start("worker", "--port", str(port))
+    wait_until(lambda: marked(third) == set(expiring), 60.0, f"marks of {expiring}; {third.tail()}")
+    stage.in_step(sidecar, third)
+    loads = stage.pipeline.loads()
+    assert {loads[table].reason for table in expiring} == {"positions expired"}
+    assert loads[kept].reason == "first load"
+    gaps = [place for event in third.events("positions_expired") for place in event["positions"]]
+    assert {place.partition("[")[0] for place in gaps} == topics
+    marks = len(third.events("tables_loaded_again"))
+    write(stage.shop, "after that")
+    stage.in_step(sidecar, third)
+    assert len(third.events("tables_loaded_again")) == marks
+    wait_until(lambda: metrics(port)["delta_partition_lag_records"] == 0, 60.0, f"no lag; {third.tail()}")
+    measured = metrics(port)
+    assert measured["partitions"] == 4 * 6
+    for kind in ("poll", "decode", "process", "apply", "commit"):
+        assert measured[f"delta_stage_seconds_count {kind}"] > 0, measured
+    assert measured["delta_latency_seconds_count"] == measured["delta_changes_total"] > 0
+    assert measured["delta_positions_expired_total"] == len(gaps)
+    assert third.stop() == 0
     assert sidecar.stop() == 0
     assert stage.pipeline.dead_letters() == []

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from acceptance.harness import Run
 from acceptance.kafka_harness import KafkaStage, child_of, kafka_stage
 from delta_sync.kafka.names import topic_name
 from delta_sync.testing.kafka import KafkaCluster, admin_client
-from delta_sync.testing.processes import wait_until
+from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import PostgreSQL, Redis
 
@@ -36,6 +37,19 @@ def stage(
         yield made
 
 
+def wait_until_ready(run: Run, port: int, state: str) -> None:
+    """Wait until a process says that it is ready, in this state."""
+
+    def ready() -> bool:
+        try:
+            reply = requests.get(f"http://127.0.0.1:{port}/readyz", timeout=60)
+        except requests.ConnectionError:  # it starts
+            return False
+        return (reply.status_code, reply.text.strip()) == (200, state)
+
+    wait_until(ready, 90.0, f"{state}; {run.tail()}")
+
+
 def leading(*sidecars: Run) -> tuple[Run, Run]:
     """Return the sidecar that leads, and the other."""
     wait_until(lambda: any(one.events("connector_started") for one in sidecars), 90.0, "a leader")
@@ -44,12 +58,18 @@ def leading(*sidecars: Run) -> tuple[Run, Run]:
 
 
 def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster, registry: Apicurio) -> None:
-    sidecars = stage.start("sidecar"), stage.start("sidecar")
+    ports = {}
+    for _ in range(2):
+        port = free_port()
+        ports[stage.start("sidecar", "--port", str(port))] = port
+    sidecars = tuple(ports)
     workers = stage.start("worker"), stage.start("worker")
     writer = stage.writing(ROWS, SEED)
     leader, standby = leading(*sidecars)
     assert not standby.events("connector_started")  # one of the two
+    wait_until_ready(standby, ports[standby], "standby")
     stage.comes_through("at first", *sidecars, *workers)
+    wait_until_ready(leader, ports[leader], "streaming")
 
     with admin_client(kafka_cluster.url) as admin:
         (topic,) = admin.describe_topics([topic_name(stage.pipeline.name, stage.pipeline.tables[0])])
@@ -72,6 +92,7 @@ def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster,
     print(f"leader killed: {stage.comes_through('after the leader was killed', standby, *workers):.1f} s")
     again = stage.start("sidecar")
 
+    wait_until_ready(standby, ports[standby], "streaming")
     standby.freeze()  # it leads now; its connector goes on, and must not hold the slot
     print(f"leader frozen: {stage.comes_through('with a frozen leader', again, *workers):.1f} s")
     standby.thaw()

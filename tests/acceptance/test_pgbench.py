@@ -6,8 +6,8 @@ import contextlib
 import subprocess
 from collections.abc import Callable, Sequence
 
-from acceptance.harness import Stage
-from delta_sync.testing.processes import wait_until
+from acceptance.harness import Stage, metrics
+from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.servers import PostgreSQL
 
 CLIENTS, DURATION_S = 4, 10
@@ -34,7 +34,8 @@ def test_pgbench(stage: Callable[..., Stage], postgresql: PostgreSQL) -> None:
             finish(pgbench(postgresql, database, "--initialize", "--scale=1", "--quiet"))
 
         it = stage("", TABLES, schema="public", before_create=initialised, processor=None)
-        run = it.run()
+        port = free_port()
+        run = it.run("--port", str(port))
         wait_until(lambda: bool(run.events("load_started")), 120, f"the first load; {run.tail()}")
         work = pgbench(
             postgresql, it.pipeline.name, f"--client={CLIENTS}", f"--time={DURATION_S}", "--jobs=2", "--no-vacuum"
@@ -52,6 +53,11 @@ def test_pgbench(stage: Callable[..., Stage], postgresql: PostgreSQL) -> None:
         assert row[0] > 100, output
         assert {total for (total,) in filter(None, balances)} == {row[1]}
         assert it.pipeline.dead_letters() == []
+        measured = metrics(port)
+        for kind in ("poll", "decode", "process", "apply", "commit"):
+            assert measured[f"delta_stage_seconds_count {kind}"] > 0, measured
+        assert measured["delta_latency_seconds_count"] == measured["delta_changes_total"] > 0
+        assert 0 < measured["delta_latency_seconds_sum"] / measured["delta_changes_total"] < 3600  # seconds, of now
         assert run.stop() == 0
 
 

@@ -269,10 +269,60 @@ def test_positions_that_have_expired_are_an_error(world: World) -> None:
     with admin_client(world.server.url) as admin:
         admin.delete_records({TopicPartition(world.topic, 0): 50})
     second = world.member()
-    with pytest.raises(PositionsExpired, match=f"partition 0 of topic {world.topic} at 10"):
-        turns(second, until=lambda: False)
+    for _ in range(2):  # until it is mended
+        with pytest.raises(PositionsExpired, match=f"partition 0 of topic {world.topic} at 10") as expired:
+            turns(second, until=lambda: False)
+        assert expired.value.positions == {world.partition(0): 10}
     assert second.seen(0) == []
-    assert world.committed() == {0: 10}
+    assert second.group.rewind([world.partition(0), world.partition(9)]) == {world.partition(0): 50}
+    assert world.committed() == {0: 10}  # by whoever rewinds, when it is safe to
+    second.group.commit({world.partition(0): 50})
+    assert world.committed() == {0: 50}
+    turns(second, until=lambda: second.positions().get(world.partition(0)) == 100)
+    assert second.seen(0) == list(range(50, 100))
+
+
+def test_positions_of_several_partitions_expire_and_the_others_go_on(world: World) -> None:
+    """Each is told of, sooner or later, and none stands still for ever."""
+    for partition in range(3):
+        world.send(range(100), partition)
+    with admin_client(world.server.url) as admin:
+        positions = {TopicPartition(world.topic, number): OffsetAndMetadata(10, "", -1) for number in range(3)}
+        admin.alter_group_offsets(world.group_id, positions)
+        admin.delete_records({TopicPartition(world.topic, number): 50 for number in (0, 2)})
+    member = world.member()
+    told: set[Partition] = set()
+    deadline = time.monotonic() + WAIT_S
+    while sum(member.positions().values()) < 300:
+        assert time.monotonic() < deadline, (told, member.positions())
+        try:
+            member.poll()
+        except PositionsExpired as expired:
+            told |= expired.positions.keys()
+            member.group.commit(member.group.rewind(expired.positions))
+    assert told == {world.partition(0), world.partition(2)}
+    assert [member.seen(number) for number in range(3)] == [
+        list(range(50, 100)),
+        list(range(10, 100)),
+        list(range(50, 100)),
+    ]
+    assert {number: world.committed()[number] for number in (0, 2)} == {0: 50, 2: 50}
+
+
+def test_a_paused_member_that_is_rewound_stays_paused(world: World) -> None:
+    world.send(range(100))
+    with admin_client(world.server.url) as admin:
+        admin.delete_records({TopicPartition(world.topic, 0): 50})
+    member = world.member()
+    with pytest.raises(PositionsExpired):
+        turns(member, until=lambda: False)
+    member.group.pause()
+    member.group.rewind([world.partition(0)])
+    for _ in range(10):
+        member.poll()
+    assert member.records == []
+    member.group.resume()
+    turns(member, until=lambda: member.positions().get(world.partition(0)) == 100)
 
 
 def test_positions_beyond_the_end_are_an_error(world: World) -> None:
@@ -283,6 +333,9 @@ def test_positions_beyond_the_end_are_an_error(world: World) -> None:
     member = world.member()
     with pytest.raises(PositionsExpired, match=f"partition 0 of topic {world.topic} at 11"):
         turns(member, until=lambda: False)
+    assert member.group.rewind([world.partition(0)]) == {world.partition(0): 0}
+    turns(member, until=lambda: member.positions().get(world.partition(0)) == 10)
+    assert member.seen(0) == list(range(10))
 
 
 def test_a_position_that_expires_while_it_is_read_is_an_error(world: World) -> None:
@@ -298,13 +351,20 @@ def test_a_position_that_expires_while_it_is_read_is_an_error(world: World) -> N
     # A fetch that was under way when it was paused may have brought the next ones.
     with pytest.raises(PositionsExpired, match=f"partition 0 of topic {world.topic} at 1"):
         turns(member, until=lambda: member.positions()[world.partition(0)] == 100)
+    member.group.rewind([world.partition(0)])
+    turns(member, until=lambda: member.positions()[world.partition(0)] == 100)
+    assert member.seen(0)[-50:] == list(range(50, 100))
 
 
-def test_a_topic_that_has_expired_before_it_was_ever_read_begins_where_it_begins(world: World) -> None:
+def test_records_that_have_expired_before_anything_was_committed_are_an_error(world: World) -> None:
+    """The group never had positions, or the broker has forgotten them: records are gone that it has not read."""
     world.send(range(100))
     with admin_client(world.server.url) as admin:
         admin.delete_records({TopicPartition(world.topic, 0): 50})
     member = world.member()
+    with pytest.raises(PositionsExpired, match=f"partition 0 of topic {world.topic} at 0"):
+        turns(member, until=lambda: False)
+    assert member.group.rewind([world.partition(0)]) == {world.partition(0): 50}
     turns(member, until=lambda: member.positions().get(world.partition(0)) == 100)
     assert member.seen(0) == list(range(50, 100))
 

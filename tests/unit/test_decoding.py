@@ -88,7 +88,7 @@ def test_only_the_newest_change_of_a_key_is_left() -> None:
     found = decoded([insert(10, 1, "a"), insert(20, 2, "b")], [insert(30, 1, "c")], [delete(40, 2)])
     assert found.changes == {MOVIE: [change(30, 1, "C"), change(40, 2, None)]}
     assert found.events == 4
-    assert found.newest_ts_ms == 400
+    assert found.oldest_ts_ms == 100
 
 
 def test_what_is_not_the_newest_is_not_decoded() -> None:

@@ -7,11 +7,16 @@ from collections.abc import Callable, Collection, Mapping
 import pytest
 
 from delta_sync.capture import Batch
+from delta_sync.errors import StateBusy
 from delta_sync.kafka import capture as module
-from delta_sync.kafka.capture import KafkaCapture
-from delta_sync.kafka.consumer import KafkaBusy, Partition, Records
+from delta_sync.kafka.capture import KafkaCapture, lag_of
+from delta_sync.kafka.consumer import KafkaBusy, Partition, PositionsExpired, Records
+from delta_sync.measures import PartitionLag
+from delta_sync.progress import LogPosition, Progress
 
 TOPIC = "delta_movies.public.movie"
+EPOCH_S = 1_700_000_000.0  # when the clock of a bench was at 0
+BEGINNING = 50  # of every partition, once a group is rewound
 P0, P1 = Partition(TOPIC, 0), Partition(TOPIC, 1)
 
 
@@ -25,6 +30,8 @@ class Group:
         self.mine: set[Partition] = set()
         self.paused = self.closed = False
         self.woken = 0
+        self.unread: dict[Partition, int] = {}
+        self.rewound: list[dict[Partition, int]] = []
 
     def subscribe(
         self,
@@ -63,6 +70,10 @@ class Group:
         self.commits.append({partition: at for partition, at in positions.items() if partition in self.mine})
         self.committed.update(self.commits[-1])
 
+    def rewind(self, partitions: Collection[Partition]) -> dict[Partition, int]:
+        self.rewound.append(dict.fromkeys((at for at in partitions if at in self.mine), BEGINNING))
+        return self.rewound[-1]
+
     def pause(self) -> None:
         self.paused = True
 
@@ -70,7 +81,7 @@ class Group:
         self.paused = False
 
     def lags(self) -> dict[Partition, int]:
-        return {}
+        return self.unread
 
     def wake(self) -> None:
         self.woken += 1
@@ -83,13 +94,22 @@ class Bench:
     def __init__(self) -> None:
         self.now = 100.0
         self.groups: list[Group] = []
-        self.waits: list[str | None] = []
-        self.capture = KafkaCapture(self._open, [TOPIC], self.waits.append, lambda: self.now)
+        self.progress = Progress(LogPosition(lambda: self.now), lambda: self.now)
+        self.expired: list[tuple[list[Partition], dict[Partition, int]]] = []  # and what was committed at that moment
+        self.failing: Exception | None = None
+        self.capture = KafkaCapture(
+            self._open, [TOPIC], self.progress, self._note_expired, lambda: self.now, lambda: EPOCH_S + self.now
+        )
         self.capture.start()
 
     def _open(self) -> Group:
         self.groups.append(Group())
         return self.groups[-1]
+
+    def _note_expired(self, partitions: Collection[Partition]) -> None:
+        if self.failing is not None:
+            raise self.failing
+        self.expired.append((sorted(partitions), dict(self.group.committed)))
 
     @property
     def group(self) -> Group:
@@ -113,8 +133,11 @@ def bench() -> Bench:
     return made
 
 
-def records(partition: Partition, next_offset: int, count: int = 1, size_bytes: int = 10) -> Records:
-    return Records(partition, [b"k"] * count, [b"v" * size_bytes] * count, [b"1"] * count, [0] * count, next_offset)
+def records(
+    partition: Partition, next_offset: int, count: int = 1, size_bytes: int = 10, sent_at: float = 0.0
+) -> Records:
+    sent_ms = [round(1000 * (EPOCH_S + sent_at)) + number for number in range(count)]
+    return Records(partition, [b"k"] * count, [b"v" * size_bytes] * count, [b"1"] * count, sent_ms, next_offset)
 
 
 def test_a_position_is_committed_when_its_batch_is_confirmed(bench: Bench) -> None:
@@ -212,9 +235,9 @@ def test_large_records_count_by_their_bytes(bench: Bench) -> None:
 
 def test_brokers_that_are_away_are_waited_for(bench: Bench) -> None:
     assert bench.poll(KafkaBusy("no broker answers")) is None
-    assert bench.waits == ["no broker answers"]
+    assert bench.progress.state() == ("waiting", "kafka: no broker answers")
     assert bench.poll([records(P0, 1)]) is not None
-    assert bench.waits == ["no broker answers", None]
+    assert bench.progress.state()[0] != "waiting"
     assert len(bench.groups) == 1
 
 
@@ -241,3 +264,99 @@ def test_a_new_start_begins_behind_what_was_committed(bench: Bench) -> None:
     bench.capture.confirm(new)
     bench.poll()
     assert bench.group.committed == {P0: 5}
+
+
+# ── positions that have expired ──────────────────────────────────────────────────────────────────────────────────
+
+
+def expired(*positions: tuple[Partition, int | None]) -> PositionsExpired:
+    return PositionsExpired("records were gone", dict(positions))
+
+
+def test_a_gap_is_recorded_before_the_position_behind_it_is_committed(bench: Bench) -> None:
+    assert bench.poll(expired((P0, 10))) is None
+    assert bench.expired == [([P0], {})]
+    assert bench.group.committed == {P0: BEGINNING}
+    bench.capture.confirm(bench.batch([records(P0, 60)]))
+    bench.poll()
+    assert bench.group.committed == {P0: 60}
+
+
+def test_what_cannot_be_recorded_is_not_committed(bench: Bench) -> None:
+    bench.failing = StateBusy("the state store does not answer")
+    with pytest.raises(StateBusy):
+        bench.poll(expired((P0, 10)))
+    assert bench.group.committed == {}
+    assert bench.group.rewound == []
+
+
+def test_what_lies_before_the_gap_is_not_committed_any_more(bench: Bench) -> None:
+    """In a topic that was made anew, it could lie beyond records that were never read."""
+    bench.capture.confirm(bench.batch([records(P1, 6)]))
+    bench.poll()
+    confirmed = bench.batch([records(P0, 100), records(P1, 7)])
+    flying = bench.batch([records(P0, 200), records(P1, 8)])
+    bench.capture.confirm(confirmed)
+    bench.now -= 3.0  # no commit is due
+    bench.poll(expired((P0, 200)))
+    bench.now += 3.0
+    bench.capture.confirm(flying)
+    bench.poll()
+    assert bench.group.committed == {P0: BEGINNING, P1: 8}
+    assert all(commit.get(P0) in (None, BEGINNING) for commit in bench.group.commits)
+
+
+def test_records_behind_a_gap_are_of_another_generation(bench: Bench) -> None:
+    """They may be delivered once more."""
+    before = bench.batch([records(P0, 5)])
+    bench.poll(expired((P0, 5)))
+    assert bench.batch([records(P0, 60)]).generation > before.generation
+
+
+def test_a_gap_in_a_partition_that_is_anothers_by_now(bench: Bench) -> None:
+    bench.group.mine.discard(P0)
+    bench.poll(expired((P0, 10), (P1, None)))
+    assert bench.group.committed == {P1: BEGINNING}
+    assert bench.expired == [([P0, P1], {})]
+
+
+# ── lags ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("unread", "flying", "reached_ms", "expected"),
+    [
+        (0, None, None, PartitionLag(0, 0.0)),
+        (0, None, 4000, PartitionLag(0, 0.0)),  # however long ago its last record came
+        (7, None, None, PartitionLag(7, None)),
+        (7, None, 4000, PartitionLag(7, 6.0)),  # at most: what has not been read is newer than what has
+        (7, (3, 2000), 4000, PartitionLag(10, 8.0)),
+        (0, (3, 2000), 4000, PartitionLag(3, 8.0)),
+        (0, (3, 99_000), 99_000, PartitionLag(3, 0.0)),  # a broker's clock is ahead of ours
+    ],
+)
+def test_the_lag_of_a_partition(
+    unread: int, flying: tuple[int, int] | None, reached_ms: int | None, expected: PartitionLag
+) -> None:
+    assert lag_of(unread, flying, reached_ms, 10_000) == expected
+
+
+def test_a_partition_is_behind_until_its_records_are_in_the_sinks(bench: Bench) -> None:
+    bench.group.unread = {P0: 4, P1: 0}
+    first = bench.batch([records(P0, 2, count=2, sent_at=bench.now)])
+    second = bench.batch([records(P0, 5, count=3, sent_at=bench.now)])
+    bench.poll()
+    assert bench.progress.partition_lags == {P0: PartitionLag(9, 3.0), P1: PartitionLag(0, 0.0)}
+    assert bench.progress.lag_s() == 3.0
+    bench.capture.confirm(first)
+    bench.poll()
+    assert bench.progress.partition_lags[P0] == PartitionLag(7, 3.0)
+    bench.capture.confirm(second)
+    bench.group.unread = {P0: 0, P1: 0}
+    bench.poll()
+    assert bench.progress.partition_lags == {P0: PartitionLag(0, 0.0), P1: PartitionLag(0, 0.0)}
+    bench.poll(bench.group.take(P0))
+    bench.poll()
+    assert bench.progress.partition_lags.keys() == {P1}  # another's, who tells of it
+    bench.capture.stop()
+    assert bench.progress.partition_lags == {}

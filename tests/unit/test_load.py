@@ -399,16 +399,17 @@ def test_a_load_is_done_only_when_what_follows_it_is(make: MakeBench) -> None:
 def test_a_reload_that_is_asked_for_while_one_begins_is_not_lost(make: MakeBench) -> None:
     bench = make(rows=2)
     loader = bench.loader()
-    save_load = bench.state.save_load
+    begin_load = bench.state.begin_load
     asked: list[str] = []
 
-    def save(name: str, load: TableLoad, lease: Lease | None = None) -> None:
-        save_load(name, load, lease)
+    def begin(name: str, load: TableLoad, lease: Lease | None = None) -> TableLoad:
+        begun = begin_load(name, load, lease)
         if load.reason == "the first" and not asked:  # it begins
             asked.append("the second")
             loader.reload(MOVIE, "the second")
+        return begun
 
-    bench.state.save_load = save  # type: ignore[method-assign]  # the watch's thread, which asks just now
+    bench.state.begin_load = begin  # type: ignore[method-assign]  # the watch's thread, which asks just now
     loader.reload(MOVIE, "the first")
     loader.run()
     assert asked
@@ -431,3 +432,27 @@ def test_a_loader_of_an_epoch_that_is_over_ends(make: MakeBench) -> None:
         assert bench.saved() == asked
         bench.failures.clear()
     assert len(bench.slices) == 1, "one chunk, by the first"
+
+
+def test_a_load_that_another_process_overrules_begins_anew(make: MakeBench) -> None:
+    """Rows that were read before may lack what was lost; and it is not done before they have been read again."""
+    bench = make(rows=2 * CHUNK_ROWS)
+    overruled: list[str] = []
+
+    def while_reading() -> None:
+        if len(bench.reader.read_behind) == 1 and not overruled:
+            overruled.append(bench.saved().state)
+            bench.reader.lsn = 3000
+            bench.state.load_again("movies", [MOVIE], "positions expired")
+
+    bench.reader.while_reading = while_reading
+    bench.loader().run()
+    assert bench.failures == []
+    assert overruled == ["running"]
+    beginning = [behind for _, behind in bench.reader.read_behind]
+    assert beginning == [None, (CHUNK_ROWS - 1,), None, (CHUNK_ROWS - 1,), (2 * CHUNK_ROWS - 1,)]
+    saved = bench.saved()
+    assert (saved.state, saved.reason, saved.rows) == ("done", "positions expired", 2 * CHUNK_ROWS)
+    assert saved.covered_from is not None
+    assert saved.covered_from >= 3000  # what it covers begins anew, too
+    assert bench.finished == [MOVIE]

@@ -9,7 +9,7 @@ import pytest
 
 from delta_sync.state import TableLoad
 from deltactl.members import FORGOTTEN_S, FRESH_S, Member, combined, members_of
-from deltactl.status import as_text
+from deltactl.status import PARTITIONS_SHOWN, as_text
 
 NOW = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
 DONE = {"public.movie": TableLoad("public.movie", "done", rows=7)}
@@ -32,7 +32,8 @@ def worker(name: str = "w1", age_s: float = 0.5, **fields: Any) -> Member:
 
 
 def sidecar(name: str = "s1", role: str = "leading", age_s: float = 0.5, **fields: Any) -> Member:
-    return Member(name, {"role": "sidecar", "sidecar": role, "state": "streaming", "reason": None, **fields}, age_s)
+    state = "streaming" if role == "leading" else "standby"
+    return Member(name, {"role": "sidecar", "sidecar": role, "state": state, "reason": None, **fields}, age_s)
 
 
 def state_of(*members: Member, loads: dict[str, TableLoad] = DONE) -> tuple[str, str | None]:
@@ -41,11 +42,14 @@ def state_of(*members: Member, loads: dict[str, TableLoad] = DONE) -> tuple[str,
 
 
 def test_all_is_well() -> None:
-    found = combined("movies", [sidecar(), sidecar("s2", "standing by"), worker(), worker("w2", lag_s=0.4)], DONE, 2)
+    found = combined("movies", [sidecar(), sidecar("s2", "standby"), worker(), worker("w2", lag_s=0.4)], DONE, 2)
     assert (found["state"], found["running"], found["dead_letters"]) == ("streaming", True, 2)
     assert (found["lag_s"], found["rates"]["changes_per_s"], found["totals"]["changes"]) == (0.4, 10.0, 8)
     assert found["sinks"]["cache"]["applied"] == 6
-    assert [member["state"] for member in found["members"]] == ["leading", "standing by", "streaming", "streaming"]
+    assert [member["state"] for member in found["members"]] == ["streaming", "standby", "streaming", "streaming"]
+    assert [member["leads"] for member in found["members"]] == [True, False, False, False]
+    assert "s1: leads, streaming" in as_text(found)
+    assert "s2: standby" in as_text(found)
     assert "w2: streaming, 1 partition" in as_text(found)
 
 
@@ -55,7 +59,7 @@ def test_all_is_well() -> None:
         ([], ("stopped", "it never ran")),
         ([worker(age_s=FRESH_S + 1)], ("stopped", "no process has said anything lately")),
         ([worker()], ("waiting", "no sidecar leads")),
-        ([sidecar(role="standing by"), worker()], ("waiting", "no sidecar leads")),
+        ([sidecar(role="standby"), worker()], ("waiting", "no sidecar leads")),
         ([sidecar(age_s=FRESH_S + 1), worker()], ("waiting", "no sidecar leads")),
         ([sidecar()], ("waiting", "no worker runs")),
         ([sidecar(), worker(state="stopped")], ("waiting", "no worker runs")),
@@ -86,3 +90,64 @@ def test_members_that_went_long_ago_are_not_shown() -> None:
         for name, age_s in (("old", FORGOTTEN_S + 1), ("gone", FRESH_S + 1), ("new", 0.0))
     ]
     assert [member.name for member in members_of(said, NOW)] == ["new", "gone"]
+
+
+def test_a_sidecar_that_is_gone_does_not_lead() -> None:
+    gone = combined("movies", [sidecar(age_s=FRESH_S + 1), worker()], DONE, 0)["members"][0]
+    assert (gone["state"], gone["leads"]) == ("gone", False)
+
+
+def behind(**lags: tuple[int, float | None]) -> dict[str, Any]:
+    return {
+        "partitions": [f"t[{name[1:]}]" for name in lags],
+        "partition_lags": {f"t[{name[1:]}]": {"records": lag[0], "seconds": lag[1]} for name, lag in lags.items()},
+    }
+
+
+def test_partitions_of_all_members_are_shown_the_worst_first() -> None:
+    one = worker("w1", **behind(p0=(5, 0.5), p1=(0, 0.0)))
+    two = worker("w2", **behind(p2=(1234, None), p3=(1, 60.0)))
+    new = worker("w3", partitions=["t[4]"])  # of which nothing has been fetched yet
+    found = combined("movies", [sidecar(), one, two, new], DONE, 0)
+    assert found["lag_records"] == 1240
+    assert [(some["partition"], some["member"], some["records"]) for some in found["partitions"]] == [
+        ("t[0]", "w1", 5),
+        ("t[1]", "w1", 0),
+        ("t[2]", "w2", 1234),
+        ("t[3]", "w2", 1),
+        ("t[4]", "w3", None),
+    ]
+    lines = [line.split("  ")[-1] for line in as_text(found).splitlines() if line.startswith("partition ")]
+    assert lines == [
+        "t[2]: 1,234 records, at w2",
+        "t[0]: 5 records, 0.5 s, at w1",
+        "t[3]: 1 record, 60.0 s, at w2",
+    ]
+    assert "1,240 records" in as_text(found)
+
+
+def test_of_many_partitions_that_are_behind_some_are_shown() -> None:
+    many = worker(**behind(**{f"p{number}": (number + 1, 1.0) for number in range(PARTITIONS_SHOWN + 5)}))
+    shown = as_text(combined("movies", [sidecar(), many], DONE, 0))
+    assert sum(line.startswith("partition ") for line in shown.splitlines()) == PARTITIONS_SHOWN + 1
+    assert "5 more are behind" in shown
+
+
+def test_a_partition_that_two_claim_is_the_ones_who_spoke_last() -> None:
+    old, new = worker("w1", 3.0, **behind(p0=(9, 9.0))), worker("w2", 0.1, **behind(p0=(1, 1.0)))
+    for pair in ([old, new], [new, old]):
+        assert [some["member"] for some in combined("movies", pair, DONE, 0)["partitions"]] == ["w2"]
+
+
+def test_the_way_into_kafka_counts_too() -> None:
+    """A connector that hangs is a lag, though the workers have nothing to do."""
+    found = combined("movies", [sidecar(lag_s=30.0), worker(lag_s=0.5), worker("w2", lag_s=0.0)], DONE, 0)
+    assert found["lag_s"] == 30.5
+
+
+def test_why_a_table_is_loaded_again_is_shown() -> None:
+    loads = {"public.movie": TableLoad("public.movie", "running", rows=7, reason="positions expired")}
+    gap = worker(totals={"changes": 4, "positions_expired": 2})
+    shown = as_text(combined("movies", [sidecar(), gap], loads, 0))
+    assert "running, 7 rows: positions expired" in shown
+    assert "records of 2 partitions; their tables are loaded again" in shown

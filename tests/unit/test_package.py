@@ -275,8 +275,7 @@ def test_pods_may_do_nothing_that_they_need_not(case: str) -> None:
         assert allowed["capabilities"] == {"drop": ["ALL"]}
         assert {"requests", "limits"} == set(container["resources"])
         assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
-        role = container["name"]
-        assert container["readinessProbe"]["httpGet"]["path"] == ("/healthz" if role == "sidecar" else "/readyz")
+        assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
         port = int(container["args"][container["args"].index("--port") + 1])
         assert container["ports"] == [{"name": "http", "containerPort": port}]
         mounted = {mount["name"] for mount in container["volumeMounts"]}
@@ -368,7 +367,7 @@ def test_dockerfiles_are_small_pinned_and_without_root(role: str) -> None:
     last = text.rpartition("\nFROM ")[2]
     assert re.search(r"^USER \d+:\d+$", last, re.MULTILINE)
     assert "STOPSIGNAL SIGTERM" in last
-    assert ("/healthz" if role == "sidecar" else "/readyz") in last.partition("HEALTHCHECK")[2]
+    assert "/readyz" in last.partition("HEALTHCHECK")[2]
     assert "--require-hashes" in text
     assert "apt-get" not in last
     assert ("maven" in text.lower()) == (role == "sidecar")

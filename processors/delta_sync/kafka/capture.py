@@ -16,41 +16,60 @@ from typing import NamedTuple
 import structlog
 
 from delta_sync.capture import Batch
-from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, Records
+from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, PositionsExpired, Records
+from delta_sync.measures import PartitionLag
+from delta_sync.progress import Progress
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 IN_FLIGHT_BATCHES = 16  # unconfirmed; enough for the worker to join some while others are in the sinks
 IN_FLIGHT_BYTES = 16 << 20  # and no more than this, beside the first: decoded, it is several times as much
 PAUSE_AFTER_S = 5.0  # a pause lets clients throw away what they fetched ahead, so it is for sinks that are really stuck
+LAGS_S = 1.0  # between looks at how far behind it is: as often as the status is saved
 COMMIT_S = 0.2  # between commits: each is a round trip, and what is not committed is only delivered again
 
 
+class Flying(NamedTuple):
+    """Records of one partition that were handed over: during which of its assignments, and what to commit then."""
+
+    partition: Partition
+    assignment: int
+    next_offset: int
+    records: int
+    oldest_ms: int  # when the first of them was sent to Kafka
+
+
 class Delivered(NamedTuple):
-    """A batch that was handed over: for each partition, during which of its assignments, and what to commit."""
+    """A batch that was handed over."""
 
     sequence: int
     size_bytes: int
-    positions: Sequence[tuple[Partition, int, int]]  # partition, assignment, next offset
+    parts: Sequence[Flying]
 
 
 class KafkaCapture:
     """Delivers the records of some topics. `payload` of its batches is a list of `Records`.
 
-    `open_group` makes a new member; `waits` is told what it waits for, and None when it no longer does.
+    `open_group` makes a new member; `progress` is told what it waits for, and how far behind it is. `expired` is called
+    with partitions of which records were gone before they were read. It has to record what will mend that: once it has
+    returned, the positions behind the gap are committed.
     """
 
     def __init__(
         self,
         open_group: Callable[[], ConsumerGroup],
         topics: Collection[str],
-        waits: Callable[[str | None], None] = lambda _: None,
+        progress: Progress,
+        expired: Callable[[Collection[Partition]], None],
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._open_group = open_group
         self._topics = topics
-        self._waits = waits
+        self._progress = progress
+        self._expired = expired
         self._clock = clock
+        self._wall_clock = wall_clock
         self._group: ConsumerGroup | None = None
         self._generation = 0  # rises with every loss of partitions, too: their records are delivered again
         self._sequence = 0
@@ -60,6 +79,8 @@ class KafkaCapture:
         self._assigned_ever = 0
         self._committable: dict[Partition, int] = {}
         self._committed_at = 0.0
+        self._reached_ms: dict[Partition, int] = {}  # when the newest record was sent that was read of each partition
+        self._looked_at = -LAGS_S
         self._paused = self._busy = False
         self._full_since: float | None = None
         self._lock = threading.Lock()  # of _confirmed
@@ -95,25 +116,35 @@ class KafkaCapture:
         assert group is not None, "it was started"
         try:
             self._commit_now_and_then()
+            self._look_at_lags(group)
             if self._hold_back(group, timeout_s):
                 return None
-            records = group.poll(timeout_s)
+            try:
+                records = group.poll(timeout_s)
+            except PositionsExpired as error:
+                self._go_on_behind_the_gap(group, error)
+                return None
         except KafkaBusy as error:
             if not self._busy:
                 log.warning("kafka_busy", reason=str(error))
             self._busy = True
-            self._waits(str(error))
+            self._progress.waits("kafka", str(error))
             return None
         if self._busy:
             self._busy = False
-            self._waits(None)
+            self._progress.waits("kafka", None)
         return self._deliver(records) if records else None
 
     def _deliver(self, records: Sequence[Records]) -> Batch:
         self._sequence += 1
-        positions = [(some.partition, self._assignments[some.partition], some.next_offset) for some in records]
+        parts = [
+            Flying(at, self._assignments[at], next_offset, len(values), timestamps_ms[0])
+            for at, _, values, _, timestamps_ms, next_offset in records
+        ]
+        for some in records:
+            self._reached_ms[some.partition] = some.timestamps_ms[-1]
         size_bytes = sum(len(value) for some in records for value in some.values if value is not None)
-        self._delivered.append(Delivered(self._sequence, size_bytes, positions))
+        self._delivered.append(Delivered(self._sequence, size_bytes, parts))
         return Batch(self._generation, self._sequence, sum(len(some.values) for some in records), records)
 
     def confirm(self, batch: Batch) -> None:
@@ -142,6 +173,8 @@ class KafkaCapture:
         self._assignments.clear()
         self._committable.clear()
         self._delivered.clear()
+        self._reached_ms.clear()
+        self._progress.partition_lags = {}
 
     # ── partitions ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -164,8 +197,32 @@ class KafkaCapture:
             log.warning("not_committed", reason=str(error))
         for partition in partitions:
             self._assignments.pop(partition, None)
+            self._reached_ms.pop(partition, None)
         self._generation += 1
         log.info("partitions_revoked", partitions=_texts(partitions), left=len(self._assignments))
+
+    def _go_on_behind_the_gap(self, group: ConsumerGroup, error: PositionsExpired) -> None:
+        """Go on with what is there. In this order, so that whoever is killed in between finds the gap once more.
+
+        What is still in flight of these partitions must not be committed any more: it lies before the gap, or in a
+        topic that is no longer there, whose positions could be beyond records of the new one.
+        """
+        self._expired(error.positions)
+        self._settle()
+        for partition in error.positions:
+            self._committable.pop(partition, None)
+            if partition in self._assignments:
+                self._assigned_ever += 1
+                self._assignments[partition] = self._assigned_ever
+        self._generation += 1
+        positions = group.rewind(error.positions)
+        group.commit(positions)
+        log.warning(
+            "positions_expired",
+            positions={_text(partition): offset for partition, offset in sorted(error.positions.items())},
+            goes_on_at={_text(partition): offset for partition, offset in sorted(positions.items())},
+            reason=str(error),
+        )
 
     # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -174,9 +231,9 @@ class KafkaCapture:
         with self._lock:
             confirmed = self._confirmed
         while self._delivered and self._delivered[0].sequence <= confirmed:
-            for partition, assignment, position in self._delivered.popleft().positions:
-                if self._assignments.get(partition) == assignment:
-                    self._committable[partition] = position
+            for part in self._delivered.popleft().parts:
+                if self._assignments.get(part.partition) == part.assignment:
+                    self._committable[part.partition] = part.next_offset
 
     def _commit_now_and_then(self) -> None:
         self._settle()
@@ -185,6 +242,26 @@ class KafkaCapture:
             self._group.commit(self._committable)
             self._committable.clear()
             self._committed_at = now
+            self._progress.stages["commit"].add(self._clock() - now)
+
+    def _look_at_lags(self, group: ConsumerGroup) -> None:
+        """Tell now and then how far behind each partition is: what is not read, and what is not in every sink yet."""
+        now = self._clock()
+        if now - self._looked_at < LAGS_S:
+            return
+        self._looked_at = now
+        flying: dict[Partition, tuple[int, int]] = {}
+        for delivered in self._delivered:
+            for part in delivered.parts:
+                if self._assignments.get(part.partition) == part.assignment:
+                    records, oldest_ms = flying.get(part.partition, (0, part.oldest_ms))
+                    flying[part.partition] = records + part.records, oldest_ms
+        wall_ms = 1000 * self._wall_clock()
+        self._progress.partition_lags = {
+            partition: lag_of(unread, flying.get(partition), self._reached_ms.get(partition), wall_ms)
+            for partition, unread in group.lags().items()
+            if partition in self._assignments
+        }
 
     def _hold_back(self, group: ConsumerGroup, timeout_s: float) -> bool:
         """Wait for room, for so long; return whether to poll later. When that goes on, the group is paused instead."""
@@ -214,5 +291,22 @@ class KafkaCapture:
         return many >= IN_FLIGHT_BATCHES or (many > 1 and size_bytes > IN_FLIGHT_BYTES)
 
 
+def lag_of(unread: int, flying: tuple[int, int] | None, reached_ms: int | None, now_ms: float) -> PartitionLag:
+    """Return how far behind a partition is.
+
+    `flying` are the records that were read and are not in every sink yet, and when the oldest of them was sent;
+    `reached_ms` is when the newest was sent that was read. What has not been read is newer than that.
+    """
+    records = unread + (flying[0] if flying is not None else 0)
+    if not records:
+        return PartitionLag(0, 0.0)
+    since_ms = flying[1] if flying is not None else reached_ms
+    return PartitionLag(records, None if since_ms is None else max(0.0, now_ms - since_ms) / 1000)
+
+
+def _text(partition: Partition) -> str:
+    return f"{partition.topic}[{partition.number}]"
+
+
 def _texts(partitions: Collection[Partition]) -> list[str]:
-    return [f"{topic}[{number}]" for topic, number in sorted(partitions)]
+    return [_text(partition) for partition in sorted(partitions)]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from delta_sync.kafka import refusals, settings
 from delta_sync.kafka.consumer import EPOCH_HEADER, KafkaBusy, Partition, PartitionsCall, Records
@@ -22,8 +22,8 @@ ATTEMPT_S = 1.0  # of the first connection, between two looks at what the client
 POLL_BYTES = 4 << 20  # a poll takes no more once it has so much: with large records, 2000 of them would not fit
 RECORDS_PER_TAKE = 250  # between two looks at the bytes: 4 MB of 16 KB each
 
-# The position of a partition that has none committed, until its first record has come.
-_BEGINNING: int = OFFSET_BEGINNING
+# The position of a partition that has none committed: not its beginning, which is elsewhere once records have expired.
+_FIRST = 0
 
 _LOST = {KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.FENCED_INSTANCE_ID}
 _REBALANCING = {KafkaError.REBALANCE_IN_PROGRESS}
@@ -57,6 +57,7 @@ class ConfluentGroup:
         self._next: dict[Partition, int] = {}  # of every partition of ours, the position that `poll` returns next
         self._unplaced: set[Partition] = set()  # those of which it could not be found out where they start
         self._taken: dict[Partition, list[Message]] = {}  # of the client, and not returned yet
+        self._expired: dict[Partition, int | None] = {}  # positions of which the client told, once, that they are gone
         self._uncommitted: dict[Partition, int] = {}
         self._deferred = False  # a rebalance takes no commits, so they wait for its end
         self._paused = False
@@ -101,7 +102,7 @@ class ConfluentGroup:
             consumer.incremental_assign(partitions)
             return
         names = _names(partitions)
-        self._next |= dict.fromkeys(names, _BEGINNING)
+        self._next |= dict.fromkeys(names, _FIRST)
         try:
             partitions = self._starts(consumer, partitions)
         except KafkaException:
@@ -135,15 +136,16 @@ class ConfluentGroup:
             self._next.pop(partition, None)
             self._uncommitted.pop(partition, None)
             self._taken.pop(partition, None)
+            self._expired.pop(partition, None)
         self._unplaced.difference_update(partitions)
 
     def _starts(self, consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
-        """Return where these partitions start: at what was committed, or at their beginning."""
+        """Return where these partitions start: at what was committed, or at position 0."""
         starts: list[TopicPartition] = []
         for found in consumer.committed(partitions, timeout=settings.REQUEST_TIMEOUT_S):
             if found.error is not None:
                 raise KafkaException(found.error)
-            offset = found.offset if found.offset >= 0 else _BEGINNING
+            offset = found.offset if found.offset >= 0 else _FIRST
             starts.append(TopicPartition(found.topic, found.partition, offset))
             self._next[Partition(found.topic, found.partition)] = offset
         return starts
@@ -174,6 +176,8 @@ class ConfluentGroup:
                     self._commit()
                 self._place()
                 self._take(min(SLICE_S, max(0.0, deadline - time.monotonic())))
+                if self._expired:
+                    raise refusals.positions_expired(self._expired)
                 if self._taken and not self._paused:
                     taken, self._taken = self._taken, {}
                     return [self._columns(partition, messages) for partition, messages in taken.items()]
@@ -225,6 +229,25 @@ class ConfluentGroup:
             next_offset,
         )
 
+    def rewind(self, partitions: Collection[Partition]) -> dict[Partition, int]:
+        consumer = self._connected()
+        found: dict[Partition, int] = {}
+        with self._translated():
+            for partition in partitions:
+                if partition in self._next:
+                    place = TopicPartition(*partition)
+                    found[partition], _ = consumer.get_watermark_offsets(place, timeout=settings.REQUEST_TIMEOUT_S)
+            if not found:
+                return found
+            starts = [TopicPartition(*partition, offset) for partition, offset in found.items()]
+            consumer.incremental_unassign(starts)  # a seek is refused to a partition that has stopped
+            consumer.incremental_assign(starts)
+            if self._paused:
+                consumer.pause(starts)
+        self._drop(found)
+        self._next |= found
+        return found
+
     def pause(self) -> None:
         self._paused = True
         consumer = self._connected()
@@ -265,7 +288,7 @@ class ConfluentGroup:
         for partition, position in self._next.items():
             low, high = consumer.get_watermark_offsets(TopicPartition(*partition), cached=True)
             if high >= 0:  # else nothing has been fetched yet
-                found[partition] = max(0, high - (low if position == _BEGINNING else position))
+                found[partition] = max(0, high - max(low, position))
         return found
 
     def wake(self) -> None:
@@ -291,7 +314,7 @@ class ConfluentGroup:
             return
         partition = Partition(str(message.topic()), int(message.partition() or 0))
         if partition in self._next and partition not in self._unplaced:
-            self._failure = refusals.positions_expired([(partition, self._next[partition])])
+            self._expired[partition] = self._next[partition]
 
     def _raise_errors(self) -> None:
         errors, self._errors[:] = list(self._errors), []

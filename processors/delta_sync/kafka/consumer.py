@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from delta_sync.errors import PipelineStopped, Transient, UsageError
+from delta_sync.errors import DeltaError, Transient, UsageError
 from delta_sync.kafka.settings import DEFAULT_TIMEOUTS, Timeouts
 from delta_sync.spec import KafkaSpec
 
@@ -46,8 +46,15 @@ class KafkaBusy(Transient):
     """Brokers are unreachable, electing or overloaded."""
 
 
-class PositionsExpired(PipelineStopped):
-    """The group's positions are no longer in the topic: records have expired before they were read."""
+class PositionsExpired(DeltaError):
+    """Records were gone before they were read: the group's positions are no longer in their partitions.
+
+    `positions` are those; None where the position is not known. `rewind` goes on.
+    """
+
+    def __init__(self, message: str, positions: Mapping[Partition, int | None]) -> None:
+        super().__init__(message)
+        self.positions = dict(positions)
 
 
 class ConsumerGroup(Protocol):
@@ -62,15 +69,26 @@ class ConsumerGroup(Protocol):
 
         `revoked` is called while the partitions are still this member's, so that it may commit; after a loss (the
         member was away for too long) they are another's already, and a commit is ignored. A partition without a
-        committed position is read from its beginning. What they raise is raised by the next `poll`, and no record is
-        lost by it. Call it once; again only after KafkaBusy.
+        committed position is read from position 0: where records have expired by then, that is PositionsExpired, too.
+        What they raise is raised by the next `poll`, and no record is lost by it. Call it once; again only after
+        KafkaBusy.
         """
         ...
 
     def poll(self, timeout_s: float) -> list[Records]:
         """Return records that have come, in at most one `Records` per partition; nothing when none came in time.
 
-        It also keeps the membership, so it has to be called often, paused or not. Raises PositionsExpired.
+        It also keeps the membership, so it has to be called often, paused or not. Raises PositionsExpired, again and
+        again until `rewind` or until the partitions are another's.
+        """
+        ...
+
+    def rewind(self, partitions: Collection[Partition]) -> dict[Partition, int]:
+        """Go on, in these partitions, with the first record that is still there; return its positions.
+
+        Nothing is committed: whoever calls this first makes sure that what is lost will be mended, then commits them,
+        and a crash in between only finds the old positions once more. Positions from before that wait for the end of a
+        rebalance are dropped. Partitions that are no longer this member's are left out.
         """
         ...
 

@@ -131,6 +131,24 @@ class KafkaPythonGroup:
             # Otherwise the membership is lost, which the next poll will tell; the positions are another's now.
         self._uncommitted.clear()
 
+    def rewind(self, partitions: Collection[Partition]) -> dict[Partition, int]:
+        mine = [_structs.TopicPartition(*partition) for partition in partitions if Partition(*partition) in self._mine]
+        if not mine:
+            return {}
+        with self._translated():
+            found: Mapping[Any, int] = self._consumer.beginning_offsets(
+                mine, timeout_ms=1000 * settings.REQUEST_TIMEOUT_S
+            )
+        moved: dict[Partition, int] = {}
+        for partition, offset in found.items():
+            try:
+                self._consumer.seek(partition, offset)
+            except ValueError:  # it was taken away meanwhile, of which the next poll will tell
+                continue
+            moved[Partition(*partition)] = offset
+            self._uncommitted.pop(Partition(*partition), None)
+        return moved
+
     def pause(self) -> None:
         self._consumer.hold(True)
 
@@ -184,7 +202,7 @@ class KafkaPythonGroup:
 
 
 class _Consumer(_kafka.KafkaConsumer):  # type: ignore[misc]  # it has no types
-    """The client, but for some things: it takes a partition without a position from its beginning, it ends its
+    """The client, but for some things: it takes a partition without a position from position 0, it ends its
     thread when it cannot connect, it takes up a join that ended between two polls, and it tells of rebalances on the
     thread that polls.
 
@@ -235,7 +253,8 @@ class _Consumer(_kafka.KafkaConsumer):  # type: ignore[misc]  # it has no types
         try:
             found = client._poll_once(*args, **options)
         except _errors.NoOffsetForPartitionError as error:
-            self.seek_to_beginning(*error.args[0])
+            for partition in error.args[0]:
+                self.seek(partition, 0)  # not to its beginning: if that is elsewhere, records have expired
         while self._notes:
             self._happened(*self._notes.pop(0))
         return found
@@ -341,8 +360,8 @@ def _epoch(headers: Sequence[tuple[str, bytes | None]]) -> bytes | None:
     return None
 
 
-def _positions(offsets: Mapping[Any, int | None]) -> list[tuple[Partition, int | None]]:
-    return [(Partition(*partition), offset) for partition, offset in offsets.items()]
+def _positions(offsets: Mapping[Any, int | None]) -> dict[Partition, int | None]:
+    return {Partition(*partition): offset for partition, offset in offsets.items()}
 
 
 def _ignore(partitions: Collection[Partition]) -> None:

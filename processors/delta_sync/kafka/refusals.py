@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from delta_sync.errors import CheckFailed, Problem
 from delta_sync.kafka.consumer import Partition, PositionsExpired
@@ -55,16 +55,16 @@ def refused(error: object, fix: str) -> CheckFailed:
     return _failed(redact(str(error)), fix)
 
 
-def positions_expired(positions: Iterable[tuple[Partition, int | None]]) -> PositionsExpired:
-    """Committed positions are no longer in the topic; None where the position is not known."""
+def positions_expired(positions: Mapping[Partition, int | None]) -> PositionsExpired:
+    """Positions are no longer in their partitions; None where the position is not known."""
     places = ", ".join(
         f"partition {partition.number} of topic {partition.topic}" + ("" if offset is None else f" at {offset}")
-        for partition, offset in sorted(positions, key=lambda item: item[0])
+        for partition, offset in sorted(positions.items(), key=lambda item: item[0])
     )
     return PositionsExpired(
         f"Records were gone from Kafka before they were read ({places}): the workers were away for longer than"
-        " kafka.retention, or the topic was made anew. Stop all workers, type `kafka-consumer-groups.sh --reset-offsets"
-        " --to-earliest --all-topics --execute --group …`, and start the sidecar with --reload."
+        " kafka.retention, or the topic was made anew.",
+        dict(positions),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
+
+import structlog
 
 from delta_sync.capture import Batch, Capture
 from delta_sync.decoding import Stretch, Undecodable
@@ -12,11 +14,12 @@ from delta_sync.errors import EpochRose, SourceBusy
 from delta_sync.kafka import settings
 from delta_sync.kafka.avro import AvroDecoder, UndecodableRecord
 from delta_sync.kafka.capture import KafkaCapture
-from delta_sync.kafka.consumer import open_group
+from delta_sync.kafka.consumer import Partition, open_group
 from delta_sync.kafka.names import group_id, topic_name
 from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.progress import GroupProgress
 from delta_sync.kafka.registry import SchemaRegistry
+from delta_sync.leases import LeaseKeeper
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
@@ -31,6 +34,11 @@ from delta_sync.versions import version_of
 from delta_sync.watch import ANSWER_S
 
 ROSE = "The sidecar has begun a new epoch; this worker begins anew with it."
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+POSITIONS_EXPIRED = "positions expired"  # why a table is loaded again
+LOAD_LEASE = "load"
+LOAD_LEASE_S = 10.0  # so long a load stands still when its worker was killed; a slow state store must not cost it
 
 
 class KafkaTransport(Transport):
@@ -49,12 +57,14 @@ class KafkaTransport(Transport):
         self._columns: frozenset[str] = frozenset()
         self._tables: Tables = dict
         self._capture: KafkaCapture | None = None
+        self._state: StateStore | None = None
 
     def prepare(
         self, pipeline: Pipeline, reader: SourceReader, state: StateStore, sinks: Mapping[str, AnySink]
     ) -> Source:
         """Wait for the sidecar: it makes sure of publication and slot, and decides the epoch."""
         del sinks
+        self._state = state
         known = state.pipeline(self._spec.name)
         if known is None or not state.loads(self._spec.name).keys() >= self._spec.tables.keys():
             raise SourceBusy(
@@ -72,15 +82,23 @@ class KafkaTransport(Transport):
         self._epoch = source.epoch
         self._tables = tables
 
-        def waits(reason: str | None) -> None:
-            progress.waits("kafka", reason)
-
         session_s = self._kafka.session_timeout
         timeouts = settings.DEFAULT_TIMEOUTS._replace(session_s=session_s, heartbeat_s=min(3.0, session_s / 3))
         self._capture = KafkaCapture(
-            lambda: open_group(self._kafka, group_id(self._spec.name), timeouts), self._topics, waits
+            lambda: open_group(self._kafka, group_id(self._spec.name), timeouts),
+            self._topics,
+            progress,
+            lambda partitions: self._load_again(partitions, progress),
         )
         return self._capture
+
+    def _load_again(self, partitions: Collection[Partition], progress: Progress) -> None:
+        """Have the tables of these partitions loaded again, by whichever worker loads. Raises StateBusy."""
+        tables = sorted({self._topics[partition.topic] for partition in partitions})
+        assert self._state is not None, "it was prepared"
+        self._state.load_again(self._spec.name, tables, POSITIONS_EXPIRED)
+        progress.positions_expired += len(partitions)
+        log.warning("tables_loaded_again", tables=tables, reason=POSITIONS_EXPIRED)
 
     def stretches(self, batch: Batch) -> Iterable[Stretch]:
         """Return a batch's events. Raises Transient while the registry lacks a schema, EpochRose for a newer epoch."""
@@ -137,6 +155,10 @@ class KafkaTransport(Transport):
                 stopping=stopping,
             )
         ]
+
+    def load_lease(self, state: StateStore) -> LeaseKeeper:
+        """Return who keeps the lease of the one worker that loads."""
+        return LeaseKeeper(state, self._spec.name, LOAD_LEASE, self._member, LOAD_LEASE_S)
 
     def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
         """Save it as this member's."""
