@@ -89,7 +89,7 @@ class Sidecar:
         if opened is None:
             return
         with opened as state:
-            keeper = LeaseKeeper(state, spec.name, LEASE, self._member, LEASE_S)
+            keeper = LeaseKeeper(state, spec.name, LEASE, self._member, LEASE_S, on_lost=self._lost)
             try:
                 with keeper:
                     while not self._stopping.is_set():
@@ -113,6 +113,12 @@ class Sidecar:
                 self._save_status(state, "stopped")
                 for sink in sinks.values():
                     sink.close()
+
+    def _lost(self, _lease: Lease) -> None:
+        """End the server before another may lead. Our own thread may be waiting for the state store, or the source."""
+        if self._server.alive:
+            log.warning("connector_killed", reason="The lease is no longer this sidecar's.")
+            self._server.kill()
 
     def _lead(
         self, keeper: LeaseKeeper, lease: Lease, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore
@@ -207,7 +213,8 @@ class Sidecar:
                     return
                 case supervision.Start():
                     try:
-                        self._start(epoch, tables, reader, state)
+                        if not self._start(lambda: keeper.holds(lease), epoch, tables, reader, state):
+                            return
                         alive_since = self._clock()
                     except (Transient, CaptureDied) as error:
                         self.progress.waits("connector", redact(str(error)))
@@ -221,14 +228,30 @@ class Sidecar:
             self._save_status(state, "leading")
             self._stopping.wait(LOOK_S)
 
-    def _start(self, epoch: int, tables: Mapping[str, Table], reader: SourceReader, state: StateStore) -> None:
-        """Start the server behind what is confirmed, in place of whoever reads the slot."""
+    def _start(
+        self,
+        leads: Callable[[], bool],
+        epoch: int,
+        tables: Mapping[str, Table],
+        reader: SourceReader,
+        state: StateStore,
+    ) -> bool:
+        """Start the server behind what is confirmed, in place of whoever reads the slot; return whether that was done.
+
+        Not if it `leads` no longer: the state store or the source may have taken any time to answer.
+        """
         spec = self._spec
         check_slot(spec, reader, state)
+        if not leads():
+            return False
         reader.capture_position(spec).free()
         properties = server_properties(spec, tables, epoch)
         self._server.start(properties, server_environment(spec, tables, epoch, resolve))
+        if not leads():  # `_lost` may have come before there was anything to end
+            self._server.kill()
+            return False
         log.info("connector_started", pid=self._server.pid)
+        return True
 
     def _take_over_columns(self, reader: SourceReader, tables: dict[str, Table], columns: dict[str, str]) -> None:
         """Publish the tables as they are now; a connector that has to be configured anew ends."""
