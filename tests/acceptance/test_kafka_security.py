@@ -124,8 +124,8 @@ WRONG = {
         "correct ca_file, certificate_file and key_file",
     ),
     "no certificate": ("mTLS", {"certificate_file": "", "key_file": ""}, "no TLS with", "certificate_file"),
-    "key of another": ("mTLS", {"key_file": "stranger's key"}, "no TLS with", "key_file"),
-    "no such file": ("PLAIN", {"ca_file": "/nowhere/ca.pem"}, "/nowhere/ca.pem", "ca_file"),
+    "key of another": ("mTLS", {"key_file": "stranger's key"}, "is not the key of certificate_file", "key_file"),
+    "no such file": ("PLAIN", {"ca_file": "/nowhere/ca.pem"}, "/nowhere/ca.pem cannot be read", "correct ca_file"),
 }
 
 
