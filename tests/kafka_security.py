@@ -7,20 +7,22 @@ import subprocess
 import threading
 from collections.abc import Collection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import requests
-from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
 
-from delta_sync.testing.kafka import CONTROLLER_OFFSET, SASL_OFFSET, Kafka
+from delta_sync.testing.kafka import CONTROLLER_OFFSET, SASL_OFFSET, Kafka, admin_client
 from delta_sync.testing.processes import free_port
 
 SASL_SSL_OFFSET, SSL_OFFSET = 3, 4  # further listeners, from the port of the clients without credentials
 USER, PASSWORD = "delta", 'a "pass\\word" with $ and é'  # what each client has to write in its own way
 WAIT_S = 60.0
-SCRAM_ITERATIONS = 4096  # the fewest that Kafka takes
+
+# Imported by name: it has no types.
+_Upsertion: Any = import_module("kafka.admin").UserScramCredentialUpsertion
 
 
 class Authority:
@@ -42,7 +44,8 @@ class Authority:
 
 def _openssl(name: str, key: Path, certificate: Path, *options: str) -> None:
     kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    command = ["openssl", "req", *kind, "-subj", f"/CN={name}", "-keyout", key, "-out", certificate, *options]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    command = ["openssl", "req", *kind, "-subj", f"/CN={name}", *files, *options]
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -50,9 +53,9 @@ class SecureKafka(Kafka):
     """A broker with two listeners more: `sasl_ssl_url` wants a login, by PLAIN or SCRAM, and `ssl_url` a certificate of
     the same authority. `USER` may do everything, by whatever way."""
 
-    def __init__(self, authority: Authority, **settings: object) -> None:
+    def __init__(self, authority: Authority) -> None:
         port = free_port(CONTROLLER_OFFSET, SASL_OFFSET, SASL_SSL_OFFSET, SSL_OFFSET)
-        super().__init__(port=port, **settings)
+        super().__init__(port=port)
         self._authority = authority
 
     @property
@@ -89,15 +92,10 @@ class SecureKafka(Kafka):
 
     def add_user(self) -> None:
         """Let USER log in by SCRAM; PLAIN is configured."""
-        admin = AdminClient({"bootstrap.servers": self.url})
-        mechanisms = (ScramMechanism.SCRAM_SHA_256, ScramMechanism.SCRAM_SHA_512)
-        changes = [
-            UserScramCredentialUpsertion(USER, ScramCredentialInfo(mechanism, SCRAM_ITERATIONS), PASSWORD.encode())
-            for mechanism in mechanisms
-        ]
-        for change in changes:  # of one user, Kafka takes one at a time
-            for future in admin.alter_user_scram_credentials([change]).values():
-                future.result(WAIT_S)
+        with admin_client(self.url) as admin:
+            for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):  # of one user, Kafka takes one at a time
+                changed = admin.alter_user_scram_credentials([_Upsertion(USER, mechanism, PASSWORD)])
+                assert changed == {USER: None}
 
 
 _SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule"
