@@ -29,6 +29,8 @@ from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Red
 ROWS = 60
 PARTITIONS = 4 * 6  # of the shop's tables
 HAPPENS_S = 90.0  # far above what anything here takes
+SESSION_S = 6  # after so long, others have the partitions of a worker that was killed
+RETRIES = 3  # with growing pauses, so that what was written meanwhile has been read
 MARKS = 12  # rows in each table, so that each worker has some
 PAUSE_S = 0.1  # of the writer: its rows go to three sinks
 CONNECTOR = "io.debezium.server.Main"
@@ -96,6 +98,14 @@ class Scene:
         """Return what the worker says of each sink."""
         reply = requests.get(f"http://127.0.0.1:{self.worker_port}/status", timeout=HAPPENS_S)
         return dict(reply.json()["sinks"])
+
+    def wait_for_retries(self) -> None:
+        """Wait until the worker has tried each sink some times more, in vain."""
+        retries = {name: sink["retries"] for name, sink in self.sinks().items()}
+        happens(
+            lambda: all(sink["retries"] >= retries[name] + RETRIES for name, sink in self.sinks().items()),
+            f"more attempts; {self.worker.tail()}",
+        )
 
     def slot_reader(self) -> int | None:
         """Return the process of PostgreSQL that sends the log to a connector; None while none reads it."""
@@ -179,6 +189,10 @@ def scene(
             # Its ids that are documents are too much for MongoDB's stand-in, see conftest.py.
             stage.pipeline.leave_out("docs", "item")
             processor = stage.pipeline.home / "processor.py"
+            specification = stage.pipeline.home / "pipeline.yaml"
+            text = specification.read_text()
+            assert "kafka:\n" in text
+            specification.write_text(text.replace("kafka:\n", f"kafka:\n  session_timeout: {SESSION_S}s\n", 1))
             impatient = folder / "impatient"
             processor.write_text(processor.read_text() + SHORTER.format(impatient=str(impatient)))
             made = Scene(stage, gates, postgresql.url, impatient)
@@ -200,16 +214,17 @@ def test_sinks_and_registry_are_away(scene: Scene) -> None:
     away = [gates[name] for name in ("cache", "docs", "search")]
     for gate in away:
         gate.silence()
+    unwritten = stage.insert_marks(MARKS)
     happens(lambda: all(sink["state"] == "busy" for sink in scene.sinks().values()), "that all are busy")
     print({name: sink["reason"] for name, sink in scene.sinks().items()})
     for gate in away:
         gate.close()
-    retries = {name: sink["retries"] for name, sink in scene.sinks().items()}
-    happens(
-        lambda: all(sink["retries"] >= retries[name] + 3 for name, sink in scene.sinks().items()), "some attempts more"
-    )
+    scene.wait_for_retries()
+    scene.worker.kill()  # what it has read, and no sink has, must not be lost with it
+    scene.worker = scene.start("worker", "state", "--port", str(scene.worker_port))
     for gate in away:
         gate.open()
+    happens(lambda: unwritten() == 4 * MARKS, f"what was read and not written; {scene.worker.tail()}")
     print(f"sinks were away: {stage.comes_through('when the sinks are back', *scene.runs):.1f} s")
 
     stage.pipeline.wait_until_applied(stage.shop.insert_lsn(), scene.runs)  # the connector knows all schemas
