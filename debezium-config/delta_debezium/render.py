@@ -170,6 +170,8 @@ def _server_entries(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int)
         "quarkus.log.console.json.enabled": "false",
         # It warns of every name with an underscore, which `avro_unicode` escapes.
         'quarkus.log.category."io.debezium.schema.SchemaNameAdjuster".level': "ERROR",
+        # While the registry is away, this one warns with a Java stack every second, for each schema.
+        'quarkus.log.category."io.apicurio.registry.resolver.cache.ERCache".level': "ERROR",
         "debezium.sink.type": "kafka",
         # The producer's own `delivery.timeout.ms` decides when a record has failed, not a second clock.
         "debezium.sink.kafka.wait.message.delivery.timeout.ms": "0",
@@ -217,6 +219,9 @@ def _registry_options(registry: RegistrySpec) -> dict[str, str]:
             "find-latest": "false",  # a record is written with its own schema, not with a later one
             "dereference-schema": "true",  # else a schema refers to others, and cannot be read by itself
             "headers.enabled": "false",  # the schema's id is in the payload, as Confluent's format has it
+            # A schema that is known is used while it is looked up again. Without it that is every 30 s, and the
+            # connector ends when the registry is away for longer, though an id never changes its meaning.
+            "background-refresh-enabled": "true",
         }
         if registry.username is not None and registry.password is not None:
             options |= {"auth.username": registry.username, "auth.password": registry.password}

@@ -91,7 +91,7 @@ class Sidecar:
         if opened is None:
             return
         with opened as state:
-            keeper = LeaseKeeper(state, spec.name, LEASE, self._member, LEASE_S)
+            keeper = LeaseKeeper(state, spec.name, LEASE, self._member, LEASE_S, on_lost=self._lost)
             try:
                 with keeper:
                     while not self._stopping.is_set():
@@ -121,6 +121,12 @@ class Sidecar:
                 self._save_status(state, "stopped")
                 for sink in sinks.values():
                     sink.close()
+
+    def _lost(self, _lease: Lease) -> None:
+        """End the server before another may lead. Our own thread may be waiting for the state store, or the source."""
+        if self._server.alive:
+            log.warning("connector_killed", reason="The lease is no longer this sidecar's.")
+            self._server.kill()
 
     def _lead(
         self, keeper: LeaseKeeper, lease: Lease, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore
@@ -236,7 +242,8 @@ class Sidecar:
                     return
                 case supervision.Start():
                     try:
-                        self._start(lease, epoch, tables, reader, state)
+                        if not self._start(lease, lambda: keeper.holds(lease), epoch, tables, reader, state):
+                            return
                         alive_since = self._clock()
                     except (Transient, CaptureDied) as error:
                         self.progress.waits("connector", redact(str(error)))
@@ -253,19 +260,36 @@ class Sidecar:
             self._stopping.wait(LOOK_S)
 
     def _start(
-        self, lease: Lease, epoch: int, tables: Mapping[str, Table], reader: SourceReader, state: StateStore
-    ) -> None:
-        """Start the server behind what is confirmed, in place of whoever reads the slot."""
+        self,
+        lease: Lease,
+        leads: Callable[[], bool],
+        epoch: int,
+        tables: Mapping[str, Table],
+        reader: SourceReader,
+        state: StateStore,
+    ) -> bool:
+        """Start the server behind what is confirmed, in place of whoever reads the slot; return whether that was done.
+
+        Not if it `leads` no longer: the state store or the source may have taken any time to answer.
+        """
         spec = self._spec
         reader.close()  # the source's name may lead to another server by now
+        if not leads():
+            return False
         reader.capture_position(spec).free()  # first, so that the slot does not move while it is looked at
         seen = check_slot(spec, reader, state, self._delivered)
         assert seen.known is not None, "it was saved when this sidecar began to lead"
         if seen.there is not None:  # until this server has delivered something, Kafka does not tell how far it may be
             state.save_pipeline(seen.known._replace(slot_lsn=seen.there.position), lease)
+        if not leads():
+            return False
         properties = server_properties(spec, tables, epoch)
         self._server.start(properties, server_environment(spec, tables, epoch, resolve))
+        if not leads():  # `_lost` may have come before there was anything to end
+            self._server.kill()
+            return False
         log.info("connector_started", pid=self._server.pid)
+        return True
 
     def _take_over_columns(self, reader: SourceReader, tables: dict[str, Table], columns: dict[str, str]) -> None:
         """Publish the tables as they are now; a connector that has to be configured anew ends."""

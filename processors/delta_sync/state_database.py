@@ -26,6 +26,20 @@ from delta_sync.state_tables import VERSION_TABLE, Instant
 
 BUSY_TIMEOUT_S = 10.0  # how long a call waits for another process's write; those take milliseconds
 CONNECT_TIMEOUT_S = 10  # a server that takes longer is as good as unreachable, and the caller tries again
+# A server that is gone without a word, such as one that another took over for, is noticed within a minute; by the
+# kernel's defaults a call would wait for up to two hours.
+_SILENCE_S = 60
+_NOTICES_SILENCE: Mapping[str, Mapping[str, int]] = {
+    "postgresql": {
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 1000 * _SILENCE_S,
+    },
+    # PyMySQL has no keep-alive; no statement takes so long, and one waits for locks a sixth of it.
+    "mysql": {"read_timeout": _SILENCE_S, "write_timeout": _SILENCE_S},
+    "mariadb": {"read_timeout": _SILENCE_S, "write_timeout": _SILENCE_S},
+}
 
 
 # ── URLs and drivers ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -92,7 +106,7 @@ def create_engine(url: URL, busy_timeout_s: float) -> sa.Engine:
         # Each statement sees what is committed, as SQLite and PostgreSQL do here; MariaDB's default locks gaps
         # between rows, and those who insert at once end each other.
         isolation_level="READ COMMITTED",
-        connect_args={"connect_timeout": CONNECT_TIMEOUT_S},
+        connect_args={"connect_timeout": CONNECT_TIMEOUT_S, **_NOTICES_SILENCE[url.get_backend_name()]},
     )
     event.listen(engine, "connect", _limits(url, busy_timeout_s))
     return engine

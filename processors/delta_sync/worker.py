@@ -298,16 +298,21 @@ class Worker:
 
     def _events_of(self, batch: Batch) -> Iterable[Stretch]:
         """Return a batch's events, for as long as it takes. Raises SourceBusy when Delta stops before."""
+        attempts = 0
         while True:
             try:
                 found = self._stretches(batch)
             except Transient as error:
                 self._progress.waits("events", str(error))
-                log.warning("events_wait", reason=redact(str(error)))
+                attempts += 1
+                if attempts == 1:  # said once; the status says it all the time
+                    log.warning("events_wait", reason=redact(str(error)))
                 if self._stopping.wait(EVENTS_RETRY_S):
                     raise SourceBusy("Delta stops before a batch could be read.") from error
             else:
                 self._progress.waits("events", None)
+                if attempts:
+                    log.info("events_go_on", attempts=attempts)
                 return found
 
     def _begin_slice(self, slice_: Slice) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import datetime as dt
 import decimal
 import json
+import os
 import re
 import signal
 import subprocess
@@ -230,10 +231,14 @@ def _run(connection: psycopg.Connection, statement: str, values: Sequence[object
 class Run:
     """One process `deltactl run`, which dies with this program."""
 
-    def __init__(self, command: Sequence[str], log: Path, folder: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`environment` is added to this process's."""
         self.log = log
         self._log_start = log.stat().st_size if log.exists() else 0
-        self._process = ServerProcess(command, log=log, cwd=folder)
+        env = None if environment is None else {**os.environ, **environment}
+        self._process = ServerProcess(command, log=log, cwd=folder, env=env)
 
     @property
     def pid(self) -> int:
@@ -385,7 +390,7 @@ class Pipeline:
 
     def loads(self) -> dict[str, TableLoad]:
         """Return how far the first load is, by table, as the state store has it."""
-        store = StateStore.open("sqlite:///state.db", self.home, create=False)
+        store = StateStore.open(load_spec(self.home).state, self.home, create=False)
         if store is None:
             return {}
         with store:

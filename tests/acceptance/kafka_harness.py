@@ -9,14 +9,14 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import psycopg
 
-from acceptance.harness import IN_STEP_TIMEOUT_S, SHAPES, Pipeline, Run, Shop, Source, Stores
+from acceptance.harness import IN_STEP_TIMEOUT_S, SHAPES, Pipeline, Run, Shape, Shop, Source, Stores
 from delta_sync.errors import Transient
 from delta_sync.kafka import settings
 from delta_sync.kafka.names import group_id, topic_name
@@ -53,11 +53,11 @@ class KafkaPipeline(Pipeline):
         topics = [topic_name(name, table) for table in self.tables]
         self.offsets = GroupOffsets(lambda: settings.kafka_python(self.kafka), group_id(name), topics)
 
-    def process(self, command: str, *options: str) -> Run:
+    def process(self, command: str, *options: str, environment: Mapping[str, str] | None = None) -> Run:
         """Start `deltactl sidecar` or `deltactl worker`, with a log of its own."""
         self._started = getattr(self, "_started", 0) + 1
         log = self.folder / f"{self.name}-{command}-{self._started}.log"
-        return Run(self._command(command, self.name, "--log-format", "json", *options), log, self.folder)
+        return Run(self._command(command, self.name, "--log-format", "json", *options), log, self.folder, environment)
 
     def wait_until_applied(self, lsn: int, runs: Sequence[Run]) -> None:
         """Wait until everything before a position is applied and committed, and every table is loaded."""
@@ -83,8 +83,9 @@ class KafkaPipeline(Pipeline):
 class Writing(threading.Thread):
     """Changes random rows until it is stopped; when the source is away, it tries again."""
 
-    def __init__(self, shop: Shop, rows: int, seed: int) -> None:
+    def __init__(self, shop: Shop, rows: int, seed: int, pause_s: float) -> None:
         super().__init__(name="writer")
+        self._pause_s = pause_s
         self.transactions = 0
         self.failure: BaseException | None = None
         self._shop = shop
@@ -103,7 +104,7 @@ class Writing(threading.Thread):
         while not self._stopping.is_set():
             try:
                 with self._shop.connect() as connection:
-                    while not self._stopping.wait(WRITER_PAUSE_S):
+                    while not self._stopping.wait(self._pause_s):
                         self._write(connection)
             except psycopg.OperationalError:
                 self._stopping.wait(0.2)
@@ -134,21 +135,21 @@ class KafkaStage:
         self.stores = Stores(pipeline)
         exits.callback(self.stores.close)
 
-    def start(self, command: str, *options: str) -> Run:
+    def start(self, command: str, *options: str, environment: Mapping[str, str] | None = None) -> Run:
         """Start a sidecar or a worker, which ends with the test."""
-        run = self.pipeline.process(command, *options)
+        run = self.pipeline.process(command, *options, environment=environment)
         self._exits.callback(run.kill)
         return run
 
-    def writing(self, rows: int, seed: int) -> Writing:
+    def writing(self, rows: int, seed: int, pause_s: float = WRITER_PAUSE_S) -> Writing:
         """Start a writer, which ends with the test."""
-        writer = Writing(self.shop, rows, seed)
+        writer = Writing(self.shop, rows, seed, pause_s)
         writer.start()
         self._exits.callback(writer.stop)
         return writer
 
     def comes_through(self, what: str, *runs: Run) -> float:
-        """Insert a row, wait until it is in the cache, and return how many seconds that took."""
+        """Insert a row, wait until it is in every sink, and return how many seconds that took."""
         number, shape = next(self._marks), SHAPES[0]
         began = time.monotonic()
         with self.shop.connect() as connection, connection.transaction():
@@ -157,7 +158,7 @@ class KafkaStage:
         def there() -> bool:
             for run in runs:
                 assert run.running, f"a process ended with status {run.exit_status}; {run.tail()}"
-            return self.stores.revision("cache", shape, number) is not None
+            return all(self.stores.revision(sink, shape, number) is not None for sink in self.stores.sinks)
 
         tails = "; ".join(run.tail() for run in runs)
         wait_until(there, IN_STEP_TIMEOUT_S, f"a change that comes through {what}; {tails}")
@@ -170,6 +171,25 @@ class KafkaStage:
         found: dict[str, Any] = json.loads(said.stdout)
         return found
 
+    def insert_marks(self, count: int) -> Callable[[], int]:
+        """Insert so many rows into each table, and return what tells how many of all are in every sink."""
+        numbers = [next(self._marks) for _ in range(count)]
+        with self.shop.connect() as connection:
+            for shape in SHAPES:
+                with connection.transaction():
+                    for number in numbers:
+                        self.shop.insert(connection, shape, number, "mark")
+
+        def through() -> int:
+            return sum(map(self._in_every_sink, SHAPES, itertools.repeat(numbers)))
+
+        return through
+
+    def _in_every_sink(self, shape: Shape, numbers: Sequence[int]) -> int:
+        sinks = [sink for sink in self.stores.sinks if shape in self.stores.shapes(sink)]
+        found = [self.stores.read(sink, shape, [shape.key(number) for number in numbers]) for sink in sinks]
+        return sum(all(one is not None for one in stored) for stored in zip(*found, strict=True))
+
     def in_step(self, *runs: Run) -> None:
         """Wait until everything that was written is in the stores, and compare every row."""
         self.pipeline.wait_until_applied(self.shop.insert_lsn(), runs)
@@ -179,9 +199,21 @@ class KafkaStage:
 
 @contextlib.contextmanager
 def kafka_stage(
-    postgresql: PostgreSQL, cache: Redis, brokers: Server, registry: Server, folder: Path, rows: int, **options: Any
+    postgresql: PostgreSQL,
+    cache: Redis,
+    brokers: Server,
+    registry: Server,
+    folder: Path,
+    rows: int,
+    *,
+    sinks: Mapping[str, str] | None = None,
+    registry_url: str | None = None,
+    **options: Any,
 ) -> Iterator[KafkaStage]:
-    """Make a stage with so many rows in each of the shop's tables."""
+    """Make a stage with so many rows in each of the shop's tables.
+
+    `sinks` are there in place of the cache alone, and `registry_url` in place of the registry's own.
+    """
     name = f"shop_{uuid.uuid4().hex[:8]}"
     with contextlib.ExitStack() as exits:
         with psycopg.connect(postgresql.url, autocommit=True) as connection:
@@ -191,10 +223,10 @@ def kafka_stage(
         pipeline = KafkaPipeline(
             shop,
             folder,
-            {"cache": cache.url},
+            {"cache": cache.url} if sinks is None else sinks,
             name,
             bootstrap_servers=brokers.url,
-            registry=registry.url,
+            registry=registry_url or registry.url,
             load={"chunk_rows": 100},
             **options,
         )

@@ -402,7 +402,7 @@ def test_the_clients_certificate_and_key_are_read_when_the_server_starts(tmp_pat
 def test_the_registry_is_spoken_to_in_its_own_way(registry: dict[str, str], expected: dict[str, str]) -> None:
     options = starting_with("debezium.format.", server_options(registry=registry))
     fixed = ("key", "value", "header", "header.schemas.enable", "auto.register.schemas")
-    ours = ("auto-register", "find-latest", "dereference-schema", "headers.enabled")
+    ours = ("auto-register", "find-latest", "dereference-schema", "headers.enabled", "background-refresh-enabled")
     rest = {
         name: value
         for name, value in options.items()

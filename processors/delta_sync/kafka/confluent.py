@@ -319,7 +319,7 @@ class ConfluentGroup:
     def _raise_errors(self) -> None:
         errors, self._errors[:] = list(self._errors), []
         for error in errors:
-            if error.code() in _TO_TELL:
+            if error.code() in _TO_TELL or refusals.is_about_certificates(error.str()):
                 raise KafkaException(error)
             _log.info("%s", redact(error.str()))  # of one broker or connection, which the client mends by itself
 
@@ -342,7 +342,7 @@ class ConfluentGroup:
                 raise refusals.refused(
                     error.str(), f"change the group {self._group_id} or the broker's limits"
                 ) from raised
-            if error.code() == KafkaError._SSL:
+            if error.code() == KafkaError._SSL or refusals.is_about_certificates(error.str()):
                 raise refusals.certificate_refused(self._spec, error.str()) from raised
             raise KafkaBusy(f"Kafka ({self._spec.bootstrap_servers}): {redact(error.str())}") from raised
 

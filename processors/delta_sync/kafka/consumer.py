@@ -127,8 +127,12 @@ class ConsumerGroup(Protocol):
 def open_group(spec: KafkaSpec, group_id: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> ConsumerGroup:
     """Return a member-to-be of a group, by the client that the specification asks for. `subscribe` is what connects.
 
-    Raises UsageError when that client is not installed, or a secret cannot be resolved.
+    Raises UsageError when that client is not installed, or a secret cannot be resolved; CheckFailed when a file of
+    certificates cannot be used.
     """
+    from delta_sync.kafka.certificates import check_files  # it imports this module
+
+    check_files(spec)
     if spec.client == "confluent-kafka" or (spec.client == "auto" and _installed("confluent_kafka")):
         if not _installed("confluent_kafka"):
             raise UsageError(

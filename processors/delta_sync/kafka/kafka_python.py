@@ -12,6 +12,7 @@ from typing import Any
 from delta_sync.errors import DeltaError
 from delta_sync.kafka import refusals, settings
 from delta_sync.kafka.consumer import EPOCH_HEADER, KafkaBusy, Partition, PartitionsCall, Records
+from delta_sync.kafka.network import LOGIN_ERRORS, network
 from delta_sync.kafka.settings import Timeouts
 from delta_sync.secrets import redact
 from delta_sync.spec import KafkaSpec
@@ -23,15 +24,8 @@ SLICE_S = 0.1  # a poll looks so often whether it was woken: the client has noth
 _kafka: Any = import_module("kafka")
 _errors: Any = import_module("kafka.errors")
 _assignors: Any = import_module("kafka.coordinator.assignors.cooperative_sticky")
-_compat: Any = import_module("kafka.net.compat")
 _coordinators: Any = import_module("kafka.coordinator.consumer")
 _structs: Any = import_module("kafka.structs")
-
-_LOGIN: tuple[type[Exception], ...] = (
-    _errors.SaslAuthenticationFailedError,
-    _errors.UnsupportedSaslMechanismError,
-)
-CERTIFICATE_REFUSED = "CERTIFICATE_VERIFY_FAILED"  # in OpenSSL's words; the client's own error says nothing of it
 
 
 class KafkaPythonGroup:
@@ -58,7 +52,7 @@ class KafkaPythonGroup:
         self._assigned, self._revoked = assigned, revoked
         with self._translated():
             if self._consumer is None:
-                self._consumer = _Consumer(self._happened, {**self._options, "kafka_client": _network})
+                self._consumer = _Consumer(self._happened, {**self._options, "kafka_client": network})
             missing = [topic for topic in topics if not self._consumer.partitions_for_topic(topic)]
             if missing:
                 raise refusals.topics_missing(missing)
@@ -178,7 +172,7 @@ class KafkaPythonGroup:
             raise refusals.positions_expired(_positions(error.args[0])) from error
         except _errors.LogTruncationError as error:
             raise refusals.positions_expired(_positions(dict.fromkeys(error.divergent_offsets))) from error
-        except _LOGIN as error:
+        except LOGIN_ERRORS as error:
             raise refusals.login_refused(self._spec, error) from error
         except _errors.TopicAuthorizationFailedError as error:
             topics: Collection[str] = error.args[0] if error.args else ()
@@ -196,7 +190,7 @@ class KafkaPythonGroup:
         except _errors.UnsupportedCodecError as error:
             raise refusals.refused(error, "install what reads this compression; for lz4: pip install lz4") from error
         except _errors.KafkaError as error:
-            if CERTIFICATE_REFUSED in str(error):
+            if refusals.is_about_certificates(str(error)):
                 raise refusals.certificate_refused(self._spec, error) from error
             raise KafkaBusy(f"Kafka ({self._spec.bootstrap_servers}): {redact(str(error))}") from error
 
@@ -258,38 +252,6 @@ class _Consumer(_kafka.KafkaConsumer):  # type: ignore[misc]  # it has no types
         while self._notes:
             self._happened(*self._notes.pop(0))
         return found
-
-
-def _network(**options: Any) -> Any:
-    """Make the client's network part, so that a refused login is an error and not a connection that fails for ever.
-
-    It remembers what was refused and raises it at the next attempt, but in 3.0.12 nothing tells it; and it forgets the
-    answer of a broker that closes the connection behind it.
-    """
-    network = _compat.KafkaNetClient(**options)
-    manager = network._manager
-    connect, build_transport = manager._connect, manager._build_transport
-
-    async def connect_and_tell(node: Any, connection: Any, **how: Any) -> None:
-        await connect(node, connection, **how)
-        error = connection.init_future.exception
-        if isinstance(error, _LOGIN) or CERTIFICATE_REFUSED in str(error):
-            manager._auth_failures[node.node_id] = error
-
-    async def build_transport_that_reads_to_the_end(*args: Any, **how: Any) -> Any:
-        transport = await build_transport(*args, **how)
-        receive = transport._sock_recv
-
-        def data_before_errors() -> tuple[bytes, Any]:
-            data, error = receive()
-            return data, None if data else error  # the error will be there when it reads again
-
-        transport._sock_recv = data_before_errors
-        return transport
-
-    manager._connect = connect_and_tell
-    manager._build_transport = build_transport_that_reads_to_the_end
-    return network
 
 
 class _Coordinator(_coordinators.ConsumerCoordinator):  # type: ignore[misc]  # it has no types

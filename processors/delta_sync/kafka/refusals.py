@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 from delta_sync.errors import CheckFailed, Problem
@@ -10,6 +11,18 @@ from delta_sync.secrets import redact
 from delta_sync.spec import KafkaSpec
 
 WHERE = "kafka"
+
+# OpenSSL's words, as Python has them (`SSLV3_ALERT_CERTIFICATE_UNKNOWN`) and as librdkafka does: of our own check of
+# the broker's certificate, and of the broker's of ours.
+_CERTIFICATES = re.compile(
+    r"certificate[ _]verify[ _]failed|alert[ _](bad[ _]|unsupported[ _])?certificate|alert[ _]unknown[ _]ca",
+    re.IGNORECASE,
+)
+
+
+def is_about_certificates(error: str) -> bool:
+    """Return whether a client's error says that a certificate is refused, by either side. That does not pass."""
+    return _CERTIFICATES.search(error) is not None
 
 
 def login_refused(spec: KafkaSpec, error: object) -> CheckFailed:

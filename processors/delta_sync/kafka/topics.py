@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from delta_sync.errors import Problem, UsageError
 from delta_sync.kafka import refusals, settings
+from delta_sync.kafka.certificates import check_files
 from delta_sync.kafka.consumer import KafkaBusy
 from delta_sync.kafka.names import heartbeat_topic, history_topic, message_topic, offsets_topic, topic_name
+from delta_sync.kafka.network import LOGIN_ERRORS, network
 from delta_sync.secrets import redact
 from delta_sync.spec import KafkaSpec, PipelineSpec
 
@@ -185,12 +187,13 @@ _WHY = {
 def _client(spec: KafkaSpec) -> Generator[Any]:
     """Connect as an administrator. Raises KafkaBusy, CheckFailed."""
     try:
-        client = _admin.KafkaAdminClient(**settings.resolved(settings.kafka_python(spec)))
+        check_files(spec)
+        client = _admin.KafkaAdminClient(**settings.resolved(settings.kafka_python(spec)), kafka_client=network)
         try:
             yield client
         finally:
             client.close()
-    except (_errors.SaslAuthenticationFailedError, _errors.UnsupportedSaslMechanismError) as error:
+    except LOGIN_ERRORS as error:
         raise refusals.login_refused(spec, error) from error
     except (_errors.TopicAuthorizationFailedError, _errors.ClusterAuthorizationFailedError) as error:
         raise refusals.refused(
@@ -203,6 +206,8 @@ def _client(spec: KafkaSpec) -> Generator[Any]:
     ) as error:
         raise refusals.refused(error, "correct the section kafka: of pipeline.yaml") from error
     except _errors.KafkaError as error:
+        if refusals.is_about_certificates(str(error)):
+            raise refusals.certificate_refused(spec, error) from error
         said = redact(str(error) or type(error).__name__)
         raise KafkaBusy(f"Kafka at {spec.bootstrap_servers} does not answer: {said}.") from error
 

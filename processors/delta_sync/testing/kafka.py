@@ -98,6 +98,12 @@ class Kafka(NativeServer):
         return self.directory / "server.properties"
 
     def _prepare(self) -> None:
+        self._properties.write_text("".join(f"{key}={text}\n" for key, text in self._texts().items()))
+        if not (self.directory / "data" / "meta.properties").exists():
+            self._format()
+
+    def _texts(self) -> dict[str, str]:
+        """Return server.properties: `settings`, and what the methods here rely on."""
         host, data = "127.0.0.1", self.directory / "data"
         clients, controllers, sasl = (
             f"PLAINTEXT://{host}:{self.port}",
@@ -106,8 +112,7 @@ class Kafka(NativeServer):
         )
         users = " ".join(f'user_{name}="{password}"' for name, password in USERS.items())
         voters = [f"{node}@{host}:{port + CONTROLLER_OFFSET}" for node, port in self._voters.items()]
-        texts = {key.replace("_", "."): _text(value) for key, value in self.settings.items()}
-        texts |= {
+        return {key.replace("_", "."): _text(value) for key, value in self.settings.items()} | {
             "process.roles": "broker,controller",
             "node.id": str(self.node_id),
             "controller.quorum.voters": ",".join(voters),
@@ -127,9 +132,6 @@ class Kafka(NativeServer):
             "allow.everyone.if.no.acl.found": "true",
             "log.dirs": str(data),
         }
-        self._properties.write_text("".join(f"{key}={text}\n" for key, text in texts.items()))
-        if not (data / "meta.properties").exists():
-            self._format()
 
     def _format(self) -> None:
         options = ["format", "-t", CLUSTER_ID, "-c", str(self._properties)]
