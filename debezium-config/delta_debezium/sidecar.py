@@ -100,8 +100,6 @@ class Sidecar:
                         self._save_status(state, "leading" if lease else "standby")
                         if lease is None:
                             continue
-                        # What it passed when it led before says nothing of the connector that it starts now.
-                        self.position = self.progress.position = LogPosition(self._clock)
                         log.info("leading", member=self._member, token=lease.token)
                         try:
                             self._lead(keeper, lease, pipeline, sinks, state)
@@ -139,7 +137,7 @@ class Sidecar:
         reader, watch_reader, check_reader = (
             open_reader(spec.source, f"delta {spec.name} {use}", ANSWER_S) for use in ("sidecar", "watch", "check")
         )
-        self.position.forget()
+        self.position.forget()  # what it passed when it led before says nothing of the connector that it starts now
 
         def prepare() -> Source:
             found = prepare_source(
