@@ -6,15 +6,15 @@ this pipeline ever confirmed. So a bound of that is kept in the state store, and
 
 The bound must never be too low, or a pipeline that was killed would be told that its changes are lost. Therefore:
 
-1. A batch is to be confirmed. It was delivered, so the source's log reaches beyond all that is in it, and beyond the
+1. A batch is to be confirmed. It was delivered, so the source's log is on disk beyond all that is in it, and beyond the
    end of its last transaction: the connector confirms the end of a transaction that it was sent, and nothing else
-   (with `lsn.flush.mode=connector` no keep-alive moves the slot).
-2. After that, the end of the log is asked for, and saved as the bound.
+   (with `lsn.flush.mode=connector` no keep-alive moves the slot), and what is not on disk yet is sent to nobody.
+2. After that, the end of the log that is on disk is asked for, and saved as the bound.
 3. Only after that, the batch is confirmed.
 
 Whatever is killed between two of these steps, and however late the server acts on the last confirmation of a process
-that is dead by now: it lies below a bound that was saved before. After a crash of the source the end of its log may be
-lower; the bound stays.
+that is dead by now: it lies below a bound that was saved before. A crash of the source does not take the log back below
+the bound; where it does end below, the source's files were put back from a copy.
 
 The bound need not be tight to be of use: it is the end of the log when something was last confirmed, which is a moment
 before the pipeline ended. A slot that is made anew later begins behind it, because creating one writes to the log. Not
