@@ -59,31 +59,7 @@ class Kafka(NativeServer):
         self.node_id = node_id
         self._voters = dict(voters or {node_id: self.port})
         self._heap_mb = heap_mb
-        copies = min(3, len(self._voters))
-        self.settings: dict[str, object] = {
-            "auto_create_topics_enable": False,  # a misspelt topic must not come to life
-            "default_replication_factor": copies,
-            "min_insync_replicas": max(1, copies - 1),
-            "group_initial_rebalance_delay_ms": 0,  # a test's first member need not wait for others
-            "group_min_session_timeout_ms": 100,  # tests wait for members to be declared dead
-            # How long a killed broker counts as alive; until then it may not come back (default 9000). Longer with
-            # several, which compete for the machine: a slow one is not a dead one.
-            "broker_session_timeout_ms": 2000 if copies == 1 else 6000,
-            "broker_heartbeat_interval_ms": 500,
-            "offsets_topic_replication_factor": copies,
-            "offsets_topic_num_partitions": 1,
-            "transaction_state_log_replication_factor": copies,
-            "transaction_state_log_min_isr": max(1, copies - 1),
-            "transaction_state_log_num_partitions": 1,
-            "share_coordinator_state_topic_replication_factor": copies,
-            "share_coordinator_state_topic_min_isr": max(1, copies - 1),
-            "share_coordinator_state_topic_num_partitions": 1,
-            "log_cleaner_dedupe_buffer_size": 4 << 20,  # of a heap that its default, 128 MB, would fill
-            "num_network_threads": 2,
-            "num_io_threads": 4,
-            "controlled_shutdown_enable": len(self._voters) > 1,  # alone it has nobody to hand over to
-            **settings,
-        }
+        self.settings: dict[str, object] = {**default_settings(len(self._voters)), **settings}
 
     @property
     def url(self) -> str:
@@ -110,26 +86,12 @@ class Kafka(NativeServer):
             f"CONTROLLER://{host}:{self.port + CONTROLLER_OFFSET}",
             f"SASL_PLAINTEXT://{host}:{self.port + SASL_OFFSET}",
         )
-        users = " ".join(f'user_{name}="{password}"' for name, password in USERS.items())
         voters = [f"{node}@{host}:{port + CONTROLLER_OFFSET}" for node, port in self._voters.items()]
-        return {key.replace("_", "."): _text(value) for key, value in self.settings.items()} | {
-            "process.roles": "broker,controller",
+        return broker_settings(self.settings) | {
             "node.id": str(self.node_id),
             "controller.quorum.voters": ",".join(voters),
             "listeners": f"{clients},{controllers},{sasl}",
             "advertised.listeners": f"{clients},{sasl}",
-            "listener.security.protocol.map": (
-                "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT"
-            ),
-            "controller.listener.names": "CONTROLLER",
-            "inter.broker.listener.name": "PLAINTEXT",
-            "sasl.enabled.mechanisms": "PLAIN",
-            "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
-                f"org.apache.kafka.common.security.plain.PlainLoginModule required {users};"
-            ),
-            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-            "super.users": "User:ANONYMOUS",
-            "allow.everyone.if.no.acl.found": "true",
             "log.dirs": str(data),
         }
 
@@ -149,15 +111,7 @@ class Kafka(NativeServer):
         return [*self._java(), str(self._properties)]
 
     def _answers(self) -> bool:
-        # Its client leaves a thread behind whenever it cannot connect, so it only tries where somebody listens.
-        for port in (self.port, self.port + SASL_OFFSET):
-            socket.create_connection(("127.0.0.1", port), timeout=ANSWER_TIMEOUT_S).close()
-        with admin_client(self.url) as admin:
-            brokers = admin.describe_cluster()["brokers"]
-            if self.node_id not in {broker["broker_id"] for broker in brokers if not broker.get("is_fenced")}:
-                return False
-            # In a cluster it cannot help that the others' partitions have no leader.
-            return len(self._voters) > 1 or _every_partition(admin, lambda partition: partition["leader_id"] >= 0)
+        return answers(self.port, self.port + SASL_OFFSET, node_id=self.node_id, alone=len(self._voters) == 1)
 
 
 class KafkaCluster(Server):
@@ -230,6 +184,68 @@ class KafkaCluster(Server):
     def _each(self, act: Callable[[Kafka], None]) -> None:
         with ThreadPoolExecutor(len(self.nodes)) as pool:
             list(pool.map(act, self.nodes))
+
+
+def default_settings(brokers: int) -> dict[str, object]:
+    """Return settings of server.properties, with `_` for `.`, for each of so many brokers. Pure."""
+    copies = min(3, brokers)
+    return {
+        "auto_create_topics_enable": False,  # a misspelt topic must not come to life
+        "default_replication_factor": copies,
+        "min_insync_replicas": max(1, copies - 1),
+        "group_initial_rebalance_delay_ms": 0,  # a test's first member need not wait for others
+        "group_min_session_timeout_ms": 100,  # tests wait for members to be declared dead
+        # How long a killed broker counts as alive; until then it may not come back (default 9000). Longer with
+        # several, which compete for the machine: a slow one is not a dead one.
+        "broker_session_timeout_ms": 2000 if copies == 1 else 6000,
+        "broker_heartbeat_interval_ms": 500,
+        "offsets_topic_replication_factor": copies,
+        "offsets_topic_num_partitions": 1,
+        "transaction_state_log_replication_factor": copies,
+        "transaction_state_log_min_isr": max(1, copies - 1),
+        "transaction_state_log_num_partitions": 1,
+        "share_coordinator_state_topic_replication_factor": copies,
+        "share_coordinator_state_topic_min_isr": max(1, copies - 1),
+        "share_coordinator_state_topic_num_partitions": 1,
+        "log_cleaner_dedupe_buffer_size": 4 << 20,  # of a heap that its default, 128 MB, would fill
+        "num_network_threads": 2,
+        "num_io_threads": 4,
+        "controlled_shutdown_enable": brokers > 1,  # alone it has nobody to hand over to
+    }
+
+
+def broker_settings(settings: Mapping[str, object]) -> dict[str, str]:
+    """Return `settings`, and what no test changes, as server.properties has them: all but names, ports and folders.
+
+    Pure.
+    """
+    users = " ".join(f'user_{name}="{password}"' for name, password in USERS.items())
+    return {key.replace("_", "."): _text(value) for key, value in settings.items()} | {
+        "process.roles": "broker,controller",
+        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT",
+        "controller.listener.names": "CONTROLLER",
+        "inter.broker.listener.name": "PLAINTEXT",
+        "sasl.enabled.mechanisms": "PLAIN",
+        "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
+            f"org.apache.kafka.common.security.plain.PlainLoginModule required {users};"
+        ),
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",
+        "allow.everyone.if.no.acl.found": "true",
+    }
+
+
+def answers(port: int, sasl_port: int, *, node_id: int, alone: bool = True) -> bool:
+    """Tell whether a broker takes part; alone, whether each partition has a leader, too. Any exception means no."""
+    # Its client leaves a thread behind whenever it cannot connect, so it only tries where somebody listens.
+    for each in (port, sasl_port):
+        socket.create_connection(("127.0.0.1", each), timeout=ANSWER_TIMEOUT_S).close()
+    with admin_client(f"127.0.0.1:{port}") as admin:
+        brokers = admin.describe_cluster()["brokers"]
+        if node_id not in {broker["broker_id"] for broker in brokers if not broker.get("is_fenced")}:
+            return False
+        # In a cluster it cannot help that the others' partitions have no leader.
+        return not alone or _every_partition(admin, lambda partition: partition["leader_id"] >= 0)
 
 
 def admin_client(url: str) -> Any:
