@@ -33,7 +33,7 @@ from deltactl.app import (
     warn,
 )
 from deltactl.manifests import Secret, command, manifests, object_name, secret_name, secrets_of
-from deltactl.wheel import DISTRIBUTION, own_wheel
+from deltactl.wheel import DISTRIBUTION, own_wheel, sources
 
 MARKER = ".delta-package.json"  # a folder with it was written by this command, and may be replaced
 REQUIREMENTS_FILE = "requirements.txt"  # in the pipeline's folder: what processor.py needs beside Delta
@@ -46,6 +46,8 @@ LEFT_OUT = (
     *("*.env", "*.key", "*.pem", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.truststore", "*secret*", "*password*"),
     *("*credential*", "debezium-server"),
 )
+# What fetches Debezium Server into a sidecar's image, which is kept for as long as these stay as they are.
+FETCHING = ("delta_debezium.distribution", "delta_sync.maven", "delta_sync.errors")
 _IMAGE = re.compile(r"(?P<name>[a-z0-9][a-z0-9._/:-]*):(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})")
 
 
@@ -142,6 +144,8 @@ def plan_of(folder: Path, spec: PipelineSpec, images: Mapping[str, str], *, kube
         arguments = ", ".join(f'"{argument}"' for argument in command(spec, role))
         files[f"Dockerfile.{role}"] = f"{dockerfile}CMD [{arguments}]\n".encode()
         files[f"requirements/{role}.txt"] = (shared / f"{role}.txt").read_bytes()
+    if "sidecar" in images:
+        files |= {f"debezium/{path}": content for path, content in sources(FETCHING).items()}
     files |= {f"pipelines/{spec.name}/{path}": content for path, content in own.items()}
     if kubernetes:
         files |= {f"kubernetes/{path}": text.encode() for path, text in manifests(spec, images).items()}

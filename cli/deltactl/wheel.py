@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -25,6 +25,19 @@ def own_wheel() -> tuple[str, bytes]:
     installed = distribution(DISTRIBUTION)
     metadata = {name: installed.read_text(name) or "" for name in ("METADATA", "entry_points.txt")}
     return wheel(f"{DISTRIBUTION.replace('-', '_')}-{installed.version}", _code(), metadata)
+
+
+def sources(modules: Sequence[str]) -> dict[str, bytes]:
+    """Return the files of some of Delta's modules, by path; their packages are empty: only these can be imported."""
+    files: dict[str, bytes] = {}
+    for module in modules:
+        package, _, name = module.rpartition(".")
+        spec = importlib.util.find_spec(package)
+        assert spec is not None, package
+        assert spec.origin is not None, package
+        files[f"{package}/__init__.py"] = b""
+        files[f"{package}/{name}.py"] = (Path(spec.origin).parent / f"{name}.py").read_bytes()
+    return files
 
 
 def wheel(stem: str, code: Mapping[str, bytes], metadata: Mapping[str, str]) -> tuple[str, bytes]:

@@ -4,21 +4,25 @@
 # On Debian and Ubuntu it installs the engine if it may (root), elsewhere it says what to install.
 set -eu
 
-command -v docker >/dev/null && docker version --format '{{.Server.Version}}' >/dev/null 2>&1 && exec "$@"
-
 PATH="$PATH:/usr/sbin:/sbin"
-if ! command -v dockerd >/dev/null || ! command -v docker >/dev/null; then
+answers() { docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
+
+missing=
+answers || command -v dockerd >/dev/null || missing="docker.io iptables"
+docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null || missing="$missing docker-compose"
+if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         export DEBIAN_FRONTEND=noninteractive
         apt-get update -q
-        apt-get install -q -y --no-install-recommends docker.io iptables
-        # Where services are started when they are installed, it answers now.
-        docker version >/dev/null 2>&1 && exec "$@"
+        # shellcheck disable=SC2086 # several words are several packages
+        apt-get install -q -y --no-install-recommends $missing
     else
-        echo "No Docker engine answers. Start yours, or install one (Debian's package name: docker.io)." >&2
+        echo "Please install (Debian's package names): $missing" >&2
         exit 1
     fi
 fi
+
+answers && exec "$@"
 if [ "$(id -u)" != 0 ]; then
     echo "No Docker engine answers, and only root can start one. Start yours: systemctl start docker" >&2
     exit 1
@@ -42,7 +46,7 @@ finish() {
 }
 trap finish EXIT INT TERM
 tries=0
-until docker version >/dev/null 2>&1; do
+until answers; do
     tries=$((tries + 1))
     if [ "$tries" -gt 300 ] || ! kill -0 "$engine" 2>/dev/null; then # 60 s; it takes one
         echo "The Docker engine did not start; its log ends:" >&2

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Sees to it that the Docker engine has images: as they are there, else pulled, else built here under the same names.
-#   usage: images.sh IMAGE…
+#   usage: images.sh [IMAGE…]    (without one: all that the tests here use)
 #
 # For machines that reach package mirrors and no registry of images. What is built is a stand-in: Debian 12 by debootstrap,
 # with Debian's PostgreSQL, Redis and Python, and the Java servers of delta_sync.testing (`make jars`), behind entry
@@ -109,6 +109,18 @@ ENTRYPOINT ["redis-entrypoint.sh"]
 CMD ["redis-server"]
 END
         ;;
+    mariadb:*)
+        server
+        build "$1" "$here/images" <<'END'
+FROM delta-stand-in-server:12
+RUN apt-get update -q && apt-get install -q -y --no-install-recommends mariadb-server-core mariadb-client-core \
+    && rm -rf /var/lib/apt/lists/* && useradd --uid 999 --no-create-home mysql
+VOLUME ["/var/lib/mysql"]
+EXPOSE 3306
+ENTRYPOINT ["mariadb-entrypoint.sh"]
+CMD ["mariadbd"]
+END
+        ;;
     apache/kafka:*)
         java
         build "$1" "$(jars kafka)" <<'END'
@@ -170,6 +182,12 @@ END
     esac
 }
 
+if [ "$#" = 0 ]; then
+    # What compose/ is built from, and what delta_sync.testing starts.
+    # shellcheck disable=SC2046 # several words are several images
+    set -- $(sed -n 's/^FROM \(python:[^ ]*\).*/\1/p' "$root/compose/Dockerfile.worker" | sort -u) \
+        $("$python" -c 'from delta_sync.testing.containers import IMAGES; print(*IMAGES.values())')
+fi
 for image in "$@"; do
     has "$image" || timeout "$PULL_TIMEOUT" docker pull --quiet "$image" >/dev/null 2>&1 || stand_in "$image"
     echo "$image: $(docker image inspect --format \

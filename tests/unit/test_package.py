@@ -24,10 +24,11 @@ from delta_sync import running, worker
 from delta_sync.errors import UsageError
 from delta_sync.sinks import sink_class
 from delta_sync.spec import PipelineSpec, load_spec, spec_from
+from delta_sync.testing.containers import IMAGES
 from deltactl.main import main
 from deltactl.manifests import grace_s, manifests, secrets_of
-from deltactl.package import MARKER, images_of, is_left_out, pipeline_files
-from deltactl.wheel import own_wheel
+from deltactl.package import FETCHING, MARKER, images_of, is_left_out, pipeline_files
+from deltactl.wheel import own_wheel, sources
 from deltactl.worker import STOP_BUDGET_S as WORKER_STOP_BUDGET_S
 
 ROOT = Path(__file__).parents[2]
@@ -229,6 +230,18 @@ def test_the_wheel_is_complete_and_runs(tmp_path: Path) -> None:
     assert int(run.stdout.split()[-1]) > 10_000
 
 
+def test_what_fetches_debezium_into_an_image_needs_no_more_of_delta(tmp_path: Path) -> None:
+    for path, content in sources(FETCHING).items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    text = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import delta_debezium.distribution as d;"
+    text += " print(d.__file__, *(name for name in sys.modules if name.startswith('delta')))"
+    run = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=True)
+    place, *modules = run.stdout.split()
+    assert place.startswith(str(tmp_path))
+    assert set(modules) == {*FETCHING, "delta_debezium", "delta_sync"}
+
+
 # ── Kubernetes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 CASES = {
@@ -397,13 +410,15 @@ def test_stacks_are_pinned_healthy_and_without_secrets(stack: Path) -> None:
         if service["image"] in built:  # its health check is in the image
             assert (ROOT / "compose" / built[service["image"]]).read_text().count("HEALTHCHECK") == 1
             assert service["read_only"] is True
+            assert service.get("healthcheck") == ({"disable": True} if runs_once else None), name
         else:
-            assert service["healthcheck"] == {"disable": True} if runs_once else service["healthcheck"]["test"]
+            assert service["healthcheck"]["test"]
             assert re.search(r":\d+\.\d+\.\d+|:\d+\.\d+-", service["image"]), name
         for other, dependency in service.get("depends_on", {}).items():
             once = services[other].get("restart") == "on-failure"
             assert dependency["condition"] == ("service_completed_successfully" if once else "service_healthy")
         for variable, value in service.get("environment", {}).items():
+            assert re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", variable), f"{name}: {variable}"
             if re.search("PASSWORD|SECRET|TOKEN", variable):
                 assert re.fullmatch(r"\$\{DELTA_DEMO_\w+:-demo\}", value), f"{name}: {variable}"
 
@@ -419,9 +434,22 @@ def test_the_pipelines_of_stacks_are_such_as_can_be_packaged(stack: Path) -> Non
     hosts |= {re.split(r"[/:]", sink.url.partition("://")[2])[0] for sink in of.sinks.values()}
     assert hosts | {"postgres", "registry"} <= set(services)
     given = {name for name, service in services.items() if "SHOP_PASSWORD" in service.get("environment", {})}
-    assert given == {name for name in services if name.startswith(("worker", "sidecar"))}
+    assert given == {name for name in services if name.startswith(("create", "worker", "sidecar"))}
+    # What makes the topics is told what pipeline.yaml has.
+    assert services["create"]["command"] == [
+        *("pipeline", "create", "shop", f"--source={of.source.url}"),
+        *(f"--table={table}" for table in of.tables),
+        *(f"--sink={name}={sink.url}" for name, sink in of.sinks.items()),
+        "--yes",
+    ]
     assert {secret.name for secret in secrets_of(of)} == {"SHOP_PASSWORD"}
     assert manifests(of, images_of(of, None)).keys() == {"worker.yaml", "sidecar.yaml"}
+
+
+def test_the_stack_of_the_test_kit_has_the_images_of_the_full_stack() -> None:
+    services = yaml.safe_load((ROOT / "compose" / "full" / "compose.yaml").read_text())["services"]
+    official = {service["image"] for service in services.values() if not service["image"].startswith("delta-")}
+    assert {image for name, image in IMAGES.items() if name != "mariadb"} == official
 
 
 def test_there_are_two_stacks() -> None:

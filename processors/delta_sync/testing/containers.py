@@ -28,7 +28,6 @@ from testcontainers.core.container import DockerContainer
 from delta_sync.testing.processes import POLL_S, ServerError, free_port
 from delta_sync.testing.servers import (
     ANSWER_TIMEOUT_S,
-    CLUSTER_SLOTS,
     LOG_TAIL_BYTES,
     START_TIMEOUT_S,
     STOP_TIMEOUT_S,
@@ -244,14 +243,10 @@ class MariaDBContainer(ContainerServer):
 
 
 class RedisContainer(ContainerServer):
-    """Redis with an append-only file; with `cluster=True` a cluster of one node that owns every slot."""
+    """Redis with an append-only file."""
 
     name = "redis"
     inner_port = 6379
-
-    def __init__(self, image: str | None = None, *, cluster: bool = False, port: int | None = None) -> None:
-        super().__init__(image, port=port)
-        self.cluster = cluster
 
     @property
     def url(self) -> str:
@@ -259,23 +254,13 @@ class RedisContainer(ContainerServer):
 
     def _command(self) -> Sequence[str]:
         # With appendfsync no a kill loses nothing, as each write is in the file before its reply.
-        command = ["redis-server", "--appendonly", "yes", "--appendfsync", "no", "--save", ""]
-        if self.cluster:
-            command += ["--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1"]
-            command += ["--cluster-announce-port", str(self.port)]
-        return command
+        return ["redis-server", "--appendonly", "yes", "--appendfsync", "no", "--save", ""]
 
     def _answers(self) -> bool:
         once = Retry(NoBackoff(), 0)  # or the client itself tries for seconds
-        with redis.Redis(port=self.port, socket_timeout=ANSWER_TIMEOUT_S, decode_responses=True, retry=once) as client:
+        with redis.Redis(port=self.port, socket_timeout=ANSWER_TIMEOUT_S, retry=once) as client:
             ask: Any = client.execute_command  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] -- redis-py leaves it untyped
-            ask("PING")  # raises while it loads its data
-            if not self.cluster:
-                return True
-            state: Mapping[str, str] = ask("CLUSTER INFO")
-            if int(state["cluster_slots_assigned"]) < CLUSTER_SLOTS:
-                ask("CLUSTER ADDSLOTS", *range(CLUSTER_SLOTS))
-            return state["cluster_state"] == "ok"
+            return bool(ask("PING"))  # raises while it loads its data
 
 
 class MongoDBContainer(ContainerServer):

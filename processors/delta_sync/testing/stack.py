@@ -12,7 +12,8 @@ may kill, freeze or stop one; it runs again before the next test. `postgresql`, 
 `DELTA_TEST_SERVICES` chooses what the servers are: `native`, processes of this machine, or `containers` of the official
 images. Without it they are native where the wheels of PostgreSQL and Redis are installed, as they are with
 `delta-sync[testing]`: quicker, and nothing is pulled that nobody asked for. MongoDB itself is to be had as a container
-only; the native one is a stand-in. Where there are no such wheels they are containers, if an engine answers.
+only; the native one is a stand-in. Where there are no such wheels they are containers, if an engine answers. Clusters
+are native always: their nodes have to reach each other at the addresses at which a test reaches them.
 """
 
 from __future__ import annotations
@@ -163,19 +164,16 @@ class Stack:
     @cached_property
     def redis(self) -> Redis | RedisContainer:
         """Redis with an append-only file."""
-        return self._redis(cluster=False)
-
-    @cached_property
-    def redis_cluster(self) -> Redis | RedisContainer:
-        """A Redis cluster of one node."""
-        return self._redis(cluster=True)
-
-    def _redis(self, *, cluster: bool) -> Redis | RedisContainer:
         if self._native:
-            return self.start(lambda: Redis(cluster=cluster))
+            return self.start(Redis)
         from delta_sync.testing.containers import RedisContainer
 
-        return self.start(lambda: RedisContainer(cluster=cluster))
+        return self.start(RedisContainer)
+
+    @cached_property
+    def redis_cluster(self) -> Redis:
+        """A Redis cluster of one node, which is a process always."""
+        return self.start(lambda: Redis(cluster=True))
 
     @cached_property
     def mongodb(self) -> MongoStandIn | MongoDBContainer:
@@ -268,7 +266,7 @@ def redis_server(stack: Stack) -> Redis | RedisContainer:
 
 
 @pytest.fixture(scope="session")
-def redis_cluster(stack: Stack) -> Redis | RedisContainer:
+def redis_cluster(stack: Stack) -> Redis:
     """See Stack.redis_cluster."""
     return stack.redis_cluster
 

@@ -1,29 +1,25 @@
 """A worker's image, built and run as its manifests and stacks do: read-only, without root, without privileges.
 
-It takes a Docker engine that has the base image already, for nothing is pulled here; elsewhere this is skipped.
+See docker.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
+from containers.docker import HARDENED, docker, inspected, logs
 from delta_sync.testing.processes import wait_until
 from deltactl.main import main
 from deltactl.manifests import UID, grace_s
 
-ROOT = Path(__file__).parents[2]
-(BASE,) = set(re.findall(r"^FROM (python:\S+)", (ROOT / "compose" / "Dockerfile.worker").read_text(), re.MULTILINE))
 TAG = "test"
 IMAGE = f"delta-contained-worker:{TAG}"
 START_S = 60.0  # on a machine that does a lot else
@@ -47,21 +43,9 @@ def movie(row):
 """
 
 
-def docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 or not check, f"docker {' '.join(arguments)}: {done.stderr}{done.stdout[-2000:]}"
-    return done
-
-
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The image of a worker, from what `deltactl pipeline package` writes."""
-    if shutil.which("docker") is None:
-        pytest.skip("there is no program `docker`")
-    if docker("version", "--format", "{{.Server.Version}}", check=False).returncode != 0:
-        pytest.skip("no Docker engine runs here")
-    if docker("image", "inspect", BASE, check=False).returncode != 0:
-        pytest.skip(f"the engine has no image {BASE}; type: docker pull {BASE}")
     place = tmp_path_factory.mktemp("package")
     folder = place / "pipelines" / "contained"
     folder.mkdir(parents=True)
@@ -83,23 +67,13 @@ def container() -> Iterator[str]:
     docker("rm", "--force", "--volumes", name, check=False)
 
 
-HARDENED = (
-    "--read-only",
-    "--tmpfs",
-    "/tmp",
-    "--cap-drop",
-    "ALL",
-    "--security-opt",
-    "no-new-privileges",
-    "--network",
-    "none",
-)
+HARDENED_ALONE = (*HARDENED, "--network", "none")
 
 
 def test_it_is_the_packaged_delta_without_java(image: str) -> None:
-    assert docker("run", "--rm", *HARDENED, image, "--version").stdout.startswith("deltactl, version ")
+    assert docker("run", "--rm", *HARDENED_ALONE, image, "--version").stdout.startswith("deltactl, version ")
     look = "id -u; touch /app/x /opt/delta/x 2>&1; command -v java mvn pip; find / -name '*.jar' 2>/dev/null; true"
-    seen = docker("run", "--rm", *HARDENED, "--entrypoint", "sh", image, "-c", look).stdout.splitlines()
+    seen = docker("run", "--rm", *HARDENED_ALONE, "--entrypoint", "sh", image, "-c", look).stdout.splitlines()
     assert seen[0] == str(UID)
     assert [line.rpartition(": ")[2] for line in seen[1:3]] == ["Read-only file system"] * 2
     assert seen[3:] in ([], ["/usr/local/bin/pip"], ["/usr/bin/pip"]), "of the base at most"
@@ -111,11 +85,11 @@ def test_it_is_the_packaged_delta_without_java(image: str) -> None:
 def test_a_worker_that_reaches_nobody_is_unhealthy_and_ends_when_told(image: str, container: str) -> None:
     # 0s would be the image's own, in which nothing counts.
     quick = ("--health-interval", "1s", "--health-start-period", "1ms", "--health-retries", "2")
-    docker("run", "--detach", "--name", container, *HARDENED, *quick, "--env", "SOURCE_PASSWORD=hunter2", image)
+    docker("run", "--detach", "--name", container, *HARDENED_ALONE, *quick, "--env", "SOURCE_PASSWORD=hunter2", image)
 
     def state() -> Any:
-        found = json.loads(docker("inspect", "--format", "{{json .State}}", container).stdout)
-        assert found["Running"], docker("logs", container).stderr
+        found = inspected(container)["State"]
+        assert found["Running"], logs(container)
         return found
 
     def answer(path: str) -> tuple[int, str]:
@@ -130,7 +104,6 @@ def test_a_worker_that_reaches_nobody_is_unhealthy_and_ends_when_told(image: str
     assert answer("/healthz")[0] == 200, "it lives: another start would change nothing"
     wait_until(lambda: state()["Health"]["Status"] == "unhealthy", START_S, "being unhealthy")
     docker("stop", "--time", str(grace_s("worker")), container)
-    ended = json.loads(docker("inspect", "--format", "{{json .State}}", container).stdout)
-    assert (ended["ExitCode"], ended["OOMKilled"]) == (0, False), docker("logs", container).stderr
-    logs = docker("logs", container)
-    assert "hunter2" not in logs.stdout + logs.stderr
+    ended = inspected(container)["State"]
+    assert (ended["ExitCode"], ended["OOMKilled"]) == (0, False), logs(container)
+    assert "hunter2" not in logs(container)
