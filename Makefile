@@ -7,11 +7,11 @@ READY := $(VENV)/.ready
 
 export DELTA_JARS ?= $(CURDIR)/.cache/jars
 
-.PHONY: bench help setup jars test checked lint types mypy pyright unit format clean
+.PHONY: bench help setup jars test test-containers checked lint types mypy pyright unit format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## the virtual environment, with exactly the packages of requirements/dev.txt
 
@@ -39,6 +39,12 @@ checked: jars lint types # side by side: fetching waits for the network, mypy an
 
 unit: setup ## the tests that need no server
 	$(BIN)/pytest tests/unit
+
+# Ryuk, which removes containers of a test run that was killed, is one more image that may not be had.
+test-containers: setup jars ## images, compose/dev and the servers as containers; brings a Docker engine where none answers
+	PYTHON=$(CURDIR)/$(BIN)/python tests/containers/engine.sh sh -euc 'tests/containers/images.sh; $(BIN)/pytest tests/containers; \
+		export DELTA_TEST_SERVICES=containers TESTCONTAINERS_RYUK_DISABLED=true; \
+		$(BIN)/pytest tests/integration/test_servers.py tests/integration/test_registry.py tests/contract/test_redis_store.py'
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check

@@ -14,12 +14,15 @@ python=${PYTHON:-$root/.venv/bin/python}
 export DOCKER_BUILDKIT=0 # the older builder is in every engine, and needs no plugin
 PULL_TIMEOUT=${DELTA_PULL_TIMEOUT_S:-900}
 
-has() { docker image inspect "$1" >/dev/null 2>&1; }
+# Of what they are built from: a stand-in of another one is built again.
+digest=$(cat "$here/images.sh" "$here"/images/* | sha256sum | cut -c 1-12)
+label() { docker image inspect --format '{{index .Config.Labels "delta.stand-in"}}' "$1" 2>/dev/null; }
+has() { found=$(label "$1") && { [ -z "$found" ] || [ "$found" = "$digest" ]; }; }
 
 # build IMAGE FOLDER: a stand-in, from the Dockerfile on standard input.
 build() {
     echo "building a stand-in for $1" >&2
-    docker build --quiet --network host --label "delta.stand-in=$1" --tag "$1" --file - "$2" >/dev/null
+    docker build --quiet --network host --label "delta.stand-in=$digest" --tag "$1" --file - "$2" >/dev/null
 }
 
 debian() {
@@ -190,6 +193,5 @@ if [ "$#" = 0 ]; then
 fi
 for image in "$@"; do
     has "$image" || timeout "$PULL_TIMEOUT" docker pull --quiet "$image" >/dev/null 2>&1 || stand_in "$image"
-    echo "$image: $(docker image inspect --format \
-        '{{if index .Config.Labels "delta.stand-in"}}a stand-in{{else}}the official one{{end}}' "$image")"
+    if [ -n "$(label "$image")" ]; then echo "$image: a stand-in"; else echo "$image: the official one"; fi
 done

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import subprocess
 import uuid
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from containers.docker import docker, inspected, logs
+from containers.docker import Copy, docker, inspected, is_healthy, logs
 from delta_sync.testing.processes import wait_until
 from deltactl.main import main
 from deltactl.manifests import UID
@@ -22,7 +20,6 @@ from deltactl.manifests import UID
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "compose" / "dev"
 UP_TIMEOUT_S = 300.0  # seven containers on a machine that does a lot else; a minute by itself
-IN_STEP_TIMEOUT_S = 120.0
 KILL_OTHERS = (
     "import os; [os.kill(int(p), 9) for p in os.listdir('/proc') if p.isdigit() and int(p) not in (1, os.getpid())]"
 )
@@ -60,7 +57,7 @@ def stack() -> Iterator[Compose]:
     try:
         compose("build")
         compose("up", "--detach")
-        wait_until(partial(is_healthy, compose, "worker"), UP_TIMEOUT_S, "a worker that is healthy")
+        wait_until(partial(is_healthy, compose.container("worker")), UP_TIMEOUT_S, "a worker that is healthy")
         yield compose
     except BaseException:
         print(compose("ps", check=False), *(logs(compose.container(name)) for name in ("create", "sidecar", "worker")))
@@ -69,76 +66,24 @@ def stack() -> Iterator[Compose]:
         compose("down", "--volumes", check=False)
 
 
-def is_healthy(compose: Compose, service: str) -> bool:
-    """Tell what Docker has found out by the image's health check."""
-    return bool(inspected(compose.container(service))["State"]["Health"]["Status"] == "healthy")
+@pytest.fixture(scope="module")
+def copy(stack: Compose) -> Copy:
+    return Copy(stack.container("postgres"), stack.container("redis"))
 
 
-def sql(compose: Compose, text: str) -> str:
-    arguments = ["--user", "postgres", compose.container("postgres"), "psql", "--username", "delta", "--dbname"]
-    return docker(
-        "exec", "--interactive", *arguments, "studio", "--csv", "--tuples-only", "--set", "ON_ERROR_STOP=1", stdin=text
-    ).stdout
-
-
-def wanted(compose: Compose) -> dict[str, object]:
-    """Return what is to be in Redis, by key: of compose/dev's processor, made of the rows by hand."""
-    rows = csv.reader(sql(compose, "SELECT id, title, extract(year FROM released) FROM movie").splitlines())
-    return {
-        f"public.movie:{row}": {"id": int(row), "title": title, "year": int(year) if year else None}
-        for row, title, year in rows
-    }
-
-
-def stored(compose: Compose) -> dict[str, object]:
-    """Return the documents that are in Redis, by key."""
-    script = "local found = {} for _, key in ipairs(redis.call('KEYS', 'public.movie:*')) do"
-    script += " found[#found + 1] = key found[#found + 1] = redis.call('GET', key) end return found"
-    lines = docker("exec", compose.container("redis"), "redis-cli", "--raw", "EVAL", script, "0").stdout.splitlines()
-    found: dict[str, object] = {}
-    for key, text in zip(lines[::2], lines[1::2], strict=True) if len(lines) > 1 else ():
-        document = json.loads(text)
-        assert document.pop("_version"), key
-        found[key] = document
-    return found
-
-
-def wait_until_in_step(compose: Compose) -> None:
-    """Wait until every row has its document in Redis, and nothing else has."""
-    target = wanted(compose)
-    try:
-        wait_until(lambda: stored(compose) == target, IN_STEP_TIMEOUT_S, "the documents of what was written")
-    except BaseException:
-        now = stored(compose)
-        print({key: (now.get(key), target.get(key)) for key in now | target if now.get(key) != target.get(key)})
-        raise
-
-
-def change(compose: Compose, first: int) -> None:
-    """Insert, update and delete rows, a few hundred of each."""
-    sql(
-        compose,
-        f"""
-        INSERT INTO movie SELECT id, 'New ' || id, NULL FROM generate_series({first}, {first} + 299) AS id;
-        UPDATE movie SET title = title || ' again', released = '1999-09-09' WHERE id % 5 = {first % 5};
-        DELETE FROM movie WHERE id % 7 = {first % 7};
-        """,
-    )
-
-
-def test_what_is_written_is_in_redis_though_the_worker_is_killed(stack: Compose) -> None:
-    wait_until_in_step(stack)  # the thousand rows that were there before
-    change(stack, 10_000)
+def test_what_is_written_is_in_redis_though_the_worker_is_killed(stack: Compose, copy: Copy) -> None:
+    copy.wait_until_in_step()  # the thousand rows that were there before
+    copy.change(10_000)
     worker = stack.container("worker")
     docker("exec", worker, "python", "-c", KILL_OTHERS)  # SIGKILL; Docker starts it again
-    change(stack, 20_001)
-    wait_until_in_step(stack)
+    copy.change(20_001)
+    copy.wait_until_in_step()
     assert inspected(worker)["RestartCount"] == 1
-    wait_until(partial(is_healthy, stack, "worker"), UP_TIMEOUT_S, "being healthy again")
+    wait_until(partial(is_healthy, worker), UP_TIMEOUT_S, "being healthy again")
 
 
-def test_a_worker_that_is_stopped_drains(stack: Compose) -> None:
-    change(stack, 30_002)
+def test_a_worker_that_is_stopped_drains(stack: Compose, copy: Copy) -> None:
+    copy.change(30_002)
     worker = stack.container("worker")
     docker("stop", worker)  # SIGTERM, and what the stack allows until SIGKILL
     ended = inspected(worker)["State"]
@@ -146,8 +91,8 @@ def test_a_worker_that_is_stopped_drains(stack: Compose) -> None:
     assert "not_drained" not in logs(worker)
     before = set(logs(worker).splitlines())
     docker("start", worker)
-    change(stack, 40_003)
-    wait_until_in_step(stack)
+    copy.change(40_003)
+    copy.wait_until_in_step()
     after = [line for line in logs(worker).splitlines() if line not in before]
     assert not [line for line in after if "Traceback" in line]
 
@@ -157,7 +102,7 @@ def test_sidecar_and_worker_are_healthy_and_may_do_nothing_that_they_need_not(st
     assert (ended["Running"], ended["ExitCode"]) == (False, 0), "it has made the topics"
     for service in ("sidecar", "worker"):
         container = stack.container(service)
-        wait_until(partial(is_healthy, stack, service), UP_TIMEOUT_S, f"a healthy {service}")
+        wait_until(partial(is_healthy, container), UP_TIMEOUT_S, f"a healthy {service}")
         found = inspected(container)
         assert found["HostConfig"]["ReadonlyRootfs"] is True
         assert found["HostConfig"]["CapDrop"] == ["ALL"]
