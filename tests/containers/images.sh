@@ -14,19 +14,17 @@ python=${PYTHON:-$root/.venv/bin/python}
 export DOCKER_BUILDKIT=0 # the older builder is in every engine, and needs no plugin
 PULL_TIMEOUT=${DELTA_PULL_TIMEOUT_S:-900}
 
-# Of what they are built from: a stand-in of another one is built again.
-digest=$(cat "$here/images.sh" "$here"/images/* | sha256sum | cut -c 1-12)
 label() { docker image inspect --format '{{index .Config.Labels "delta.stand-in"}}' "$1" 2>/dev/null; }
-has() { found=$(label "$1") && { [ -z "$found" ] || [ "$found" = "$digest" ]; }; }
 
-# build IMAGE FOLDER: a stand-in, from the Dockerfile on standard input.
+# build IMAGE FOLDER: a stand-in, from the Dockerfile on standard input. Each time anew: what is as it was comes out of
+# the builder's cache.
 build() {
     echo "building a stand-in for $1" >&2
-    docker build --quiet --network host --label "delta.stand-in=$digest" --tag "$1" --file - "$2" >/dev/null
+    docker build --quiet --network host --label delta.stand-in=yes --tag "$1" --file - "$2" >/dev/null
 }
 
 debian() {
-    has delta-stand-in-debian:12 && return
+    ! docker image inspect delta-stand-in-debian:12 >/dev/null 2>&1 || return 0
     if ! PATH="$PATH:/usr/sbin" command -v debootstrap >/dev/null; then
         [ "$(id -u)" = 0 ] || { echo "Only root can make images out of nothing; load them: docker load" >&2; exit 1; }
         apt-get update -q >&2
@@ -48,7 +46,8 @@ debian() {
 
 # The scripts of images/, and what they use.
 server() {
-    has delta-stand-in-server:12 && return
+    [ -z "${server_built-}" ] || return 0
+    server_built=yes
     debian
     build delta-stand-in-server:12 "$here/images" <<'END'
 FROM delta-stand-in-debian:12
@@ -59,7 +58,8 @@ END
 }
 
 java() {
-    has delta-stand-in-java:12 && return
+    [ -z "${java_built-}" ] || return 0
+    java_built=yes
     server
     build delta-stand-in-java:12 \
         "$("$python" -c 'from delta_sync.testing import jars; print(jars.java().removesuffix("/bin/java"))')" <<'END'
@@ -192,6 +192,12 @@ if [ "$#" = 0 ]; then
         $("$python" -c 'from delta_sync.testing.containers import IMAGES; print(*IMAGES.values())')
 fi
 for image in "$@"; do
-    has "$image" || timeout "$PULL_TIMEOUT" docker pull --quiet "$image" >/dev/null 2>&1 || stand_in "$image"
-    if [ -n "$(label "$image")" ]; then echo "$image: a stand-in"; else echo "$image: the official one"; fi
+    if kind=$(label "$image") && [ -z "$kind" ]; then
+        echo "$image: the official one"
+    elif [ -z "$kind" ] && timeout "$PULL_TIMEOUT" docker pull --quiet "$image" >/dev/null 2>&1; then
+        echo "$image: the official one, pulled"
+    else
+        stand_in "$image"
+        echo "$image: a stand-in"
+    fi
 done

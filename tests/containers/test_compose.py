@@ -60,7 +60,7 @@ def stack() -> Iterator[Compose]:
         wait_until(partial(is_healthy, compose.container("worker")), UP_TIMEOUT_S, "a worker that is healthy")
         yield compose
     except BaseException:
-        print(compose("ps", check=False), *(logs(compose.container(name)) for name in ("create", "sidecar", "worker")))
+        print(compose("ps", check=False), compose("logs", "--tail", "40", check=False))
         raise
     finally:
         compose("down", "--volumes", check=False)

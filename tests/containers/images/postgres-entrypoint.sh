@@ -9,8 +9,11 @@ mkdir -p "$PGDATA" /var/run/postgresql
 chown -R postgres "$PGDATA" /var/run/postgresql
 chmod 700 "$PGDATA"
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
-    gosu postgres initdb --username "$POSTGRES_USER" --pwfile <(printf '%s\n' "$POSTGRES_PASSWORD") --encoding UTF8 \
+    install --owner postgres --mode 600 /dev/null /tmp/password
+    printf '%s\n' "$POSTGRES_PASSWORD" >/tmp/password
+    gosu postgres initdb --username "$POSTGRES_USER" --pwfile /tmp/password --encoding UTF8 \
         --locale C.UTF-8 --auth-local trust --auth-host scram-sha-256 --pgdata "$PGDATA" >/dev/null
+    rm /tmp/password
     echo "host all all all scram-sha-256" >>"$PGDATA/pg_hba.conf"
     gosu postgres pg_ctl --pgdata "$PGDATA" --wait --options "-c listen_addresses=''" start
     [ "$POSTGRES_DB" = postgres ] ||
