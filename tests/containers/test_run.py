@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from functools import partial
@@ -9,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from containers.docker import HARDENED, Copy, docker, inspected, is_healthy, logs
 from delta_sync.testing.containers import IMAGES
 from delta_sync.testing.processes import wait_until
-from deltactl.main import main
 from deltactl.manifests import grace_s
 
 DEV = Path(__file__).parents[2] / "compose" / "dev"
@@ -44,9 +44,10 @@ def test_one_container_copies_and_goes_on_where_it_was(names: str, tmp_path: Pat
     folder.mkdir(parents=True)
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(EMBEDDED))
     (folder / "processor.py").write_text((DEV / "pipelines" / "shop" / "processor.py").read_text())
-    command = ["pipeline", "package", "shop", "--dir", str(folder.parent), "--output", str(tmp_path / "out")]
-    result = CliRunner().invoke(main, [*command, "--build", "--image", IMAGE])
-    assert result.exit_code == 0, result.output
+    command = [sys.executable, "-m", "deltactl.main", "pipeline", "package", "shop", "--dir", str(folder.parent)]
+    command += ["--output", str(tmp_path / "out"), "--build", "--image", IMAGE]
+    packaged = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert packaged.returncode == 0, packaged.stderr[-4000:]
 
     docker("network", "create", names)
     common = ["--detach", "--network", names]
