@@ -247,6 +247,7 @@ class RedisContainer(ContainerServer):
 
     name = "redis"
     inner_port = 6379
+    cluster = False  # as servers.Redis says of itself
 
     @property
     def url(self) -> str:
