@@ -44,7 +44,7 @@ unit: setup ## the tests that need no server
 test-containers: setup jars ## images, compose/dev and the servers as containers; brings a Docker engine where none answers
 	PYTHON=$(CURDIR)/$(BIN)/python tests/containers/engine.sh sh -euc 'tests/containers/images.sh; $(BIN)/pytest tests/containers; \
 		export DELTA_TEST_SERVICES=containers TESTCONTAINERS_RYUK_DISABLED=true; \
-		$(BIN)/pytest tests/integration/test_servers.py tests/integration/test_registry.py tests/contract/test_redis_store.py'
+		$(BIN)/pytest -k "not cluster" tests/integration/test_servers.py tests/integration/test_registry.py tests/contract/test_redis_store.py'
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check

@@ -75,7 +75,9 @@ def test_what_is_written_is_in_redis_though_the_worker_is_killed(stack: Compose,
     copy.wait_until_in_step()  # the thousand rows that were there before
     copy.change(10_000)
     worker = stack.container("worker")
-    docker("exec", worker, "python", "-c", KILL_OTHERS)  # SIGKILL; Docker starts it again
+    docker(
+        "exec", worker, "python", "-c", KILL_OTHERS, check=False
+    )  # it may be killed with them; Docker starts them again
     copy.change(20_001)
     copy.wait_until_in_step()
     assert inspected(worker)["RestartCount"] == 1
