@@ -25,7 +25,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from testcontainers.core.container import DockerContainer
 
-from delta_sync.testing.processes import POLL_S, ServerError, free_port
+from delta_sync.testing.processes import ServerError, free_port, pause
 from delta_sync.testing.servers import (
     ANSWER_TIMEOUT_S,
     LOG_TAIL_BYTES,
@@ -130,7 +130,7 @@ class ContainerServer(Server):
         return made.start()
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        began = time.monotonic()
         failure: Exception | None = None
         while self.alive:
             try:
@@ -138,12 +138,12 @@ class ContainerServer(Server):
                     return
             except Exception as error:  # noqa: BLE001 -- each client has its own for "not yet"
                 failure = error
-            if time.monotonic() > deadline:
+            if time.monotonic() > began + START_TIMEOUT_S:
                 raise ServerError(
                     f"{self.name} did not answer within {START_TIMEOUT_S:.0f} s ({failure}); "
                     f"its log ends:\n{self.tail()}"
                 )
-            time.sleep(POLL_S)
+            pause(began)
         raise ServerError(f"{self.name} ended while starting; its log ends:\n{self.tail()}")
 
     def tail(self) -> str:
