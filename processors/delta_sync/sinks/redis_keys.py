@@ -7,6 +7,7 @@ from binascii import crc_hqx
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from delta_sync.changes import Key
 from delta_sync.errors import UsageError
@@ -49,6 +50,24 @@ class KeyTemplate(NamedTuple):
         """Tell whether the key could be one of this template's."""
         inner = "(?s:.*)".join(re.escape(literal) for literal in self.literals)
         return re.fullmatch(inner, redis_key) is not None
+
+    def parse(self, redis_key: str) -> list[str] | None:
+        """Return the texts of the columns, in the order of the table's key; None if the key is not of this template."""
+        begin, *between, end = self.literals
+        if not redis_key.startswith(begin) or not redis_key[len(begin) :].endswith(end):
+            return None
+        rest = redis_key[len(begin) : len(redis_key) - len(end)]
+        texts: list[str] = []
+        for literal in between:
+            text, found, rest = rest.partition(literal)
+            if not found:
+                return None
+            texts.append(unquote(text))
+        texts.append(unquote(rest) if between else rest)
+        parts = [""] * len(texts)
+        for column, text in zip(self.columns, texts, strict=True):
+            parts[column] = text
+        return parts
 
     def glob(self) -> bytes:
         """Return a pattern for SCAN that all of the template's keys match."""
