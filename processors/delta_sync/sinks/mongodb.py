@@ -684,7 +684,7 @@ def _batches(cursor: Cursor[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 def _exactly(version: int) -> object:
     """Return the condition that a version is this one; 0 is none at all."""
-    return version if version else {"$in": [0, None]}
+    return version or {"$in": [0, None]}
 
 
 def _whole(place: Place, id_: object, write: Write) -> Document:
