@@ -465,7 +465,7 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
         place: Place = target.settings
         whole = _whole(place, None, Write((), 0, document))
         try:
-            form: dict[str, Any] = bson.decode(bson.encode(whole, codec_options=CODEC), codec_options=CODEC)
+            form = bson.BSON(bson.encode(whole, codec_options=CODEC)).decode(CODEC)
         except _UNENCODABLE as error:
             raise Unstorable(f"The document cannot be written as BSON: {_brief(error)}.") from error
         del form["_id"], form[VERSION_FIELD]

@@ -59,6 +59,9 @@ CONNECTIONS = 32  # kept open; more threads than that apply to one sink nowhere
 RETRIES = 3  # of the items of a bulk that the store was too busy for, before all of it is tried again from outside
 RETRY_PAUSE_S = 0.2  # before the first of these, doubled each time: the store's queues drain in fractions of a second
 
+FORGETTING_ATTEMPTS = 40  # of a refresh that lets the store forget what was deleted
+FORGETTING_PAUSE_S = 0.25  # the store's clock for it ticks five times a second
+
 MIN_ELASTICSEARCH = (7, 10)  # `require_alias`
 
 
@@ -473,22 +476,39 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
         name = "index.gc_deletes"
         found = self._expect(self._request("GET", f"/{index}/_settings/{name}", params={"flat_settings": "true"}))
         before = found.get(index, {}).get("settings", {}).get(name)
+        there = self._versions_of(index, [id_ for id_, _ in ids])
+        exact = [(id_, version) for id_, version in ids if there.get(id_) == version]  # a delete takes older ones, too
         self._expect(self._request("PUT", f"/{index}/_settings", {name: "0ms"}))
         try:
-            exact = self._exactly(index, ids)
             entries = {number: delete_entry(id_, version) for number, (id_, version) in enumerate(exact)}
             self._bulk(index, entries)
-            self._expect(self._request("POST", f"/{index}/_refresh"))  # forgets what was deleted
+            self._wait_until_forgotten(index, [id_ for id_, _ in exact])
         finally:
             self._expect(self._request("PUT", f"/{index}/_settings", {name: before}))
 
-    def _exactly(self, index: str, ids: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Return those that have exactly these versions: a delete alone would take what is older, too."""
-        body = {"ids": [id_ for id_, _ in ids]}
+    def _wait_until_forgotten(self, index: str, ids: Sequence[str]) -> None:
+        """Wait until the store no longer knows the versions of what was deleted: a refresh drops them, by its own clock.
+
+        It is asked by deletes of version 0, which it refuses as long as it knows a higher one.
+        """
+        left = list(ids)
+        for _ in range(FORGETTING_ATTEMPTS):
+            self._expect(self._request("POST", f"/{index}/_refresh"))
+            refused = self._bulk(index, {number: delete_entry(id_, 0) for number, id_ in enumerate(left)})
+            left = [left[number] for number in refused]
+            if left:
+                there = self._versions_of(index, left)  # a write has come in between: that is fine
+                left = [id_ for id_ in left if id_ not in there]
+            if not left:
+                return
+            self._sleep(FORGETTING_PAUSE_S)
+        raise SinkBusy(f"{self._who} does not forget the versions of {len(left)} deleted documents")
+
+    def _versions_of(self, index: str, ids: Sequence[str]) -> dict[str, int]:
+        """Return the version of each document, tombstones among them, that is there."""
         params = {"_source": "false"}
-        documents = self._expect(self._request("POST", f"/{index}/_mget", body, params))["docs"]
-        there = {document["_id"]: document.get("_version") for document in documents}
-        return [(id_, version) for id_, version in ids if there.get(id_) == version]
+        documents = self._expect(self._request("POST", f"/{index}/_mget", {"ids": list(ids)}, params))["docs"]
+        return {document["_id"]: document["_version"] for document in documents if document.get("found")}
 
     def drop(self, target: Target) -> int:
         place: Place = target.settings
