@@ -24,6 +24,7 @@ from delta_sync.pipeline import Pipeline, TableProcessor
 from delta_sync.processing import process
 from delta_sync.sinks import AnySink
 from delta_sync.sinks.base import Stored, Target
+from delta_sync.sources.reader import Chunk, SourceReader
 from delta_sync.spec import LoadSpec
 from delta_sync.tables import Table, key_text
 from delta_sync.values import Document, Row
@@ -59,18 +60,6 @@ T = TypeVar("T")
 
 class Stopped(Exception):
     """Somebody asked for the end."""
-
-
-class Rows(Protocol):
-    """What verification needs of a source: `sources.postgresql.reader` has it."""
-
-    def read_chunk(
-        self, table: Table, after: Key | None, rows_most: int, bytes_most: int, usable: Callable[[Any], bool]
-    ) -> Any: ...
-    def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Any], bool]) -> Any: ...
-    def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None: ...
-    def estimated_rows(self, table: Table) -> int | None: ...
-    def sample(self) -> Any: ...
 
 
 class Unverified(NamedTuple):
@@ -144,16 +133,16 @@ def _without(processor: TableProcessor, skipped: frozenset[str]) -> TableProcess
 class KeyReader:
     """Reads rows by key, for as long as it takes to read all of them, each part with what it may claim."""
 
-    def __init__(self, reader: Rows, samples: Any, stopping: threading.Event) -> None:
+    def __init__(self, reader: SourceReader, stopping: threading.Event) -> None:
         self._reader = reader
-        self._samples = samples
+        self._samples = reader.new_samples()
         self._stopping = stopping
 
     def sample(self) -> int:
         """Take a sample for claims; return how far the log was."""
         sample = self._reader.sample()
         self._samples.add(sample)
-        return int(sample.lsn)
+        return sample.position
 
     def parts(
         self, table: Table, keys: Collection[Key], at_least: int = 0
@@ -192,7 +181,7 @@ class Verifier:
         self,
         *,
         epoch: int,
-        reader: Rows,
+        reader: SourceReader,
         keys: KeyReader,
         makers: Makers,
         sinks: Mapping[str, AnySink],
@@ -279,13 +268,14 @@ class Verifier:
             if ended:
                 return
 
-    def _begin(self, table: Table, after: Any, rows_most: int, pool: Executor) -> Future[tuple[Any, float]]:
-        def read() -> tuple[Any, float]:
+    def _begin(self, table: Table, after: Any, rows_most: int, pool: Executor) -> Future[tuple[Chunk, float]]:
+        def read() -> tuple[Chunk, float]:
             began = self._clock()
             bytes_most = self._options.chunk_bytes
             chunk = self._patiently(
                 lambda: self._reader.read_chunk(table, after, rows_most, bytes_most, lambda _: True)
             )
+            assert chunk is not None, "every snapshot will do"
             return chunk, self._clock() - began
 
         return pool.submit(read)

@@ -16,8 +16,8 @@ from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.progress import LogPosition
 from delta_sync.repairing import DirectRepair
 from delta_sync.sinks import open_sinks
-from delta_sync.sources.postgresql.claims import Samples
-from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources import open_reader
+from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import read_tables, targets_of_table
 from delta_sync.state import StateStore, TableLoad
@@ -74,8 +74,8 @@ def open_verification(
         if known_state is None:
             raise UsageError(f"Pipeline {spec.name} never ran, so there is nothing to verify.")
 
-        def opened(use: str, answer_s: float | None = None) -> PostgresReader:
-            reader = PostgresReader(spec.source, f"delta {spec.name} verify {use}", answer_s)
+        def opened(use: str, answer_s: float | None = None) -> SourceReader:
+            reader = open_reader(spec.source, f"delta {spec.name} verify {use}", answer_s)
             closing.callback(reader.close)
             return reader
 
@@ -116,7 +116,7 @@ def open_verification(
             stopping=stopping,
             clock=time.monotonic,
         )
-        keys = KeyReader(by_key, Samples(), stopping)
+        keys = KeyReader(by_key, stopping)
         subjects: list[Subject] = []
         for name, table in tables.items():
             targets = targets_of_table(pipeline, sinks, table, spec)
@@ -153,13 +153,14 @@ def open_verification(
         yield Opened(verifier, subjects)
 
 
-def _applied_to(spec: PipelineSpec, reader: PostgresReader, closing: ExitStack) -> Callable[[], int | None]:
+def _applied_to(spec: PipelineSpec, reader: SourceReader, closing: ExitStack) -> Callable[[], int | None]:
     """Return how to ask how far the log is in every sink."""
+    place = reader.capture_position(spec)
     if spec.kafka is None:
 
         def confirmed() -> int | None:
-            slot = reader.slot(spec.slot)
-            return None if slot is None else slot.confirmed_lsn
+            found = place.look()
+            return None if found is None else found.position
 
         return confirmed
     from delta_sync.kafka import settings
@@ -177,7 +178,7 @@ def _applied_to(spec: PipelineSpec, reader: PostgresReader, closing: ExitStack) 
     position = LogPosition(time.monotonic)
     group = GroupProgress(  # not started: it is asked from here
         reader=reader,
-        slot=spec.slot,
+        place=place,
         offsets=offsets,
         position=position,
         waits=lambda _: None,

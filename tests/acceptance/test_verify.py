@@ -1,4 +1,4 @@
-"""`deltactl verify` while a pipeline runs and rows change: it reports what was damaged and nothing else, and mends it."""
+"""`deltactl verify` while a pipeline runs and rows change: it reports what was damaged, nothing else, and mends it."""
 
 from __future__ import annotations
 

@@ -487,7 +487,7 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
             self._expect(self._request("PUT", f"/{index}/_settings", {name: before}))
 
     def _wait_until_forgotten(self, index: str, ids: Sequence[str]) -> None:
-        """Wait until the store no longer knows the versions of what was deleted: a refresh drops them, by its own clock.
+        """Wait until the store no longer knows the versions of what was deleted: a refresh drops them, in its own time.
 
         It is asked by deletes of version 0, which it refuses as long as it knows a higher one.
         """

@@ -344,10 +344,7 @@ class PostgresReader(SourceReader):
         return Chunk(seen_to, rows, rows[-1][0] if len(rows) == rows_most else None)
 
     def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
-        """Return the key of the row that is so many rows behind `after` (1: the next one); None beyond the last.
-
-        Only the key's index is read, where its pages are all visible.
-        """
+        """Return the key of the row that is so many rows behind `after`; None beyond the last."""
         keys_alone = table._replace(columns=tuple(table.column(name) for name in table.key))
         query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} OFFSET {} LIMIT 1").format(
             codec.select_list(keys_alone),
