@@ -412,19 +412,30 @@ def test_each_condition_of_a_difference_is_needed(left_out: str, monkeypatch: py
 
 
 def test_waiting_for_the_log_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AppliedLog, "pass_now", lambda _self: "passed")
+    def at_once(_self: AppliedLog) -> str:
+        return "passed"
+
+    monkeypatch.setattr(AppliedLog, "pass_now", at_once)
     noticed(nothing_damaged)
 
 
 def test_a_repair_needs_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that is written with the version of the log's end outranks changes that it does not have."""
-    monkeypatch.setattr("delta_sync.repairing.dump_version", lambda epoch, claim: dump_version(epoch, claim + 5 * STEP))
+
+    def too_high(epoch: int, claim: int) -> int:
+        return dump_version(epoch, claim + 5 * STEP)
+
+    monkeypatch.setattr("delta_sync.repairing.dump_version", too_high)
     noticed(busy_damaged)
 
 
 def test_a_repair_needs_a_claim_above_what_the_sink_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = KeyReader.parts
-    monkeypatch.setattr(KeyReader, "parts", lambda self, table, keys, _at_least=0: parts(self, table, keys))
+    parts: Any = KeyReader.parts
+
+    def without(self: KeyReader, table: Table, keys: Sequence[Key], _at_least: int = 0) -> Any:
+        return parts(self, table, keys)
+
+    monkeypatch.setattr(KeyReader, "parts", without)
     noticed(some_damaged)
 
 
