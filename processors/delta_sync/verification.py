@@ -421,10 +421,12 @@ class Verifier:
         subject, table = work.subject, work.subject.table
         self._keys.sample()
         before: dict[tuple[Key, str], bytes] = {}
+        claims: dict[Key, int] = {}
         parts: list[list[Key]] = []
         for some in in_batches(list(work.suspects), self._options.chunk_rows):
-            for rows, _ in self._keys.parts(table, some):
+            for rows, claim in self._keys.parts(table, some):
                 parts.append(list(rows))
+                claims |= dict.fromkeys(rows, claim)
                 for key, name, expected in self._expectations(work, rows):
                     before[key, name] = expected.digest
         state = self._applied.pass_now()
@@ -433,8 +435,7 @@ class Verifier:
         for keys in parts:
             sightings = self._read_sinks(work, keys)
             beyond = version_of(self._epoch, self._keys.sample())
-            for rows, claim in self._keys.parts(table, keys):
-                claimed = version_of(self._epoch, claim)
+            for rows, _ in self._keys.parts(table, keys):
                 judged: list[tuple[Key, str, Verdict, Expected, Stored | None]] = []
                 for key, name, expected in self._expectations(work, rows):
                     stored = sightings[name][key]
@@ -444,7 +445,7 @@ class Verifier:
                         stored,
                         work.suspects[key][name],
                         passed=state != "stands",
-                        claimed=claimed,
+                        claimed=version_of(self._epoch, claims[key]),
                         beyond=beyond,
                         expires=self._sinks[name].expires(subject.targets[name]),
                         skipped=self._skipped,

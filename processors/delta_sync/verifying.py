@@ -3,11 +3,13 @@
 A source that changes and a sink that follows it differ at every moment in what is on its way. A difference counts when
 none of that can explain it (`judge`; the proof is in `docs/guarantees.md`, "Verification"):
 
-    the row is read ──► the log has come past that ──► the sink is read ──► the row is read again, with a claim
+    the row is read, with a claim ──► the log has come past that ──► the sink is read ──► the row is read again
 
-- both readings of the row make the same document,
-- the sink holds what it already held at an earlier look, before the first of these readings,
-- and its version is below the claim: so it is no change that the second reading could not see.
+- the sink's version is below the claim, so it is that of a change which the first reading saw: the newest of them, for
+  the log has brought all;
+- the sink holds what it already held at an earlier look, before the first reading: so the document was not read from the
+  table later, ahead of the log;
+- both readings make the same document: the one that is compared is that of the first.
 
 Whatever is not so is looked at again, later. Two things count at once: a document whose version was taken away, and one
 whose version lies beyond the end of the log, which no change can have had.
@@ -172,7 +174,7 @@ def judge(
 
     `before` is the digest of what the row made before the sink was read, `after` what it makes now; `earlier` is what
     the sink held at a look before the first of these two readings. `passed`: the log had come past the first reading
-    when the sink was read. `claimed` is the version below which the second reading sees every change, `beyond` that of
+    when the sink was read. `claimed` is the version below which the first reading sees every change, `beyond` that of
     the log's end, taken after the sink was read.
     """
     verdict = compare(after, stored, beyond, skipped)
