@@ -5,8 +5,8 @@ none of that can explain it (`judge`; the proof is in `docs/guarantees.md`, "Ver
 
     the row is read, with a claim ──► the log has come past that ──► the sink is read ──► the row is read again
 
-- the sink's version is below the claim: it is that of a change which the first reading saw, of the newest one, because
-  the log has brought all of these;
+- the sink's version is below the claim: it is that of a change which the first reading saw, and of the
+  newest one, because the log has brought all of these;
 - the sink holds what it already held at an earlier look, before the first reading: so the document was not read from the
   table later, ahead of the log;
 - both readings make the same document: the one that is compared is that of the first.

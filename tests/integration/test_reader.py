@@ -45,7 +45,7 @@ def test_keys_are_walked_in_their_order(postgresql: PostgreSQL) -> None:
     reader = PostgresReader(source_of(postgresql), "test")
     with psycopg.connect(postgresql.url, autocommit=True) as connection:
         connection.execute(
-            'CREATE TABLE walked (name text COLLATE "C", "o%k" date, n int, body text, PRIMARY KEY (name, "o%k"))'
+            'CREATE TABLE walked (name text COLLATE "C", "o k" date, n int, body text, PRIMARY KEY (name, "o k"))'
         )
         connection.execute(
             "INSERT INTO walked SELECT name, day::date, 1, 'body' FROM"
