@@ -5,10 +5,10 @@ none of that can explain it (`judge`; the proof is in `docs/guarantees.md`, "Ver
 
     the row is read, with a claim ──► the log has come past that ──► the sink is read ──► the row is read again
 
-- the sink's version is below the claim: it is that of a change which the first reading saw, and of the
-  newest one, because the log has brought all of these;
-- the sink holds what it already held at an earlier look, before the first reading: so the document was not read from the
-  table later, ahead of the log;
+- the sink's version is below the claim: it is that of a change which the first reading saw, and of the newest
+  one, because the log has brought all of these;
+- the sink holds what it already held at an earlier look, before the first reading: so the document was not read from
+  the table later, ahead of the log;
 - both readings make the same document: the one that is compared is that of the first.
 
 Whatever is not so is looked at again, later. Two things count at once: a document whose version was taken away, and one
