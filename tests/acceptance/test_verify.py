@@ -33,8 +33,9 @@ SEED = random.SystemRandom().randrange(1_000_000)
 ROWS = 200
 QUIET = range(60)  # keys (as numbers) that no writer touches: what is damaged there stays as it is until it is mended
 BUSY = range(60, 220)
+HOT = range(60, 64)  # of these; so that some rows have just changed whenever they are looked at
 TIMES_UNDER_LOAD = int(os.environ.get("DELTA_VERIFY_TIMES", "1"))
-WRITER_PAUSE_S = 0.02  # the machine has other things to do
+WRITER_PAUSE_S = 0.01  # the machine has other things to do
 SINKS = ("cache", "docs", "search")
 ACCOUNT, ITEM, PAGE, NOTE = SHAPES
 
@@ -91,7 +92,8 @@ def writing(shop: Shop) -> Generator[Counter[str]]:
 
 
 def change(shop: Shop, connection: psycopg.Connection, rng: random.Random) -> str:
-    shape, number, text = rng.choice(SHAPES), rng.choice(BUSY), f"text {rng.random()} "
+    shape, text = rng.choice(SHAPES), f"text {rng.random()} "
+    number = rng.choice(HOT if rng.random() < 0.7 else BUSY)
     match rng.random():
         case chance if chance < 0.2:
             shop.delete(connection, shape, number)
