@@ -6,10 +6,11 @@ behind, reads rows ahead of the log and redelivers, and damage. What was damaged
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +33,7 @@ from delta_sync.versions import MAX_POSITION, dump_version, reread_version, vers
 TABLE = Table("public", "movie", (Column("id", "int", Kind.INTEGER), Column("n", "int", Kind.INTEGER)), ("id",))
 KEYS = 40
 QUIET = range(12)  # the keys that do not change, so that what is damaged there stays so until it is mended
+BAD = 2000  # what no row has by chance
 STEP = 32  # between positions of the log: no record is shorter
 HISTORIES = int(os.environ.get("DELTA_TEST_HISTORIES", "80"))
 SEEDS = [int(os.environ["DELTA_TEST_SEED"])] if "DELTA_TEST_SEED" in os.environ else range(HISTORIES)
@@ -42,7 +44,9 @@ pipeline = Pipeline("movies")
 
 @pipeline.table("public.movie")
 def movie(row: Row) -> dict[str, Any] | None:
-    """Leave some rows out."""
+    """Leave some rows out, and stumble over others."""
+    if row["n"] == BAD:
+        raise ValueError("not this one")
     return dict(row) if row["n"] % 7 else None
 
 
@@ -141,7 +145,8 @@ class World:
         self.write(key, version, row)
 
     def write(self, key: Key, version: int, row: Row | None) -> None:
-        self.sink.apply(self.target, [Write(key, version, None if row is None else movie(row))])
+        with contextlib.suppress(ValueError):  # a dead letter
+            self.sink.apply(self.target, [Write(key, version, None if row is None else movie(row))])
 
     def snapshot_now(self) -> Snapshot:
         """Return a snapshot. It may claim what lies before the first record that it does not see, or less."""
@@ -258,8 +263,10 @@ class Heard:
         self.rest.append(one)
 
 
-def verify(world: World, *, repair: bool = False, share: float = 1.0) -> tuple[Heard, Tally, Verifier]:
-    """Verify the table while the world goes on."""
+def verify(
+    world: World, *, repair: bool = False, share: float = 1.0, dead: Collection[str] = ()
+) -> tuple[Heard, Tally, Verifier]:
+    """Verify the table while the world goes on. `dead` are keys with a dead letter."""
     heard, stopping = Heard(), Waiting(world)
     reader = cast("SourceReader", world)
     keys = KeyReader(reader, stopping)
@@ -279,7 +286,7 @@ def verify(world: World, *, repair: bool = False, share: float = 1.0) -> tuple[H
         makers=makers,
         sinks=sinks,
         applied=applied,
-        failed_keys=lambda _table, _keys: set(),
+        failed_keys=lambda _table, keys: {(key, None) for key in keys if key in dead},
         check_epoch=lambda: None,
         listener=heard,
         options=LoadSpec(chunk_rows=7),
@@ -446,6 +453,33 @@ def noticed(history: Callable[[int], None]) -> None:
         except AssertionError:
             return
     pytest.fail("nobody noticed")
+
+
+# ── what is no difference ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_row_that_cannot_be_processed_is_no_difference_and_a_repair_leaves_it() -> None:
+    world = World(3)
+    world.rest()
+    for number in (20, 21):
+        world.change((number,), gone=False, n=BAD)
+        world.write((number,), version_of(1, world.log[-1].position - STEP), {"id": number, "n": 1})
+    world.applied = len(world.log)  # both are dead letters to the worker
+    heard, tally, _ = verify(world, repair=True, dead=["20"])
+    assert (heard.findings, tally.dead, tally.failed) == ([], 1, 1)
+    assert [(one.key, one.why) for one in heard.rest] == [("21", "ValueError: not this one")]
+    assert {"20", "21"} <= world.sink.documents(world.target).keys()
+
+
+def test_a_document_that_a_dead_letter_explains_is_no_difference() -> None:
+    world = World(3)
+    world.rest()
+    world.change((20,), gone=False, n=1001)
+    world.applied = len(world.log)  # the sink rejected it
+    heard, tally, _ = verify(world, dead=["20"])
+    assert (heard.findings, tally.dead) == ([], 1)
+    heard, tally, _ = verify(world)
+    assert [finding.key for finding in heard.findings] == ["20"]
 
 
 # ── the log ──────────────────────────────────────────────────────────────────────────────────────────────────────
