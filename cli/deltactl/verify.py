@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from delta_sync import logs
+from delta_sync.running import settle_memory
 from delta_sync.spec import format_duration, parse_duration_s
 from delta_sync.values import to_json
 from delta_sync.verification import Stopped, Subject, Unverified
@@ -120,6 +121,7 @@ def verify(
     """
     spec = app.load(name)
     logs.configure("auto", "warning")
+    settle_memory()
     if repair and not dry_run:
         confirm(f"Write to the sinks of pipeline {name} where they differ from the source?", yes=yes)
     stopping = threading.Event()
