@@ -48,8 +48,7 @@ class KeyTemplate(NamedTuple):
 
     def matches(self, redis_key: str) -> bool:
         """Tell whether the key could be one of this template's."""
-        inner = "(?s:.*)".join(re.escape(literal) for literal in self.literals)
-        return re.fullmatch(inner, redis_key) is not None
+        return _pattern(self.literals).fullmatch(redis_key) is not None
 
     def parse(self, redis_key: str) -> list[str] | None:
         """Return the texts of the columns, in the order of the table's key; None if the key is not of this template."""
@@ -88,6 +87,12 @@ class KeyTemplate(NamedTuple):
 
 
 @lru_cache(maxsize=1000)  # templates in one process: more than anybody has
+def _pattern(literals: tuple[str, ...]) -> re.Pattern[str]:
+    """Return what all keys with these literals match. A scan asks it about every key of the store."""
+    return re.compile("(?s:.*)".join(re.escape(literal) for literal in literals))
+
+
+@lru_cache(maxsize=1000)
 def _escapes(separators: tuple[str, ...]) -> Mapping[int, str]:
     """Return what `str.translate` needs to percent-encode `%` and the separators' first characters."""
     special = {"%", *(separator[0] for separator in separators)}
