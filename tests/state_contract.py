@@ -349,6 +349,20 @@ class StateContract:
         assert store.count_failed_since("movies", "a.b", 4) == 2
         assert store.count_failed_since("movies", "a.b", 6) == 0
 
+    def test_keys_that_failed_are_found_with_their_sinks(self, store: StateStore) -> None:
+        assert store.failed_keys("movies", "a.b", ["1"]) == set()
+        failed = [("1", "cache"), ("1", "docs"), ("2", None), ("3", "cache"), ("A", "cache")]
+        letters = [letter(n, table="a.b", key_text=key, sink=sink) for n, (key, sink) in enumerate(failed)]
+        store.add_dead_letters("movies", [*letters, letter(9, table="a.other", key_text="4")])
+        store.add_dead_letters("other", [letter(9, table="a.b", key_text="4")])
+        keys = ["1", "2", "4", "a", *(f"n{number}" for number in range(1200))]
+        assert store.failed_keys("movies", "a.b", keys) == {("1", "cache"), ("1", "docs"), ("2", None)}
+        assert store.failed_keys("movies", "a.b", []) == set()
+
+    def test_a_key_whose_text_cannot_be_stored_is_found_all_the_same(self, store: StateStore) -> None:
+        store.add_dead_letters("movies", [letter(1, table="a.b", key_text="a\x00\ud800", sink=None)])
+        assert store.failed_keys("movies", "a.b", ["a\x00\ud800", "a"]) == {("a\x00\ud800", None)}
+
     def test_those_of_the_last_minute_are_found_with_what_they_are_of(self, store: StateStore) -> None:
         later = NOW + dt.timedelta(seconds=30)
         old, new = letter(1, created_at=NOW), letter(2, created_at=later)

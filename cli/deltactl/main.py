@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "deltactl.run:run",
     "sidecar": "deltactl.sidecar:sidecar",
     "status": "deltactl.status:status",
+    "verify": "deltactl.verify:verify",
     "worker": "deltactl.worker:worker",
 }
 

@@ -98,6 +98,10 @@ class ProcessorError(DeltaError):
     """The user's function raised, or returned what is not a document. The cause is chained."""
 
 
+class Unstorable(DeltaError):
+    """A sink will never take this document: it holds what the store cannot."""
+
+
 class UndecodableChange(DeltaError):
     """A change event does not fit the table's columns, or is none."""
 

@@ -392,6 +392,22 @@ class StateStore:
         with self._transaction() as connection:
             return connection.execute(sa.select(sa.func.count()).select_from(DEAD_LETTERS).where(since)).scalar_one()
 
+    def failed_keys(self, name: str, table: str, key_texts: Sequence[str]) -> set[tuple[str, str | None]]:
+        """Return which of these keys of a table have a dead letter, each with the sink that it is of (None: of all)."""
+        stored = {_clean(text): text for text in key_texts}
+        found: set[tuple[str, str | None]] = set()
+        columns = (DEAD_LETTERS.c.key_text, DEAD_LETTERS.c.sink)
+        of_table = sa.and_(DEAD_LETTERS.c.pipeline == name, DEAD_LETTERS.c.table_name == table)
+        texts = list(stored)
+        with self._transaction() as connection:
+            if connection.execute(sa.select(columns[0]).where(of_table).limit(1)).one_or_none() is None:
+                return found
+            for start in range(0, len(texts), IDS_PER_STATEMENT):
+                among = DEAD_LETTERS.c.key_text.in_(texts[start : start + IDS_PER_STATEMENT])
+                rows = connection.execute(sa.select(*columns).where(of_table, among))
+                found |= {(stored[row.key_text], row.sink) for row in rows if row.key_text in stored}
+        return found
+
     def dead_letters_since(self, name: str, since: dt.datetime) -> list[tuple[dt.datetime, str]]:
         """Return when each dead letter first failed that did so after `since` (aware), with its `identity_of`.
 

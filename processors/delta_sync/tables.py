@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import decimal
 import enum
+import re
+import uuid
 from collections.abc import Sequence
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from delta_sync.values import scalar_text
 
@@ -74,3 +79,64 @@ def key_text(key: Sequence[object]) -> str:
     if len(key) == 1:
         return scalar_text(key[0])
     return ":".join(scalar_text(part).replace("%", "%25").replace(":", "%3A") for part in key)
+
+
+def key_of_text(table: Table, text: str) -> tuple[object, ...]:
+    """Return a key whose `key_text` may be this one: compare them, for several texts can be read as one value.
+
+    Raises ValueError when no key of the table is written so.
+    """
+    parts = [text] if len(table.key) == 1 else [unquote(part) for part in text.split(":")]
+    return key_of_parts(table, parts)
+
+
+def key_of_parts(table: Table, parts: Sequence[str]) -> tuple[object, ...]:
+    """Return the key of which these are the `scalar_text`s, in the key's order. Raises ValueError as `key_of_text`."""
+    if len(parts) != len(table.key):
+        raise ValueError(f"{table.id} has a key of {len(table.key)} columns, not {len(parts)}")
+    return tuple(_scalar_of_text(table.column(name).kind, part) for name, part in zip(table.key, parts, strict=True))
+
+
+def _scalar_of_text(kind: Kind, text: str) -> object:
+    """Return the value that `scalar_text` wrote so. Raises ValueError."""
+    match kind:
+        case Kind.BOOLEAN:
+            if text not in ("true", "false"):
+                raise ValueError(f"{text!r} is neither true nor false")
+            return text == "true"
+        case Kind.INTEGER:
+            return int(text)
+        case Kind.FLOAT:
+            return float(text)
+        case Kind.DECIMAL:
+            try:
+                return decimal.Decimal(text)
+            except decimal.InvalidOperation:
+                raise ValueError(f"{text!r} is no number") from None
+        case Kind.BYTES:
+            return bytes.fromhex(text)
+        case Kind.UUID:
+            return uuid.UUID(text)
+        case Kind.DATE | Kind.TIME | Kind.TIMESTAMP | Kind.TIMESTAMP_TZ:
+            return _moment_of_text(kind, text)
+        case _:
+            return text
+
+
+def _moment_of_text(kind: Kind, text: str) -> object:
+    """Return a date or time, or the text itself where it is one that Python cannot hold (infinity, the year 12345)."""
+    try:
+        match kind:
+            case Kind.DATE:
+                return dt.date.fromisoformat(text)
+            case Kind.TIME:
+                return dt.time.fromisoformat(text)
+            case _:
+                return dt.datetime.fromisoformat(text)
+    except ValueError:
+        if _BEYOND_PYTHON.fullmatch(text):
+            return text
+        raise
+
+
+_BEYOND_PYTHON = re.compile(r"-?infinity|\d{5,}-\d\d-\d\d[T \d:.Z+-]*|\d{4,}-\d\d-\d\d[T \d:.Z+-]* BC|24:00:00")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,23 @@ def marked(worker: Run) -> set[str]:
     return {table for event in worker.events("tables_loaded_again") for table in event["tables"]}
 
 
+def verify(stage: KafkaStage) -> None:
+    """What a store has lost is found and mended while rows change; and nothing else is found."""
+    account = SHAPES[0]
+    target = stage.stores.target("cache", account)
+    key = (ROWS + 5,)  # which the writer leaves alone
+    (stored,) = stage.stores.read("cache", account, [key])
+    assert stored is not None
+    stage.stores.sinks["cache"].discard(target, [(key, stored.version)])
+    writer = stage.writing(ROWS, 1)
+    done = stage.pipeline.deltactl("verify", stage.pipeline.name, "--json", "--repair", "--yes")
+    writer.stop()
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [(one["finding"]["key"], one["finding"]["kind"]) for one in lines if "finding" in one]
+    assert (done.returncode, found) == (0, [(str(key[0]), "missing")]), done.stdout + done.stderr
+    assert lines[-1]["pipeline_runs"]
+
+
 def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) -> None:
     sidecar, worker = stage.start("sidecar"), stage.start("worker")
     stage.in_step(sidecar, worker)
@@ -69,6 +87,8 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     assert worker.events("lease_taken")  # of the load
     worker.kill()
     write(stage.shop, "after one was killed")
+    stage.in_step(sidecar, second)
+    verify(stage)
     stage.in_step(sidecar, second)
     assert second.stop() == 0
 

@@ -129,6 +129,8 @@ def test_chunks_and_keys_of_every_type(session: Session, reader: MariaReader, na
                 break
             assert len(keys) <= len(whole.rows)
         assert keys == [key for key, _ in whole.rows]
+    assert [reader.key_behind(table, None, number + 1) for number in range(len(keys) + 1)] == [*keys, None]
+    assert [reader.key_behind(table, key, 2) for key in keys] == [*keys[2:], None, None]
     wanted = keys[::2]
     found = reader.read_keys(table, wanted, anything)
     assert found is not None

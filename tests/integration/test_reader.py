@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
 from delta_sync.errors import SourceBusy
@@ -37,3 +38,27 @@ def test_connections_are_kept_alive_unless_the_url_says_otherwise(postgresql: Po
     for options, expected in (("", KEEP_ALIVE["keepalives_idle"]), ("?keepalives_idle=77", 77)):
         with connect(source_of(postgresql, options)) as connection:
             assert connection.info.get_parameters()["keepalives_idle"] == str(expected)
+
+
+def test_keys_are_walked_in_their_order(postgresql: PostgreSQL) -> None:
+    """By a key of several columns and types, text in a collation of its own among them, and one that Python lacks."""
+    reader = PostgresReader(source_of(postgresql), "test")
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        connection.execute(
+            'CREATE TABLE walked (name text COLLATE "C", "o k" date, n int, body text, PRIMARY KEY (name, "o k"))'
+        )
+        connection.execute(
+            "INSERT INTO walked SELECT name, day::date, 1, 'body' FROM"
+            " unnest(ARRAY['a', 'B', 'ü', '', 'a b']) AS name, unnest(ARRAY['2024-02-29', 'infinity']) AS day"
+        )
+        try:
+            table = reader.tables(["public.walked"])["public.walked"]
+            chunk = reader.read_chunk(table, None, 100, 1 << 20, lambda _: True)
+            assert chunk is not None
+            keys = [key for key, _ in chunk.rows]
+            assert len(keys) == 10
+            assert [reader.key_behind(table, None, number + 1) for number in range(11)] == [*keys, None]
+            assert [reader.key_behind(table, key, 3) for key in keys] == [*keys[3:], None, None, None]
+        finally:
+            connection.execute("DROP TABLE walked")
+            reader.close()

@@ -113,6 +113,34 @@ def test_a_pipeline_that_never_ran() -> None:
     assert now_of(document=None, saved_at=None)["state"] == "starting"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--table", "public.actor"], "--table: pipeline movies has no 'public.actor'; it has public.movie."),
+        (["--sink", "docs"], "--sink: pipeline movies has no 'docs'; it has cache."),
+        (["--sample", "0"], "'0' is no share; write it like 0.1 or 10%."),
+        (["--sample", "101%"], "'101%' is no share"),
+        (["--patience", "soon"], "'soon' is not a duration"),
+        ([], "Pipeline movies never ran here, so there is nothing to verify."),
+    ],
+)
+def test_what_cannot_be_verified(folder: Path, arguments: list[str], words: str) -> None:
+    (folder / "processor.py").write_text(
+        "from delta_sync import Pipeline\n\np = Pipeline('movies')\n\n\n"
+        "@p.table('public.movie')\ndef movie(row):\n    return row\n"
+    )
+    done = deltactl("verify", "movies", *arguments)
+    assert done.exit_code == 2
+    assert words in done.stderr
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_repair_asks_first() -> None:
+    done = deltactl("verify", "movies", "--repair")
+    assert done.exit_code == 1
+    assert "add --yes to do it" in done.stderr
+
+
 def test_a_load_may_find_more_rows_than_was_estimated() -> None:
     loads = {"public.movie": {"state": "running", "rows": 5000, "estimate": 1000}}
     assert "(99 %)" in as_text(now_of(document={**STATUS, "loads": loads}))

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from delta_sync.changes import Key, Outcome, Write
-from delta_sync.errors import Problem
-from delta_sync.tables import Table
+from delta_sync.errors import Problem, Unstorable
+from delta_sync.tables import Table, key_of_text
+from delta_sync.values import Document, from_json, to_json
 
 VERSION_FIELD = "_version"  # where a store without versions of its own keeps it in a document; no document may have it
 
@@ -33,7 +34,8 @@ class TargetOptions(Options):
 class Stored(NamedTuple):
     """What a sink holds for a key: the version and the document, or None for a deleted one's tombstone.
 
-    The document is as the store has it (JSON values, BSON values), without anything that Delta added to it.
+    The document is as the store has it (JSON values, BSON values), without anything that Delta added to it. Version 0:
+    a document whose version somebody has taken away.
     """
 
     version: int
@@ -133,6 +135,42 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
     @abstractmethod
     def id_of(self, target: Target, key: Key) -> str:
         """Return the id under which a key's document is stored, as text. Injective."""
+
+    def key_of(self, target: Target, id_: str) -> Key | None:
+        """Return a key that has this id, or None when no key can: somebody else put that document there.
+
+        The inverse of `id_of`, by which `deltactl verify` asks the source whether a document's row is there.
+        """
+        try:
+            key = key_of_text(target.table, id_)
+        except ValueError:
+            return None
+        return key if self.id_of(target, key) == id_ else None
+
+    def stored_form(self, target: Target, document: Document) -> dict[str, Any]:
+        """Return a document as `read` gives it once it was written: with JSON values, unless the store has others.
+
+        Pure. Raises Unstorable for one that cannot be written in the store's format; `apply` may reject more.
+        """
+        del target
+        try:
+            form: dict[str, Any] = from_json(to_json(document))
+        except (TypeError, RecursionError) as error:
+            raise Unstorable(f"The document cannot be written as JSON: {error}.") from error
+        return form
+
+    def expires(self, target: Target) -> bool:
+        """Tell whether the store removes documents of this target by itself, so that one that is missing is no loss."""
+        del target
+        return False
+
+    @abstractmethod
+    def discard(self, target: Target, items: Sequence[tuple[Key, int]]) -> None:
+        """Forget keys: remove document and tombstone where the version is exactly the one that is given with the key.
+
+        For repair alone, of versions that no change can have had: nothing of this pipeline could ever beat them. No
+        version is left behind, so whoever calls it reads the row afterwards, and writes what it has read.
+        """
 
     @abstractmethod
     def drop(self, target: Target) -> int:

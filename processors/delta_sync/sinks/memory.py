@@ -153,6 +153,15 @@ class MemorySink(Sink[MemoryOptions, MemoryTargetOptions]):
         del target
         return key_text(key)
 
+    def discard(self, target: Target, items: Sequence[tuple[Key, int]]) -> None:
+        """Forget the keys that have these versions."""
+        with self.store.lock:
+            entries = self.store.place(target.place).entries
+            for key, version in items:
+                id_ = key_text(key)
+                if id_ in entries and entries[id_].version == version:
+                    del entries[id_]
+
     def drop(self, target: Target) -> int:
         """Forget the place."""
         with self.store.lock:

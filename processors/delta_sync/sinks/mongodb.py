@@ -58,7 +58,7 @@ from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
-from delta_sync.errors import DeltaError, Problem, SinkBusy, SinkRefused, UsageError
+from delta_sync.errors import DeltaError, Problem, SinkBusy, SinkRefused, Unstorable, UsageError
 from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.tables import Kind, Table, key_text
 from delta_sync.urls import split_url
@@ -410,6 +410,15 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
         self._tombstones(target).update_one({"_id": FLOOR_ID}, {"$max": {"swept_at": now}})
         return gone
 
+    def discard(self, target: Target, items: Sequence[tuple[Key, int]]) -> None:
+        table = target.table
+        documents = [DeleteOne({"_id": bson_id(table, key), VERSION_FIELD: _exactly(v)}) for key, v in items]
+        tombstones = [DeleteOne({"_id": bson_id(table, key), "version": _exactly(v)}) for key, v in items]
+        with self._typed_errors():
+            if items:
+                self._documents(target).bulk_write(documents, ordered=False)
+                self._tombstones(target).bulk_write(tombstones, ordered=False)
+
     def drop(self, target: Target) -> int:
         with self._typed_errors():
             count = self._documents(target).count_documents({})
@@ -451,6 +460,16 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
     def id_of(self, target: Target, key: Key) -> str:
         del target
         return key_text(key)
+
+    def stored_form(self, target: Target, document: Document) -> dict[str, Any]:
+        place: Place = target.settings
+        whole = _whole(place, None, Write((), 0, document))
+        try:
+            form = bson.BSON(bson.encode(whole, codec_options=CODEC)).decode(CODEC)
+        except _UNENCODABLE as error:
+            raise Unstorable(f"The document cannot be written as BSON: {_brief(error)}.") from error
+        del form["_id"], form[VERSION_FIELD]
+        return form
 
     # ── the connection ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -661,6 +680,11 @@ def _batches(cursor: Cursor[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     with contextlib.closing(cursor.batch_size(SCAN_BATCH)):
         while batch := list(itertools.islice(cursor, SCAN_BATCH)):
             yield batch
+
+
+def _exactly(version: int) -> object:
+    """Return the condition that a version is this one; 0 is none at all."""
+    return version or {"$in": [0, None]}
 
 
 def _whole(place: Place, id_: object, write: Write) -> Document:

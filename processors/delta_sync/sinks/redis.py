@@ -39,7 +39,7 @@ from redis.cluster import RedisCluster
 from redis.retry import Retry
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
-from delta_sync.errors import Problem, SinkBusy, SinkRefused, UsageError
+from delta_sync.errors import Problem, SinkBusy, SinkRefused, Unstorable, UsageError
 from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.sinks.redis_keys import (
     TOMBSTONES,
@@ -54,7 +54,7 @@ from delta_sync.sinks.redis_keys import (
 )
 from delta_sync.sinks.redis_scripts import ABOVE_ALL, FORGET, HASH, JSON, PROBE, RAISE_FLOOR, VALUES, ZERO
 from delta_sync.spec import Duration
-from delta_sync.tables import Table
+from delta_sync.tables import Table, key_of_parts
 from delta_sync.urls import split_url
 from delta_sync.values import Document, from_json, to_json
 from delta_sync.versions import VERSION_DIGITS
@@ -361,6 +361,44 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
     def id_of(self, target: Target, key: Key) -> str:
         """Return the document's Redis key."""
         return _template(target).render(key)
+
+    def key_of(self, target: Target, id_: str) -> Key | None:
+        """Take the template apart."""
+        template = _template(target)
+        parts = template.parse(id_)
+        if parts is None:
+            return None
+        try:
+            key = key_of_parts(target.table, parts)
+        except ValueError:
+            return None
+        return key if template.render(key) == id_ else None
+
+    def stored_form(self, target: Target, document: Document) -> dict[str, Any]:
+        """Return what a string holds, or the texts that a hash does."""
+        del target
+        try:
+            args = self._encode(1, document)
+        except _Unstorable as error:
+            raise Unstorable(f"{error}.") from error
+        if self._scripts is JSON:
+            stored = _from_json(args[0])
+        else:
+            stored = _from_hash([VERSION_FIELD.encode(), args[0], *args[2:]])
+        assert stored is not None, "it has a version"
+        assert stored.document is not None
+        return stored.document
+
+    def expires(self, target: Target) -> bool:
+        """Whether it has a `ttl`."""
+        place: _Place = target.settings
+        return place.ttl_ms > 0
+
+    def discard(self, target: Target, items: Sequence[tuple[Key, int]]) -> None:
+        """Forget the keys that have these versions, each in one step."""
+        names = [(_template(target).render(key).encode(), b"%019d" % version) for key, version in items]
+        calls = [_Call([name, tombstone_key(name)], [version]) for name, version in names]
+        self._link.run(self._scripts.discard, calls)
 
     def close(self) -> None:
         """Close the connections."""

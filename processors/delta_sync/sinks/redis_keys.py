@@ -7,6 +7,7 @@ from binascii import crc_hqx
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from delta_sync.changes import Key
 from delta_sync.errors import UsageError
@@ -47,8 +48,25 @@ class KeyTemplate(NamedTuple):
 
     def matches(self, redis_key: str) -> bool:
         """Tell whether the key could be one of this template's."""
-        inner = "(?s:.*)".join(re.escape(literal) for literal in self.literals)
-        return re.fullmatch(inner, redis_key) is not None
+        return _pattern(self.literals).fullmatch(redis_key) is not None
+
+    def parse(self, redis_key: str) -> list[str] | None:
+        """Return the texts of the columns, in the order of the table's key; None if the key is not of this template."""
+        begin, *between, end = self.literals
+        if not redis_key.startswith(begin) or not redis_key[len(begin) :].endswith(end):
+            return None
+        rest = redis_key[len(begin) : len(redis_key) - len(end)]
+        texts: list[str] = []
+        for literal in between:
+            text, found, rest = rest.partition(literal)
+            if not found:
+                return None
+            texts.append(unquote(text))
+        texts.append(unquote(rest) if between else rest)
+        parts = [""] * len(texts)
+        for column, text in zip(self.columns, texts, strict=True):
+            parts[column] = text
+        return parts
 
     def glob(self) -> bytes:
         """Return a pattern for SCAN that all of the template's keys match."""
@@ -69,6 +87,12 @@ class KeyTemplate(NamedTuple):
 
 
 @lru_cache(maxsize=1000)  # templates in one process: more than anybody has
+def _pattern(literals: tuple[str, ...]) -> re.Pattern[str]:
+    """Return what all keys with these literals match. A scan asks it about every key of the store."""
+    return re.compile("(?s:.*)".join(re.escape(literal) for literal in literals))
+
+
+@lru_cache(maxsize=1000)
 def _escapes(separators: tuple[str, ...]) -> Mapping[int, str]:
     """Return what `str.translate` needs to percent-encode `%` and the separators' first characters."""
     special = {"%", *(separator[0] for separator in separators)}

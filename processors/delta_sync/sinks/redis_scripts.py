@@ -149,6 +149,13 @@ end
 return removed
 """
 
+# KEYS: a document's and its tombstone's; ARGV: a version. Deletes what has exactly that version. A document without one
+# is no obstacle to any write, so it may stay.
+_DISCARD = """
+if stored(KEYS[1]) == ARGV[1] then redis.call('UNLINK', KEYS[1]) end
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('UNLINK', KEYS[2]) end
+"""
+
 # KEYS: a floor's, and in a cluster that of the time it was raised; ARGV: a version and that time. Raises the floor.
 RAISE_FLOOR = """
 local floor = redis.call('GET', KEYS[1])
@@ -181,7 +188,8 @@ class Scripts(NamedTuple):
     read: str
     versions: str
     remove: str
+    discard: str
 
 
-JSON = Scripts(_JSON + _WRITE, _JSON + _READ, _JSON + _VERSIONS, _JSON + _REMOVE)
-HASH = Scripts(_HASH + _WRITE, _HASH + _READ, _HASH + _VERSIONS, _HASH + _REMOVE)
+JSON = Scripts(_JSON + _WRITE, _JSON + _READ, _JSON + _VERSIONS, _JSON + _REMOVE, _JSON + _DISCARD)
+HASH = Scripts(_HASH + _WRITE, _HASH + _READ, _HASH + _VERSIONS, _HASH + _REMOVE, _HASH + _DISCARD)

@@ -59,6 +59,9 @@ CONNECTIONS = 32  # kept open; more threads than that apply to one sink nowhere
 RETRIES = 3  # of the items of a bulk that the store was too busy for, before all of it is tried again from outside
 RETRY_PAUSE_S = 0.2  # before the first of these, doubled each time: the store's queues drain in fractions of a second
 
+FORGETTING_ATTEMPTS = 40  # of a refresh that lets the store forget what was deleted
+FORGETTING_PAUSE_S = 0.25  # the store's clock for it ticks five times a second
+
 MIN_ELASTICSEARCH = (7, 10)  # `require_alias`
 
 
@@ -406,7 +409,9 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
                 if error := document.get("error"):
                     raise SinkRefused(f"{self._who} cannot read {place.alias}: {reason_of(error)}")
                 if document["found"]:
-                    stored[document["_id"]] = Stored(document["_version"], content_of(document["_source"]))
+                    source = document["_source"]
+                    version = document["_version"] if VERSION in source else 0
+                    stored[document["_id"]] = Stored(version, content_of(source))
         return [stored.get(id_) for id_ in ids]
 
     def scan(self, target: Target) -> Iterator[list[tuple[str, int]]]:
@@ -458,6 +463,52 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
     def id_of(self, target: Target, key: Key) -> str:
         del target
         return key_text(key)
+
+    def discard(self, target: Target, items: Sequence[tuple[Key, int]]) -> None:
+        """Delete for good. The store would refuse lower versions for `index.gc_deletes`, so that is 0 meanwhile.
+
+        Nothing of Delta's rests on it. A process that dies in here leaves it at 0.
+        """
+        ids = [(key_text(key), version) for key, version in items if version and id_problem(key_text(key)) is None]
+        if not ids:
+            return
+        index = self._existing_index(target.settings)
+        name = "index.gc_deletes"
+        found = self._expect(self._request("GET", f"/{index}/_settings/{name}", params={"flat_settings": "true"}))
+        before = found.get(index, {}).get("settings", {}).get(name)
+        there = self._versions_of(index, [id_ for id_, _ in ids])
+        exact = [(id_, version) for id_, version in ids if there.get(id_) == version]  # a delete takes older ones, too
+        self._expect(self._request("PUT", f"/{index}/_settings", {name: "0ms"}))
+        try:
+            entries = {number: delete_entry(id_, version) for number, (id_, version) in enumerate(exact)}
+            self._bulk(index, entries)
+            self._wait_until_forgotten(index, [id_ for id_, _ in exact])
+        finally:
+            self._expect(self._request("PUT", f"/{index}/_settings", {name: before}))
+
+    def _wait_until_forgotten(self, index: str, ids: Sequence[str]) -> None:
+        """Wait until the store no longer knows the versions of what was deleted: a refresh drops them, in its own time.
+
+        It is asked by deletes of version 0, which it refuses as long as it knows a higher one.
+        """
+        left = list(ids)
+        for _ in range(FORGETTING_ATTEMPTS):
+            self._expect(self._request("POST", f"/{index}/_refresh"))
+            refused = self._bulk(index, {number: delete_entry(id_, 0) for number, id_ in enumerate(left)})
+            left = [left[number] for number in refused]
+            if left:
+                there = self._versions_of(index, left)  # a write has come in between: that is fine
+                left = [id_ for id_ in left if id_ not in there]
+            if not left:
+                return
+            self._sleep(FORGETTING_PAUSE_S)
+        raise SinkBusy(f"{self._who} does not forget the versions of {len(left)} deleted documents")
+
+    def _versions_of(self, index: str, ids: Sequence[str]) -> dict[str, int]:
+        """Return the version of each document, tombstones among them, that is there."""
+        params = {"_source": "false"}
+        documents = self._expect(self._request("POST", f"/{index}/_mget", {"ids": list(ids)}, params))["docs"]
+        return {document["_id"]: document["_version"] for document in documents if document.get("found")}
 
     def drop(self, target: Target) -> int:
         place: Place = target.settings

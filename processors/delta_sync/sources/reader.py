@@ -200,6 +200,13 @@ class SourceReader(ABC):
         """
 
     @abstractmethod
+    def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
+        """Return the key of the row that is so many rows behind `after` (1: the next one); None beyond the last.
+
+        Only the index is walked, so it is cheap for thousands of rows.
+        """
+
+    @abstractmethod
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Any], bool]) -> Chunk | None:
         """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
 

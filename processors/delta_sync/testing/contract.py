@@ -29,6 +29,7 @@ import orjson
 import pytest
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write
+from delta_sync.errors import Unstorable
 from delta_sync.sinks.base import VERSION_FIELD, Sink, Stored, Target
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Document, Interval, to_json
@@ -381,6 +382,11 @@ class SinkContract:
         assert sink.read(target, keys) == expected
         ids = {sink.id_of(target, key): 5 + n for n, key in enumerate(keys) if n % 2}
         assert scanned(sink, target) == ids
+        for key in keys:
+            found = sink.key_of(target, sink.id_of(target, key))
+            assert found is not None, key
+            assert sink.id_of(target, found) == sink.id_of(target, key)
+            assert [type(part) for part in found] == [type(part) for part in key]
         assert sink.apply(target, [Write(write.key, write.version - 1, {"n": -1}) for write in writes]) == (
             [STALE] * len(keys)
         )
@@ -395,6 +401,14 @@ class SinkContract:
         target = self.target_of(sink, PAGE)
         assert len({sink.id_of(target, (text,)) for text in (*texts, *AWKWARD_TEXTS)}) == len({*texts, *AWKWARD_TEXTS})
 
+    @pytest.mark.parametrize("table", [MOVIE, SEAT], ids=["one column", "several"])
+    def test_an_id_that_no_key_has(self, sink: AnySink, table: Table) -> None:
+        target = self.target_of(sink, table)
+        id_ = sink.id_of(target, (17,) if table is MOVIE else (17, "A", dt.date(2024, 2, 29)))
+        assert sink.key_of(target, id_) is not None
+        for wrong in ("", "x", f"{id_}x", f"x{id_}", id_.replace("17", "017"), id_.replace("17", "")):
+            assert sink.key_of(target, wrong) is None, wrong
+
     # ── documents ────────────────────────────────────────────────────────────────────────────────────────────────
 
     @pytest.mark.parametrize("name", DOCUMENTS)
@@ -406,7 +420,9 @@ class SinkContract:
             assert sink.read(target, [(1,)]) == [None]
         else:
             assert outcome == APPLIED
-            assert sink.read(target, [(1,)]) == [Stored(5, self.stored_form(DOCUMENTS[name]))]
+            stored = Stored(5, self.stored_form(DOCUMENTS[name]))
+            assert sink.read(target, [(1,)]) == [stored]
+            assert Stored(5, sink.stored_form(target, DOCUMENTS[name])) == stored
             assert scanned(sink, target) == {sink.id_of(target, (1,)): 5}
             assert apply(sink, target, (1,), 4, {}) == STALE
 
@@ -416,6 +432,11 @@ class SinkContract:
         assert sink.apply(target, writes) == [APPLIED] * 3
         assert sink.read(target, [(2,)]) == [Stored(5, self.stored_form(large))]
         assert apply(sink, target, (2,), 4, {"n": 2}) == STALE
+
+    @pytest.mark.parametrize("name", ["foreign_type", "broken_text"])
+    def test_what_cannot_be_written_has_no_stored_form(self, sink: AnySink, target: Target, name: str) -> None:
+        with pytest.raises(Unstorable):
+            sink.stored_form(target, UNSTORABLE[name])
 
     def test_the_caller_keeps_its_document(self, sink: AnySink, target: Target) -> None:
         document: Document = {"tags": ["a"]}
@@ -595,6 +616,20 @@ class SinkContract:
         sink.truncate(target, 9)
         assert scanned(sink, target) == {}
         assert sink.newest_version(target) == 9
+
+    @pytest.mark.parametrize("document", [{"n": 9}, None], ids=["document", "tombstone"])
+    def test_what_is_discarded_leaves_no_version(
+        self, sink: AnySink, target: Target, document: Document | None
+    ) -> None:
+        """However high it was; and nothing else goes, nor what has got another version meanwhile."""
+        sink.apply(target, [Write((n,), LARGEST_VERSION, document) for n in (1, 2, 3)])
+        sink.discard(target, [((1,), LARGEST_VERSION), ((2,), LARGEST_VERSION - 1), ((4,), 7)])
+        assert sink.read(target, [(1,)]) == [None]
+        assert apply(sink, target, (1,), 5, {"n": 5}) == APPLIED
+        assert apply(sink, target, (1,), 4, {"n": 4}) == STALE
+        assert [apply(sink, target, (n,), 5, {"n": 5}) for n in (2, 3)] == [STALE, STALE]
+        assert apply(sink, target, (4,), 5, {"n": 5}) == APPLIED
+        sink.discard(target, [])
 
     def test_drop_removes_everything(self, sink: AnySink, target: Target, other: Target) -> None:
         apply(sink, other, (1,), 5, {"n": 1})

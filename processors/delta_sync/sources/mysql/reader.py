@@ -251,6 +251,19 @@ class MariaReader(SourceReader):
             last_key = rows[-1][0] if full or len(rows) == rows_most else None
             return Chunk(snapshot.position, rows, last_key)
 
+    def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
+        """Return the key of the row that is so many rows behind `after`; None beyond the last."""
+        keys_alone = table._replace(columns=tuple(table.column(name) for name in table.key))
+        condition, parameters = _behind(table, after)
+        order = ", ".join(f"t.{quoted(name)}" for name in table.key)
+        query = (
+            f"SELECT {codec.select_list(keys_alone)} FROM {_qualified(table)} AS t{condition}"  # noqa: S608 -- quoted
+            f" ORDER BY {order} LIMIT 1 OFFSET %s"
+        )
+        with self._connected() as session:
+            found = _fetch(session, query, (*parameters, rows - 1))
+        return codec.row_maker(keys_alone)(found[0])[0] if found else None
+
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
         """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
 

@@ -343,6 +343,20 @@ class PostgresReader(SourceReader):
                 rows = chunk.rows
         return Chunk(seen_to, rows, rows[-1][0] if len(rows) == rows_most else None)
 
+    def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
+        """Return the key of the row that is so many rows behind `after`; None beyond the last."""
+        keys_alone = table._replace(columns=tuple(table.column(name) for name in table.key))
+        query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} OFFSET {} LIMIT 1").format(
+            codec.select_list(keys_alone),
+            _qualified(table),
+            _behind(table, after),
+            sql.SQL(", ").join(map(sql.Identifier, table.key)),
+            sql.Literal(rows - 1),
+        )
+        with self._connected() as connection:
+            row = connection.execute(query, after).fetchone()
+        return None if row is None else _row_maker(keys_alone)(row)[0]
+
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
         """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
 

@@ -1,0 +1,603 @@
+"""Verification as it runs: the source in chunks, the processor, the sinks; what differs is looked at until it is sure.
+
+`verifying.py` decides what a difference is worth, `repairing.py` mends it. Everything here may be repeated or killed at
+any time: only a repair writes anything, and what it writes has versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import structlog
+
+from delta_sync.applied_log import AppliedLog
+from delta_sync.changes import Change, Key
+from delta_sync.errors import Transient, Unstorable
+from delta_sync.lookups import LookupCaller
+from delta_sync.pipeline import Pipeline, TableProcessor
+from delta_sync.processing import process
+from delta_sync.sinks import AnySink
+from delta_sync.sinks.base import Stored, Target
+from delta_sync.sources.reader import Chunk, SourceReader
+from delta_sync.spec import LoadSpec
+from delta_sync.tables import Table, key_text
+from delta_sync.values import Document, Row
+from delta_sync.verifying import (
+    ABSENT,
+    Buckets,
+    Expected,
+    Finding,
+    IdSums,
+    Sighting,
+    Tally,
+    Verdict,
+    compare,
+    differing,
+    in_batches,
+    judge,
+    outlawed,
+)
+from delta_sync.versions import version_of
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+SUSPECTS_MOST = 20_000  # keys that look different, some MB; then these come first, before more of the table is read
+PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # between looks at a key that changes: most rest within a second
+RETRY_S = 1.0  # after source, sink or state store did not answer
+CANDIDATES = 1000  # ids that the source is asked for at once
+SAMPLED_CHUNKS = 20  # so many chunks make a sample of a table, so that it is not of one place in it
+
+CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """Somebody asked for the end."""
+
+
+class Unverified(NamedTuple):
+    """A key of which nothing can be said, and why. `sink` is None when that is so for all."""
+
+    table: str
+    sink: str | None
+    key: str
+    why: str
+
+
+class Damage(NamedTuple):
+    """What is to be mended: a key, and the version that the sink has; `outlawed`: no write could ever beat it."""
+
+    key: Key
+    sink: str
+    version: int | None
+    outlawed: bool
+
+
+class Subject(NamedTuple):
+    """A table that is verified, and where its documents are."""
+
+    table: Table
+    targets: Mapping[str, Target]
+    covered_from: int
+
+
+class Listener(Protocol):
+    """Whom a verification tells what it finds. Called by its own thread."""
+
+    def begin(self, table: str, estimate: int | None) -> None: ...
+    def looked(self, table: str, tally: Tally) -> None: ...
+    def found(self, finding: Finding) -> None: ...
+    def unverified(self, one: Unverified) -> None: ...
+    def waits(self, reason: str | None) -> None: ...
+
+
+class Repair(Protocol):
+    """Mends what differs. Nothing is to be written that could make a sink older."""
+
+    def __call__(self, subject: Subject, damages: Sequence[Damage]) -> None: ...
+
+
+class Makers:
+    """Makes documents of rows: the pipeline's processors and look-ups. `skipped` look-ups are not asked: None."""
+
+    def __init__(self, pipeline: Pipeline, lookups: Mapping[str, LookupCaller], skipped: frozenset[str]) -> None:
+        self._processors = {name: _without(one, skipped) for name, one in pipeline.tables.items()}
+        self._lookups = lookups
+
+    def documents(
+        self, table: Table, rows: Iterable[tuple[Key, Row]]
+    ) -> tuple[list[tuple[Key, Document | None]], list[tuple[Key, str]]]:
+        """Return the document of each row, and of the rows whose processing fails, why. Raises LookupBusy."""
+        changes = [Change(table.id, key, 1, row) for key, row in rows]
+        made = process(table, self._processors[table.id], changes, self._lookups)
+        failed = [(failure.change.key, failure.error) for failure in made.failures]
+        return [(write.key, write.document) for write in made.writes], failed
+
+
+def _without(processor: TableProcessor, skipped: frozenset[str]) -> TableProcessor:
+    left_out = skipped & processor.enrich.keys()
+    if not left_out:
+        return processor
+    function = functools.partial(processor.function, **dict.fromkeys(left_out))
+    enrich = {name: one for name, one in processor.enrich.items() if name not in left_out}
+    return processor._replace(function=function, enrich=enrich)
+
+
+class KeyReader:
+    """Reads rows by key, for as long as it takes to read all of them, each part with what it may claim."""
+
+    def __init__(self, reader: SourceReader, stopping: threading.Event) -> None:
+        self._reader = reader
+        self._samples = reader.new_samples()
+        self._stopping = stopping
+
+    def sample(self) -> int:
+        """Take a sample for claims; return how far the log was."""
+        sample = self._reader.sample()
+        self._samples.add(sample)
+        return sample.position
+
+    def parts(
+        self, table: Table, keys: Collection[Key], at_least: int = 0
+    ) -> Iterator[tuple[dict[Key, Row | None], int]]:
+        """Yield rows (None: it is gone) with their claim, 0 where there is none, in parts that memory has room for.
+
+        With `at_least` a part's claim is no lower: it waits for transactions, for as long as they take.
+        """
+        left = dict.fromkeys(keys)
+        while left:
+            claim = 0
+
+            def usable(snapshot: Any) -> bool:
+                nonlocal claim
+                claim = self._samples.claim(snapshot, at_least) or 0
+                return claim >= at_least
+
+            chunk = self._reader.read_keys(table, list(left), usable)
+            if chunk is None:
+                if self._stopping.wait(CLAIM_POLL_S):
+                    raise Stopped
+                self.sample()
+                continue
+            rows: dict[Key, Row | None] = dict(chunk.rows)
+            if chunk.last_key is None:  # what is not there is gone; else it may have been left out
+                rows = {key: rows.get(key) for key in left}
+            for key in rows:
+                left.pop(key, None)
+            yield rows, claim
+
+
+class Verifier:
+    """Verifies tables, one after the other. `reader` reads chunks in a thread of its own, `keys` rows by their keys."""
+
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        reader: SourceReader,
+        keys: KeyReader,
+        makers: Makers,
+        sinks: Mapping[str, AnySink],
+        applied: AppliedLog,
+        failed_keys: Callable[[str, Sequence[str]], set[tuple[str, str | None]]],
+        check_epoch: Callable[[], None],
+        listener: Listener,
+        options: LoadSpec,
+        skipped: frozenset[str] = frozenset(),
+        share: float = 1.0,
+        repair: Repair | None = None,
+        patience_s: float = 60.0,
+        pace: Callable[[float], None] = lambda _busy_s: None,
+        stopping: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+        threads: Callable[[int], Executor] = lambda most: ThreadPoolExecutor(most, thread_name_prefix="verify"),
+    ) -> None:
+        """`failed_keys` says which keys (as text) have a dead letter, and of which sink (None: of all).
+
+        `share` is of the rows that are read. `pace` is called after each chunk, with the seconds that the source was
+        busy with it. `check_epoch` raises EpochRose. `patience_s` is how long a key may keep changing.
+        """
+        self._epoch = epoch
+        self._reader = reader
+        self._keys = keys
+        self._makers = makers
+        self._sinks = sinks
+        self._applied = applied
+        self._failed_keys = failed_keys
+        self._check_epoch = check_epoch
+        self._listener = listener
+        self._options = options
+        self._skipped = skipped
+        self._share = share
+        self._repair = repair
+        self._patience_s = patience_s
+        self._pace = pace
+        self._stopping = stopping
+        self._clock = clock
+        self._rng = rng or random.Random()  # noqa: S311 -- which rows are looked at is no secret
+        self._threads = threads
+        self.log_rests = False  # whether a difference was judged without the log having come past
+
+    def verify(self, subject: Subject) -> Tally:
+        """Verify one table in all of its targets. Raises EpochRose, SinkRefused, and Transient after some patience."""
+        work = _Work(subject, {name: IdSums() for name in subject.targets})
+        table = subject.table
+        self._listener.begin(table.id, self._patiently(lambda: self._reader.estimated_rows(table)))
+        with self._threads(1 + len(subject.targets)) as pool:
+            for rows, seen_to in self._chunks(table, pool):
+                self._look(work, rows, seen_to, pool)
+                self._listener.looked(table.id, work.tally)
+                if len(work.suspects) >= SUSPECTS_MOST:
+                    self._settle(work)
+            for name in subject.targets:
+                self._find_extra(work, name)
+            self._settle(work)
+        self._check_epoch()
+        self._listener.looked(table.id, work.tally)
+        return work.tally
+
+    # ── the source's rows ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _chunks(self, table: Table, pool: Executor) -> Iterator[tuple[list[tuple[Key, Row]], int]]:
+        """Yield the table's rows, or a sample of them; the next ones are read while the last are compared."""
+        rows_most = self._rows_at_once(table)
+        after = self._skip(table, None, rows_most, first=True)
+        if after is _END:
+            return
+        upcoming = self._begin(table, after, rows_most, pool)
+        while True:
+            chunk, busy_s = upcoming.result()
+            after = chunk.last_key
+            if after is not None:
+                after = self._skip(table, after, rows_most)
+            ended = after is None or after is _END
+            self._pace(busy_s)
+            if self._stopping.is_set():
+                raise Stopped
+            if not ended:
+                upcoming = self._begin(table, after, rows_most, pool)
+            yield chunk.rows, chunk.seen_to
+            if ended:
+                return
+
+    def _begin(self, table: Table, after: Any, rows_most: int, pool: Executor) -> Future[tuple[Chunk, float]]:
+        def read() -> tuple[Chunk, float]:
+            began = self._clock()
+            bytes_most = self._options.chunk_bytes
+            chunk = self._patiently(
+                lambda: self._reader.read_chunk(table, after, rows_most, bytes_most, lambda _: True)
+            )
+            assert chunk is not None, "every snapshot will do"
+            return chunk, self._clock() - began
+
+        return pool.submit(read)
+
+    def _rows_at_once(self, table: Table) -> int:
+        if self._share >= 1:
+            return self._options.chunk_rows
+        estimate = self._patiently(lambda: self._reader.estimated_rows(table)) or 0
+        return max(10, min(self._options.chunk_rows, int(estimate * self._share / SAMPLED_CHUNKS)))
+
+    def _skip(self, table: Table, after: Key | None, rows_most: int, *, first: bool = False) -> Any:
+        """Return the key behind which to go on, so that a share of the rows is read; _END when there is nothing."""
+        if self._share >= 1:
+            return after
+        mean = rows_most * (1 / self._share - 1)
+        rows = self._rng.randrange(int(mean * (1 if first else 2)) + 1)
+        if rows == 0:
+            return after
+        found = self._patiently(lambda: self._reader.key_behind(table, after, rows))
+        return _END if found is None else found
+
+    # ── the first look ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _look(self, work: _Work, rows: Sequence[tuple[Key, Row]], seen_to: int, pool: Executor) -> None:
+        """Compare a chunk; what looks different is suspect. No claim is needed for what is equal."""
+        made, failed = self._makers.documents(work.subject.table, rows)
+        beyond = version_of(self._epoch, seen_to)
+        looks = [
+            pool.submit(self._compare, work.subject, name, made, failed, work.ids[name], beyond)
+            for name in work.subject.targets
+        ]
+        for name, look in zip(work.subject.targets, looks, strict=True):
+            for key, sighting in look.result():
+                work.suspects.setdefault(key, {})[name] = sighting
+        work.tally.rows += len(rows)
+        work.tally.documents += len(rows) * len(work.subject.targets)
+        if failed:
+            self._note_failed(work, None, failed)
+
+    def _compare(
+        self,
+        subject: Subject,
+        name: str,
+        made: Sequence[tuple[Key, Document | None]],
+        failed: Sequence[tuple[Key, str]],
+        ids: IdSums,
+        beyond: int,
+    ) -> list[tuple[Key, Sighting]]:
+        sink, target = self._sinks[name], subject.targets[name]
+        keys = [key for key, _ in made]
+        found = self._patiently(lambda: sink.read(target, keys))
+        ids.add(sink.id_of(target, key) for key, document in made if document is not None)
+        ids.add(sink.id_of(target, key) for key, _ in failed)
+        suspects: list[tuple[Key, Sighting]] = []
+        for (key, document), stored in zip(made, found, strict=True):
+            verdict = compare(_expected(sink, target, document), stored, beyond, self._skipped)
+            if verdict != "equal":
+                suspects.append((key, Sighting.of(stored)))
+        return suspects
+
+    # ── ids that only the sink has ───────────────────────────────────────────────────────────────────────────────
+
+    def _find_extra(self, work: _Work, name: str) -> None:
+        """Find documents without a row. The source is asked only about ids whose bucket differs, or a sample of ids."""
+        sink, target = self._sinks[name], work.subject.targets[name]
+
+        def scanned() -> IdSums:
+            there = IdSums()
+            for batch in sink.scan(target):
+                there.add(id_ for id_, _ in batch)
+            return there
+
+        everything = self._share >= 1
+        buckets = work.ids[name].differing(self._patiently(scanned)) if everything else Buckets.share(self._share)
+        foreign: set[str] = set()
+
+        def ask() -> None:
+            candidates = (one for batch in sink.scan(target) for one in batch if one[0] in buckets)
+            for some in in_batches(candidates, CANDIDATES):
+                self._suspect_extra(work, name, dict(some), foreign)
+                if len(work.suspects) >= SUSPECTS_MOST:
+                    self._settle(work)
+
+        if buckets.numbers:
+            self._patiently(ask)
+
+    def _suspect_extra(self, work: _Work, name: str, versions: Mapping[str, int], foreign: set[str]) -> None:
+        """Suspect those of these ids that the source has no row for; `foreign` are those that no key has."""
+        sink, target = self._sinks[name], work.subject.targets[name]
+        keys: dict[str, Key] = {}
+        for id_, version in versions.items():
+            key = sink.key_of(target, id_)
+            if key is None and id_ not in foreign:
+                foreign.add(id_)
+                note = "no key of the table has this id, so somebody else wrote it; a repair leaves it"
+                self._report(work, Finding(work.subject.table.id, name, id_, "extra", None, None, version, note))
+            elif key is not None:
+                keys[id_] = key
+        narrow = _keys_alone(work.subject.table)
+        there = {
+            sink.id_of(target, key)
+            for rows, _ in self._keys.parts(narrow, list(keys.values()))
+            for key, row in rows.items()
+            if row is not None
+        }
+        absent = [key for id_, key in keys.items() if id_ not in there]
+        for key, stored in zip(absent, self._patiently(lambda: sink.read(target, absent)), strict=True):
+            if stored is not None and stored.document is not None:
+                work.suspects.setdefault(key, {})[name] = Sighting.of(stored)
+
+    # ── until it is sure ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _settle(self, work: _Work) -> None:
+        """Look at suspects until each is equal, or different for certain, or has kept changing for too long."""
+        deadline = self._clock() + self._patience_s
+        turn = 0
+        mended: set[tuple[Key, str]] = set()
+        while work.suspects:
+            if self._stopping.wait(PAUSES_S[min(turn, len(PAUSES_S) - 1)]):
+                raise Stopped
+            damages = self._patiently(lambda: self._round(work, mended))
+            if damages and self._repair is not None:
+                self._check_epoch()
+                repair = self._repair
+                self._patiently(lambda: repair(work.subject, damages))  # noqa: B023 -- called at once
+                for damage in damages:
+                    mended.add((damage.key, damage.sink))
+                    work.suspects.setdefault(damage.key, {})[damage.sink] = _UNSEEN
+                deadline = self._clock() + self._patience_s
+            self._listener.looked(work.subject.table.id, work.tally)
+            if self._clock() > deadline:
+                break
+            turn += 1
+        for key, names in work.suspects.items():
+            for name in names:
+                work.tally.unsettled += 1
+                why = "it changed at every look, or the log did not come past"
+                self._listener.unverified(Unverified(work.subject.table.id, name, key_text(key), why))
+        work.suspects.clear()
+
+    def _round(self, work: _Work, mended: Collection[tuple[Key, str]]) -> list[Damage]:
+        """Look at every suspect once more; return those that are to be mended."""
+        subject, table = work.subject, work.subject.table
+        self._keys.sample()
+        before: dict[tuple[Key, str], bytes] = {}
+        claims: dict[Key, int] = {}
+        parts: list[list[Key]] = []
+        for some in in_batches(list(work.suspects), self._options.chunk_rows):
+            for rows, claim in self._keys.parts(table, some):
+                parts.append(list(rows))
+                claims |= dict.fromkeys(rows, claim)
+                for key, name, expected in self._expectations(work, rows):
+                    before[key, name] = expected.digest
+        state = self._applied.pass_now()
+        self._listener.waits("the pipeline runs, but its log does not advance" if state == "stands" else None)
+        damages: list[Damage] = []
+        for keys in parts:
+            sightings = self._read_sinks(work, keys)
+            beyond = version_of(self._epoch, self._keys.sample())
+            for rows, _ in self._keys.parts(table, keys):
+                judged: list[tuple[Key, str, Verdict, Expected, Stored | None]] = []
+                for key, name, expected in self._expectations(work, rows):
+                    stored = sightings[name][key]
+                    verdict = judge(
+                        before[key, name],
+                        expected,
+                        stored,
+                        work.suspects[key][name],
+                        passed=state != "stands",
+                        claimed=version_of(self._epoch, claims[key]),
+                        beyond=beyond,
+                        expires=self._sinks[name].expires(subject.targets[name]),
+                        skipped=self._skipped,
+                    )
+                    judged.append((key, name, verdict, expected, stored))
+                damages += self._take(work, judged, beyond, mended, rests=state == "rests")
+        return damages
+
+    def _take(
+        self,
+        work: _Work,
+        judged: Sequence[tuple[Key, str, Verdict, Expected, Stored | None]],
+        beyond: int,
+        mended: Collection[tuple[Key, str]],
+        *,
+        rests: bool,
+    ) -> list[Damage]:
+        """Note what was judged; return what is to be mended."""
+        table, tally = work.subject.table, work.tally
+        wrong = [key_text(key) for key, _, verdict, _, _ in judged if verdict not in ("equal", "again", "expired")]
+        dead = self._patiently(lambda: self._failed_keys(table.id, wrong)) if wrong else set[tuple[str, str | None]]()
+        if any(outlawed(stored, beyond) for *_, stored in judged):
+            self._check_epoch()  # what a newer one writes lies beyond everything of this one
+        damages: list[Damage] = []
+        for key, name, verdict, expected, stored in judged:
+            if verdict == "again":
+                work.suspects[key][name] = Sighting.of(stored)
+                continue
+            names = work.suspects[key]
+            del names[name]
+            if not names:
+                del work.suspects[key]
+            again = (key, name) in mended
+            text = key_text(key)
+            if verdict == "equal":
+                tally.repaired += again
+            elif verdict == "expired":
+                tally.expired += 1
+            elif (text, name) in dead or (text, None) in dead:
+                tally.dead += 1
+            elif verdict == "failed":
+                tally.failed += 1
+                self._listener.unverified(Unverified(table.id, name, text, expected.failed or ""))
+            elif again:
+                why = "it was repaired, and differs all the same: is there a truncate's version above the log's end?"
+                self._listener.unverified(Unverified(table.id, name, text, why))
+            else:
+                self.log_rests = self.log_rests or rests
+                document, version = (None, None) if stored is None else (stored.document, stored.version)
+                bad = outlawed(stored, beyond)
+                note = _note(expected.document, document, bad, version, self._skipped)
+                self._report(work, Finding(table.id, name, text, verdict, expected.document, document, version, note))
+                damages.append(Damage(key, name, version, bad))
+        return damages
+
+    def _expectations(self, work: _Work, rows: Mapping[Key, Row | None]) -> Iterator[tuple[Key, str, Expected]]:
+        """Yield what the sinks in question should hold for suspects, of which these are the rows."""
+        subject = work.subject
+        present = [(key, row) for key, row in rows.items() if row is not None]
+        made, failed = self._makers.documents(subject.table, present)
+        documents, errors = dict(made), dict(failed)
+        for key in rows:
+            for name in list(work.suspects.get(key, ())):
+                if key in errors:
+                    yield key, name, Expected(None, errors[key])
+                else:
+                    yield key, name, _expected(self._sinks[name], subject.targets[name], documents.get(key))
+
+    def _read_sinks(self, work: _Work, keys: Sequence[Key]) -> dict[str, dict[Key, Stored | None]]:
+        found: dict[str, dict[Key, Stored | None]] = {}
+        for name, target in work.subject.targets.items():
+            wanted = [key for key in keys if name in work.suspects.get(key, ())]
+            if wanted:
+                found[name] = dict(zip(wanted, self._sinks[name].read(target, wanted), strict=True))
+        return found
+
+    def _note_failed(self, work: _Work, sink: str | None, failed: Sequence[tuple[Key, str]]) -> None:
+        """Note rows whose processing fails now: those with a dead letter are known already."""
+        table = work.subject.table.id
+        texts = [key_text(key) for key, _ in failed]
+        dead = {text for text, _ in self._patiently(lambda: self._failed_keys(table, texts))}
+        for text, (_, error) in zip(texts, failed, strict=True):
+            if text in dead:
+                work.tally.dead += 1
+            else:
+                work.tally.failed += 1
+                self._listener.unverified(Unverified(table, sink, text, error))
+
+    def _report(self, work: _Work, finding: Finding) -> None:
+        work.tally.found[finding.kind] += 1
+        self._listener.found(finding)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """Repeat a call that something transient keeps from succeeding, for a while; then raise it."""
+        deadline = self._clock() + self._patience_s
+        waited = False
+        while True:
+            try:
+                found = call()
+            except Transient as error:
+                if self._clock() > deadline:
+                    raise
+                waited = True
+                self._listener.waits(str(error))
+                if self._stopping.wait(error.retry_after_s or RETRY_S):
+                    raise Stopped from error
+            else:
+                if waited:
+                    self._listener.waits(None)
+                return found
+
+
+class _Work:
+    """What is known so far of the table that is being verified."""
+
+    def __init__(self, subject: Subject, ids: dict[str, IdSums]) -> None:
+        self.subject = subject
+        self.ids = ids
+        self.tally = Tally()
+        self.suspects: dict[Key, dict[str, Sighting]] = {}  # by key and sink, with what was seen there last
+
+
+_END: Any = object()  # in place of a key: there are no rows behind
+_UNSEEN = Sighting(-2, b"")  # what no sink holds: so two looks are needed
+
+
+def _expected(sink: AnySink, target: Target, document: Document | None) -> Expected:
+    if document is None:
+        return ABSENT
+    try:
+        return Expected(sink.stored_form(target, document))
+    except Unstorable as error:
+        return Expected(None, str(error))
+
+
+def _keys_alone(table: Table) -> Table:
+    """Return the table as if it had its key columns only: to ask for rows without reading them."""
+    return table._replace(columns=tuple(column for column in table.columns if column.name in table.key))
+
+
+def _note(
+    expected: dict[str, Any] | None,
+    stored: dict[str, Any] | None,
+    bad: bool,
+    version: int | None,
+    skipped: frozenset[str],
+) -> str:
+    parts: list[str] = []
+    if expected is not None and stored is not None:
+        names = differing(expected, stored, skipped)
+        if names:
+            parts.append("in " + ", ".join(names))
+    if bad:
+        parts.append("its version was taken away" if not version else "its version lies beyond the end of the log")
+    return "; ".join(parts)

@@ -1,0 +1,202 @@
+"""What a verification needs, opened and looked at before it begins: state store, source, processor, sinks, log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from delta_sync.applied_log import AppliedLog, pipeline_runs
+from delta_sync.errors import CheckFailed, EpochRose, Problem, UsageError
+from delta_sync.lookups import LookupCaller
+from delta_sync.pipeline import check_columns, load_processor
+from delta_sync.progress import LogPosition
+from delta_sync.repairing import DirectRepair
+from delta_sync.sinks import open_sinks
+from delta_sync.sources import open_reader
+from delta_sync.sources.reader import SourceReader
+from delta_sync.spec import PipelineSpec
+from delta_sync.starting import read_tables, targets_of_table
+from delta_sync.state import StateStore, TableLoad
+from delta_sync.verification import KeyReader, Listener, Makers, Subject, Verifier
+from delta_sync.watch import ANSWER_S
+
+
+class Wanted(NamedTuple):
+    """What is to be verified, and how; empty collections mean all. See `Verifier`."""
+
+    tables: Collection[str] = ()
+    sinks: Collection[str] = ()
+    skipped: frozenset[str] = frozenset()
+    share: float = 1.0
+    repair: bool = False
+    patience_s: float = 60.0
+
+
+class Opened(NamedTuple):
+    """A verification that can begin: its tables, in the order of the specification."""
+
+    verifier: Verifier
+    subjects: Sequence[Subject]
+
+
+@contextmanager
+def open_verification(
+    folder: Path,
+    spec: PipelineSpec,
+    wanted: Wanted,
+    listener: Listener,
+    stopping: threading.Event,
+    pace: Callable[[float], None] = lambda _busy_s: None,
+) -> Generator[Opened]:
+    """Open what a verification needs; everything is closed in the end.
+
+    Raises UsageError (unknown tables, sinks or fields; it never ran), CheckFailed (a table is not loaded, the source is
+    another one), and what state store and source raise.
+    """
+    for option, given, known in (("--table", wanted.tables, spec.tables), ("--sink", wanted.sinks, spec.sinks)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise UsageError(f"{option}: pipeline {spec.name} has no {unknown[0]!r}; it has {', '.join(known)}.")
+    pipeline = load_processor(folder, spec)
+    with ExitStack() as closing:
+        state = StateStore.open(spec.state, folder, create=False)
+        if state is None:
+            raise UsageError(f"Pipeline {spec.name} never ran here, so there is nothing to verify.")
+        closing.enter_context(state)
+        sinks = open_sinks(spec)
+        for sink in sinks.values():
+            closing.callback(sink.close)
+        known_state = state.pipeline(spec.name)
+        if known_state is None:
+            raise UsageError(f"Pipeline {spec.name} never ran, so there is nothing to verify.")
+
+        def opened(use: str, answer_s: float | None = None) -> SourceReader:
+            reader = open_reader(spec.source, f"delta {spec.name} verify {use}", answer_s)
+            closing.callback(reader.close)
+            return reader
+
+        chunks, by_key, position = opened("chunks"), opened("keys"), opened("log", ANSWER_S)
+        if by_key.identity() != (known_state.system_identifier, known_state.timeline):
+            problem = "it is another server than the pipeline's, or was promoted or restored"
+            raise CheckFailed([Problem("source", problem, "run the pipeline first; it says what to do")])
+        tables = {
+            name: table
+            for name, table in read_tables(spec, by_key).items()
+            if not wanted.tables or name in wanted.tables
+        }
+        check_columns(pipeline, tables)
+        loads = state.loads(spec.name)
+        unloaded = [problem for name in tables for problem in _unloaded(name, loads.get(name), known_state.epoch)]
+        if unloaded:
+            raise CheckFailed(unloaded)
+        epoch = known_state.epoch
+
+        def check_epoch() -> None:
+            now = state.pipeline(spec.name)
+            if now is None or now.epoch != epoch:
+                raise EpochRose("The pipeline has begun a new epoch meanwhile; verify it again when it has loaded.")
+
+        def waits(name: str) -> Callable[[str | None], None]:
+            return lambda reason: listener.waits(None if reason is None else f"look-up {name}: {reason}")
+
+        lookups = {
+            name: LookupCaller(lookup, stopping, time.monotonic, waits(name))
+            for name, lookup in pipeline.lookups.items()
+        }
+        for lookup in lookups.values():
+            closing.callback(lookup.close)
+        applied = AppliedLog(
+            mark=lambda: position.heartbeat(spec.heartbeat_prefix),
+            applied_to=_applied_to(spec, position, closing),
+            alive=lambda: pipeline_runs(state, spec.name, members=spec.kafka is not None),
+            stopping=stopping,
+            clock=time.monotonic,
+        )
+        keys = KeyReader(by_key, stopping)
+        subjects: list[Subject] = []
+        for name, table in tables.items():
+            targets = targets_of_table(pipeline, sinks, table, spec)
+            chosen = {sink: target for sink, target in targets.items() if not wanted.sinks or sink in wanted.sinks}
+            covered_from = loads[name].covered_from
+            assert covered_from is not None, "it is loaded"
+            if chosen:
+                subjects.append(Subject(table, chosen, covered_from))
+        repair = DirectRepair(
+            epoch=epoch,
+            keys=keys,
+            makers=Makers(pipeline, lookups, frozenset()),
+            sinks=sinks,
+            applied=applied,
+        )
+        verifier = Verifier(
+            epoch=epoch,
+            reader=chunks,
+            keys=keys,
+            makers=Makers(pipeline, lookups, wanted.skipped),
+            sinks=sinks,
+            applied=applied,
+            failed_keys=lambda table, texts: state.failed_keys(spec.name, table, texts),
+            check_epoch=check_epoch,
+            listener=listener,
+            options=spec.load,
+            skipped=wanted.skipped,
+            share=wanted.share,
+            repair=repair if wanted.repair else None,
+            patience_s=wanted.patience_s,
+            pace=pace,
+            stopping=stopping,
+        )
+        yield Opened(verifier, subjects)
+
+
+def _applied_to(spec: PipelineSpec, reader: SourceReader, closing: ExitStack) -> Callable[[], int | None]:
+    """Return how to ask how far the log is in every sink."""
+    place = reader.capture_position(spec)
+    if spec.kafka is None:
+
+        def confirmed() -> int | None:
+            found = place.look()
+            return None if found is None else found.position
+
+        return confirmed
+    from delta_sync.kafka import settings
+    from delta_sync.kafka.names import group_id, topic_name
+    from delta_sync.kafka.offsets import GroupOffsets
+    from delta_sync.kafka.progress import GroupProgress
+
+    kafka = spec.kafka
+    offsets = GroupOffsets(
+        lambda: settings.resolved(settings.kafka_python(kafka)),
+        group_id(spec.name),
+        [topic_name(spec.name, table) for table in spec.tables],
+    )
+    closing.callback(offsets.close)
+    position = LogPosition(time.monotonic)
+    group = GroupProgress(  # not started: it is asked from here
+        reader=reader,
+        place=place,
+        offsets=offsets,
+        position=position,
+        waits=lambda _: None,
+        stopping=threading.Event(),
+    )
+
+    def passed() -> int | None:
+        group.look()  # sets a barrier
+        group.look()  # looks whether it has been passed
+        return position.passed_lsn or None
+
+    return passed
+
+
+def _unloaded(name: str, load: TableLoad | None, epoch: int) -> list[Problem]:
+    if load is not None and load.state == "done" and load.epoch == epoch and load.covered_from is not None:
+        return []
+    how_far = "it was never loaded" if load is None else f"its load is {load.state}, {load.rows} rows so far"
+    return [
+        Problem(f"table {name}", f"{how_far}, so it cannot be equal yet", "verify it when `deltactl status` says so")
+    ]
