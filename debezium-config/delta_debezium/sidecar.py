@@ -224,6 +224,8 @@ class Sidecar:
                     self._take_over_columns(reader, tables, columns)
                 found = reader.capture_position(self._spec).look()
                 if found is not None and found.position is not None and found.beat > beat:
+                    if beat == 0:
+                        self._note_position(state, found.position, lease)
                     beat, confirmed_at = found.beat, now
                     if alive_since is not None:  # else it was another's doing
                         self.position.advance(found.position)
@@ -288,6 +290,12 @@ class Sidecar:
             return False
         log.info("connector_started", pid=self._server.pid)
         return True
+
+    def _note_position(self, state: StateStore, position: int, lease: Lease) -> None:
+        """Save that there is a position: from now on its absence is a loss. Where Delta makes it, that is saved."""
+        known = state.pipeline(self._spec.name)
+        if known is not None and known.slot_lsn is None:
+            state.save_pipeline(known._replace(slot_lsn=position), lease)
 
     def _take_over_columns(self, reader: SourceReader, tables: dict[str, Table], columns: dict[str, str]) -> None:
         """Publish the tables as they are now; a connector that has to be configured anew ends."""
