@@ -16,6 +16,7 @@ import pytest
 from acceptance.harness import Run
 from acceptance.kafka_harness import child_of
 from acceptance.mariadb_harness import MariaPipeline, execute, maria_pipeline
+from delta_sync.kafka.topics import read_cluster, wanted_topics
 from delta_sync.sources.mysql.connection import Session
 from delta_sync.testing.kafka import Kafka
 from delta_sync.testing.mariadb import MariaDB
@@ -162,13 +163,28 @@ def test_a_pipeline_from_mariadb(pipeline: MariaPipeline) -> None:
         wait_until(lambda: not sidecar.running, BEGINS_S, "the sidecar's end")
         assert "RESET MASTER" in sidecar.tail()
         sidecar = start("sidecar", "--new-slot")
-        with writing(pipeline) as writer:
-            wait_until(lambda: pipeline.epoch() == 2, BEGINS_S, f"a new epoch; {sidecar.tail()}")
-            wait_until(lambda: writer.transactions > SOME, LOADS_S, "some transactions")
+        with writing(pipeline):
+            wait_until(lambda: pipeline.loaded() and pipeline.epoch() == 2, LOADS_S, f"a new epoch; {sidecar.tail()}")
         pipeline.in_step(sidecar, worker)
+        assert {load.epoch for load in pipeline.loads().values()} == {2}
+
+        assert pipeline.dead_letters() == []
         assert sidecar.stop() == 0
         assert worker.stop() == 0
-        assert pipeline.dead_letters() == []
+    check_commands(pipeline)
+
+
+def check_commands(pipeline: MariaPipeline) -> None:
+    """What is not a run: looking at it, and deleting all that it made."""
+    checked = pipeline.deltactl("pipeline", "check", pipeline.name, "--json")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert all(not problem["fatal"] for problem in json.loads(checked.stdout)["problems"])
+    assert "slot" not in json.loads(pipeline.deltactl("pipeline", "show", pipeline.name, "--json").stdout)
+    topics = [topic.name for topic in wanted_topics(pipeline.spec)]
+    assert read_cluster(pipeline.kafka, topics).topics.keys() == set(topics)
+    deleted = pipeline.deltactl("pipeline", "delete", pipeline.name, "--documents", "--yes")
+    assert deleted.returncode == 0, deleted.stderr
+    assert read_cluster(pipeline.kafka, topics).topics == {}
 
 
 def check_types(pipeline: MariaPipeline) -> None:

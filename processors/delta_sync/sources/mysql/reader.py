@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
 KEYS_AT_ONCE = 500  # keys in a statement: from 1,000 on the server makes a temporary table of them
+PURGED = "the source has removed the file of its log that holds it"
 READS = 3  # of a snapshot's position, which must agree
 SNAPSHOTS_MOST = 20  # until they do; each fails for one in twenty only beside monitors that ask all the time
 
@@ -189,7 +190,7 @@ class MariaReader(SourceReader):
             if position > position_of(*files[-1]):
                 return "the source's log ends before it: it was reset (RESET MASTER), or the source was restored"
             if position < position_of(files[0][0], 0):
-                return "the source has removed the file of its log that holds it"
+                return PURGED
             sizes = {position_of(name, 0): size for name, size in files}
             file, offset = position & ~MAX_OFFSET, position & MAX_OFFSET
             if offset > sizes.get(file, 0):
