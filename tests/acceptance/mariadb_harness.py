@@ -102,6 +102,10 @@ class MariaPipeline(KafkaPipeline):
         file = self.home / "pipeline.yaml"
         written = yaml.safe_load(file.read_text())
         written["kafka"]["session_timeout"] = "6s"  # or the partitions of a worker that was killed rest for 45 s
+        written["source"]["heartbeat"] = "300ms"
+        written["connector"] = {
+            "connect.keep.alive.interval.ms": 1500
+        }  # while nothing is written, positions come so often
         file.write_text(yaml.safe_dump(written, sort_keys=False))
         self.source = source
         self.spec = load_spec(self.home)
