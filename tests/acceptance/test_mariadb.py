@@ -33,7 +33,8 @@ WRITER_PAUSE_S = 0.02  # the machine has other things to do
 VALUES = [value for value in ALL_VALUES if value[0] not in ("inet4", "inet6")]  # which end Debezium
 
 TABLES = {
-    "account": "CREATE TABLE account (id int PRIMARY KEY, name varchar(40), balance decimal(12,2), at timestamp(3))",
+    "account": "CREATE TABLE account (id int PRIMARY KEY, name varchar(40), balance decimal(12,2), at timestamp(3),"
+    " since date NOT NULL)",
     "item": "CREATE TABLE item (region varchar(10), number int, data json, uid uuid, PRIMARY KEY (region, number))",
     "types": "CREATE TABLE types (id int PRIMARY KEY, "
     + ", ".join(f"c{number} {type_}" for number, (type_, *_) in enumerate(VALUES))
@@ -84,10 +85,13 @@ class Writing(threading.Thread):
 
     def _change(self) -> str:
         id_, other, word = self._random.randrange(ROWS), self._random.randrange(ROWS), self._random.random()
+        since = self._random.choice(
+            ("'0000-00-00'", "'1970-01-01'", "'2024-02-29'")
+        )  # Debezium writes two of them alike
         where = f"region = 'r{id_ % 7}' AND number = {id_}"
         return self._random.choice(
             [
-                f"REPLACE INTO account (id, name, balance, at) VALUES ({id_}, '{word}', {word}, NOW(3))",
+                f"REPLACE INTO account (id, name, balance, at, since) VALUES ({id_}, {word}, {word}, NOW(3), {since})",
                 f"UPDATE account SET name = '{word}', balance = balance + 1 WHERE id = {id_}",
                 f"UPDATE account SET name = '{word}' WHERE id BETWEEN {id_} AND {id_ + 5}",
                 f"DELETE FROM account WHERE id = {id_}",
@@ -116,7 +120,7 @@ def writing(pipeline: MariaPipeline) -> Iterator[Writing]:
 def fill(session: Session) -> None:
     """Write the rows that are there before the pipeline is."""
     values = ", ".join(text for _, text, *_ in VALUES)
-    accounts = ", ".join(f"({n}, 'first', {n}.25, NOW(3))" for n in range(ROWS))
+    accounts = ", ".join(f"({n}, 'first', {n}.25, NOW(3), '2024-02-29')" for n in range(ROWS))
     items = ", ".join(f"('r{n % 7}', {n}, '[1]', UUID())" for n in range(ROWS))
     execute(
         session,

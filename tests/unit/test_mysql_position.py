@@ -8,7 +8,7 @@ import pytest
 
 from delta_sync.errors import UsageError
 from delta_sync.kafka.connector import ConnectorStore, StoredOffset
-from delta_sync.sources import check_supported, open_reader
+from delta_sync.sources import check_supported, open_reader, position_text
 from delta_sync.sources.mysql.position import BinlogPosition
 from delta_sync.sources.mysql.reader import behind
 from delta_sync.spec import PipelineSpec, spec_from
@@ -110,3 +110,12 @@ def test_what_no_pipeline_runs_on_is_refused_with_its_reason() -> None:
     ):
         with pytest.raises(UsageError, match="Binlog_snapshot_file"):
             refuse()
+
+
+def test_how_much_log_lies_between_is_told_within_a_file_only() -> None:
+    reader = open_reader(spec().source, "test")
+    assert reader.bytes_between(12 << 32 | 345, 12 << 32 | 400) == 55
+    assert reader.bytes_between(12 << 32 | 400, 12 << 32 | 345) == 0
+    assert reader.bytes_between(12 << 32 | 345, 13 << 32 | 4) is None
+    assert position_text("mariadb", 12 << 32 | 345) == "000012:345"
+    assert position_text("postgresql", 0x16_0000_0010) == "16/10"

@@ -6,8 +6,10 @@ import importlib.util
 
 from delta_sync.errors import UsageError
 from delta_sync.sources.inspection import Inspector
+from delta_sync.sources.mysql.claims import format_position
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
+from delta_sync.versions import format_lsn
 
 
 def open_reader(source: SourceSpec, application_name: str, answer_s: float | None = None) -> SourceReader:
@@ -44,6 +46,11 @@ def open_inspector(source: SourceSpec) -> Inspector:
             return MariaInspector(source)
         case kind:
             raise UsageError(unknown(kind))
+
+
+def position_text(kind: str, position: int) -> str:
+    """Return a position of a kind of source for people."""
+    return format_position(position) if kind == "mariadb" else format_lsn(position)
 
 
 def check_supported(spec: PipelineSpec) -> None:

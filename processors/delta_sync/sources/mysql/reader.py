@@ -18,7 +18,7 @@ from delta_sync.errors import CheckFailed, Problem, SchemaChanged, SourceBusy
 from delta_sync.secrets import redact
 from delta_sync.sources.mysql import codec
 from delta_sync.sources.mysql.catalogue import read_fingerprints, read_tables
-from delta_sync.sources.mysql.claims import MAX_OFFSET, STOOD_S, Sample, Samples, Snapshot, position_of
+from delta_sync.sources.mysql.claims import MAX_OFFSET, OFFSET_BITS, STOOD_S, Sample, Samples, Snapshot, position_of
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session, code_of, connect, patience
 from delta_sync.sources.reader import Chunk, SourceIdentity, SourceReader
@@ -162,6 +162,10 @@ class MariaReader(SourceReader):
                     if rows:
                         return position_of(str(rows[0][0]), int(rows[0][1]))
         raise CheckFailed([Problem("source", "it has no binary log", "see `deltactl pipeline check`")])
+
+    def bytes_between(self, start: int, end: int) -> int | None:
+        """Return how much log lies between two positions; None when they are in different files."""
+        return max(0, end - start) if start >> OFFSET_BITS == end >> OFFSET_BITS else None
 
     def heartbeat(self, prefix: str) -> int:
         """Return the log's end, which the connector confirms though nothing more is written. Nothing is written."""
