@@ -78,7 +78,9 @@ def unknown(kind: str) -> str:
             " the log it is (no status variable Binlog_snapshot_file), so rows that are there already could not be"
             " ordered among the changes. MariaDB can: write mariadb:// if it is one."
         )
-    return f"source.url begins with {kind}://; it can be postgresql:// or mariadb://."
+    if not kind:
+        return "source.url has no scheme; write it as postgresql://user@host:port/database, or mariadb://…."
+    return f"source.url: {kind}:// is not a source that Delta knows; it can be postgresql:// or mariadb://."
 
 
 def need_package() -> None:
