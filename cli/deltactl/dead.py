@@ -13,11 +13,11 @@ from delta_sync.delta_event import decode_event
 from delta_sync.errors import UndecodableChange, UsageError
 from delta_sync.replaying import Replayed
 from delta_sync.replaying import replay as replay_letters
-from delta_sync.sources import open_reader
+from delta_sync.sources import open_reader, position_text
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.values import to_json
-from delta_sync.versions import epoch_of, format_lsn, position_of
+from delta_sync.versions import epoch_of, position_of
 from deltactl.app import (
     App,
     CommandT,
@@ -121,7 +121,8 @@ def show(app: App, name: str, id_: int) -> None:
     if app.json:
         print_json({**_summary(letter), "event": event, "trace": letter.trace})
         return
-    position = f"epoch {epoch_of(letter.version)}, {format_lsn(position_of(letter.version))}"
+    kind = app.load(name).source.kind
+    position = f"epoch {epoch_of(letter.version)}, {position_text(kind, position_of(letter.version))}"
     for label, value in (
         ("dead letter", letter.id),
         ("table", letter.table),

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from delta_debezium.options import FORBIDDEN, Option
-from delta_debezium.render import connector_options, engine_options
+from delta_debezium.render import connector_options, engine_options, offset_options
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.tables import Column, Kind, Table
-
-_SCHEMES = {"PostgreSQL": "postgresql", "MySQL": "mysql", "MariaDB": "mariadb"}
 
 _HEAD = """\
 # Connector options
@@ -30,14 +29,21 @@ connector:
 ```
 """
 
+_KAFKA: Mapping[str, Any] = {
+    "transport": "kafka",
+    "kafka": {"bootstrap_servers": "kafka:9092", "registry": {"url": "http://registry:8080/apis/ccompat/v7"}},
+}
+
 
 def reference_page() -> str:
     """Return the page."""
     sections = [_HEAD]
-    for title, scheme in _SCHEMES.items():
-        spec, tables = _example(scheme)
-        sections.append(f"## {title}\n\n{_rows(connector_options(spec, tables))}")
-        sections.append(f"### Embedded engine, {title}\n\n{_rows(engine_options(spec))}")
+    spec, tables = _example("postgresql")
+    sections.append(f"## PostgreSQL\n\n{_rows(connector_options(spec, tables))}")
+    sections.append(f"### Embedded engine\n\n{_rows(engine_options(spec))}")
+    spec, tables = _example("mariadb", _KAFKA)
+    sections.append(f"## MariaDB\n\n{_rows(connector_options(spec, tables))}")
+    sections.append(f"### Position of MariaDB's connector\n\n{_rows(offset_options(spec, '.'))}")
     refused = "\n".join(f"| `{name}` | {why} |" for name, why in FORBIDDEN.items())
     sections.append(
         "## Refused under `connector:`\n\nEach with everything below it (`transforms.…`).\n\n"
@@ -46,7 +52,7 @@ def reference_page() -> str:
     return "\n".join(sections)
 
 
-def _example(scheme: str) -> tuple[PipelineSpec, dict[str, Table]]:
+def _example(scheme: str, transport: Mapping[str, Any] = {}) -> tuple[PipelineSpec, dict[str, Table]]:
     table = Table("public", "movie", (Column("slug", "text", Kind.TEXT, nullable=False),), ("slug",), False)
     spec = spec_from(
         {
@@ -54,6 +60,7 @@ def _example(scheme: str) -> tuple[PipelineSpec, dict[str, Table]]:
             "source": {"url": f"{scheme}://delta@db/studio", "password": "${env:DB_PASSWORD}"},
             "tables": {table.id: {}},
             "sinks": {"cache": {"url": "redis://cache/0"}},
+            **transport,
         },
         "the example",
     )

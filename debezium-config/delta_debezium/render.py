@@ -64,7 +64,7 @@ def engine_options(spec: PipelineSpec, state_dir: str = ".") -> list[Option]:
     """Return what the Debezium Engine needs beside the connector's options. Its builder chooses JSON."""
     return [
         Option("name", spec.name, "The pipeline's."),
-        *_offset_options(spec, state_dir),
+        *offset_options(spec, state_dir),
         Option(
             "converter.schemas.enable",
             "false",
@@ -79,7 +79,8 @@ def engine_options(spec: PipelineSpec, state_dir: str = ".") -> list[Option]:
     ]
 
 
-def _offset_options(spec: PipelineSpec, state_dir: str) -> list[Option]:
+def offset_options(spec: PipelineSpec, state_dir: str) -> list[Option]:
+    """Return where engine or server keep the connector's position."""
     at_once = Option(
         "offset.flush.interval.ms", "0", "A batch that was acknowledged is confirmed at once; the default is a minute."
     )
@@ -161,7 +162,7 @@ def _server_entries(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int)
     check_supported(spec)
     kafka = spec.kafka
     assert kafka is not None, "the specification asks for kafka: with transport: kafka"
-    source = connector_config(spec, tables) | {option.name: option.value for option in _offset_options(spec, ".")}
+    source = connector_config(spec, tables) | {option.name: option.value for option in offset_options(spec, ".")}
     # Avro's names are ASCII; this adjustment is the one that keeps different names different.
     source["record.processing.threads"] = "AVAILABLE_CORES"  # as for the engine
     source |= {"schema.name.adjustment.mode": "avro_unicode", "field.name.adjustment.mode": "avro_unicode"}

@@ -74,6 +74,7 @@ class Sidecar:
         self._clock = clock
         self._stopping = threading.Event()
         self._server = DebeziumServer(work_dir, distribution)
+        self._properties = ""  # of the server that was started last
         self._delivered = delivered_of(spec)
         self.position = LogPosition(clock)
         self.progress = Progress(self.position, clock)
@@ -138,6 +139,7 @@ class Sidecar:
             open_reader(spec.source, f"delta {spec.name} {use}", ANSWER_S) for use in ("sidecar", "watch", "check")
         )
         self.position.forget()  # what it passed when it led before says nothing of the connector that it starts now
+        self.progress.bytes_between = watch_reader.bytes_between
 
         def prepare() -> Source:
             found = prepare_source(
@@ -221,9 +223,11 @@ class Sidecar:
             try:
                 if changed.is_set():
                     changed.clear()
-                    self._take_over_columns(reader, tables, columns)
+                    self._take_over_columns(epoch, reader, tables, columns)
                 found = reader.capture_position(self._spec).look()
                 if found is not None and found.position is not None and found.beat > beat:
+                    if beat == 0:
+                        self._note_position(state, found.position, lease)
                     beat, confirmed_at = found.beat, now
                     if alive_since is not None:  # else it was another's doing
                         self.position.advance(found.position)
@@ -281,15 +285,23 @@ class Sidecar:
             state.save_pipeline(seen.known._replace(slot_lsn=seen.there.position), lease)
         if not leads():
             return False
-        properties = server_properties(spec, tables, epoch)
-        self._server.start(properties, server_environment(spec, tables, epoch, resolve))
+        self._properties = server_properties(spec, tables, epoch)
+        self._server.start(self._properties, server_environment(spec, tables, epoch, resolve))
         if not leads():  # `_lost` may have come before there was anything to end
             self._server.kill()
             return False
         log.info("connector_started", pid=self._server.pid)
         return True
 
-    def _take_over_columns(self, reader: SourceReader, tables: dict[str, Table], columns: dict[str, str]) -> None:
+    def _note_position(self, state: StateStore, position: int, lease: Lease) -> None:
+        """Save that there is a position: from now on its absence is a loss. Where Delta makes it, that is saved."""
+        known = state.pipeline(self._spec.name)
+        if known is not None and known.slot_lsn is None:
+            state.save_pipeline(known._replace(slot_lsn=position), lease)
+
+    def _take_over_columns(
+        self, epoch: int, reader: SourceReader, tables: dict[str, Table], columns: dict[str, str]
+    ) -> None:
         """Publish the tables as they are now; a connector that has to be configured anew ends."""
         current = reader.fingerprints(list(self._spec.tables))
         found = reader.tables([name for name in current if current[name] != columns.get(name)])
@@ -298,7 +310,7 @@ class Sidecar:
             columns[name] = current[name]
         place = reader.capture_position(self._spec)
         place.publish([tables[name] for name in self._spec.tables if name in current])
-        if found:
+        if found and server_properties(self._spec, tables, epoch) != self._properties:
             self._server.kill()
 
     def _until_done(self, call: Callable[[], T], goes_on: Callable[[], bool]) -> T | None:

@@ -91,6 +91,9 @@ class Progress:
         self.position = position
         self.sinks: Mapping[str, SinkNumbers] = {}
         self.insert_lsn: int | None = None  # newest known end of the source's log
+        self.bytes_between: Callable[[int, int], int | None] = lambda start, end: max(
+            0, end - start
+        )  # of its positions
         self.events = 0  # change events taken from the log
         self.writes = 0  # documents written or deleted, counted once whatever the number of sinks
         self.dead_letters = 0
@@ -143,11 +146,11 @@ class Progress:
         return max(known) if known else self.position.lag_s()
 
     def lag_bytes(self) -> int | None:
-        """How much log lies between its end and what is in the sinks."""
+        """How much log lies between its end and what is in the sinks; None: not known."""
         passed = self.position.passed_lsn
         if self.insert_lsn is None or not passed:
             return None
-        return max(0, self.insert_lsn - passed)
+        return self.bytes_between(passed, self.insert_lsn)
 
     def document(self) -> dict[str, Any]:
         """Return the status as `deltactl status --json` prints it. Call it about once a second, for the rates."""

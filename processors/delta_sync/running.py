@@ -126,6 +126,7 @@ class Running:
             for name, lookup in pipeline.lookups.items()
         }
         samples = SharedSamples(watch_reader.new_samples)
+        self.progress.bytes_between = watch_reader.bytes_between
         try:
             source = self._until_reached(lambda: transport.prepare(pipeline, key_reader, state, sinks))
             if source is None:

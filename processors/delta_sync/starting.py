@@ -264,6 +264,7 @@ def why_not_by_itself(spec: PipelineSpec, loss: Loss, loads: Mapping[str, TableL
     if loss.overtaken and any(load.state != "done" for load in loads.values()):
         return (
             "the load after the last loss has not ended yet, and would be overtaken again: raise max_slot_wal_keep_size"
+            " (MariaDB: binlog_expire_logs_seconds)"
         )
     return None
 

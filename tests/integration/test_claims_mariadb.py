@@ -469,6 +469,14 @@ def test_what_a_restart_and_a_reset_do_to_positions(monkeypatch: pytest.MonkeyPa
             cursor.execute("SHOW BINARY LOGS")
             execute(admin, f"PURGE BINARY LOGS TO '{cursor.fetchall()[-1][0]}'")
         assert "has removed the file" in (source.reader.why_lost(end) or "")
+        with admin.cursor() as cursor:
+            cursor.execute("SELECT @@global.gtid_binlog_pos")
+            gtids = cursor.fetchall()[0][0]
+        assert source.reader.why_lost(source.reader.log_end(), gtids) is None
         execute(admin, "RESET MASTER")
         assert "RESET MASTER" in (source.reader.why_lost(after) or "")
         assert source.reader.identity() == identity
+        early = source.reader.log_end()
+        source.put(admin, 2)
+        assert source.reader.why_lost(early) is None  # by the place alone it could be the same log
+        assert "begins anew" in (source.reader.why_lost(early, gtids) or "")

@@ -179,34 +179,6 @@ def test_log_and_dump_have_the_same_values(mariadb: MariaDB, session: Session, t
         assert positions[-1] < end - 2  # what dumps that claim the end are written with
 
 
-def test_a_zero_date_that_may_not_be_null_is_read_by_key(mariadb: MariaDB, session: Session, tmp_path: Path) -> None:
-    """Debezium writes the first of 1970, which may also be meant."""
-    execute(session, "CREATE TABLE types (id int PRIMARY KEY, d date NOT NULL, t datetime NOT NULL, b bool)")
-    with (
-        closing(MariaReader(spec_of(mariadb).source, "log")) as reader,
-        closing(Log(tmp_path, spec_of(mariadb), reader)) as log,
-    ):
-        numbers = count(1000)
-
-        def begun() -> bool:
-            assert log.server.alive, log.server.last_words()
-            execute(session, f"INSERT INTO types VALUES ({next(numbers)}, '2020-01-01', '2020-01-01', 1)")
-            return bool(log.events)
-
-        wait_until(begun, ARRIVES_S, "the first event")
-        execute(
-            session,
-            "INSERT INTO types VALUES (1, '0000-00-00', '2020-01-01', 1), (2, '2020-01-01', '0000-00-00', 1)",
-            "INSERT INTO types VALUES (3, '2020-01-01', '2020-01-01', 1)",
-        )
-        codec = table_codec(reader.tables([TABLE])[TABLE])
-        found = [codec.lacks(log.wait_for(id_, "c")["after"]) for id_ in (1, 2, 3)]
-        assert found == [True, True, False]
-        chunk = reader.read_keys(codec.table, [(1,)], anything)
-        assert chunk is not None
-        assert chunk.rows[0][1]["d"] is None
-
-
 def test_what_is_refused_does_end_debezium(mariadb: MariaDB, session: Session, tmp_path: Path) -> None:
     """Were it not so any more, there would be no reason to refuse a server for a table that is not the pipeline's."""
     execute(session, "CREATE TABLE types (id int PRIMARY KEY)", "CREATE TABLE elsewhere (a inet6 PRIMARY KEY)")

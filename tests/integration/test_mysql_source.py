@@ -13,7 +13,7 @@ import pytest
 
 from delta_sync.errors import CheckFailed, SourceBusy
 from delta_sync.sources.mysql import connection as module
-from delta_sync.sources.mysql.checks import Facts, key_of, problems, read_facts, resolve_bare
+from delta_sync.sources.mysql.checks import CascadeFacts, Facts, key_of, problems, read_facts, resolve_bare
 from delta_sync.sources.mysql.connection import Session, connect
 from delta_sync.spec import PipelineSpec, SourceSpec, spec_from
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
@@ -25,6 +25,8 @@ USE source_checks;
 CREATE TABLE movie (id int PRIMARY KEY, slug varchar(50) UNIQUE, title text NOT NULL);
 CREATE TABLE keyed (a int NOT NULL, `B c` int NOT NULL, t text, UNIQUE keyed_prefix (t(10)), UNIQUE k2 (`B c`, a));
 CREATE TABLE keyless (a int, b int, UNIQUE half (a, b));
+CREATE TABLE of_movie (id int PRIMARY KEY, movie int, CONSTRAINT acts FOREIGN KEY (movie) REFERENCES movie (id)
+ ON DELETE CASCADE, CONSTRAINT rests FOREIGN KEY (id) REFERENCES movie (id));
 CREATE TABLE old_engine (id int PRIMARY KEY) ENGINE = MyISAM;
 CREATE TABLE history (id int PRIMARY KEY) WITH SYSTEM VERSIONING;
 CREATE VIEW view_of AS SELECT id FROM movie;
@@ -169,7 +171,7 @@ def test_another_thread_ends_what_waits(server: MariaDB) -> None:
 
 
 def test_what_the_catalogue_says_of_tables(server: MariaDB) -> None:
-    names = ("movie", "keyed", "keyless", "old_engine", "history", "view_of", "numbers", "odd.`name")
+    names = ("movie", "keyed", "keyless", "old_engine", "history", "view_of", "numbers", "odd.`name", "of_movie")
     ids = [f"source_checks.{name}" for name in names]
     found = {table.id.partition(".")[2]: table for table in facts_of(spec_of(server, *ids)).tables}
     assert set(found) == set(names)
@@ -183,6 +185,7 @@ def test_what_the_catalogue_says_of_tables(server: MariaDB) -> None:
     kinds = {name: found[name].kind for name in ("movie", "history", "view_of", "numbers")}
     assert kinds == {"movie": "BASE TABLE", "history": "SYSTEM VERSIONED", "view_of": "VIEW", "numbers": "SEQUENCE"}
     assert all(table.may_select for table in found.values())
+    assert found["of_movie"].cascades == (CascadeFacts("acts", "movie", "ON DELETE CASCADE"),)
 
 
 def test_a_sound_source_has_no_fatal_problem(server: MariaDB) -> None:

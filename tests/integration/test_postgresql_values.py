@@ -536,7 +536,7 @@ def test_deletes_and_changed_keys_tell_the_key(run: Run) -> None:
     run.connection.execute("UPDATE keyed SET id = 2, day = '0044-03-15 BC'")
     after = dump(run.connection, table)[2]
     run.connection.execute("DELETE FROM keyed")
-    key = codec.key_decoder(table)
+    key = codec.table_codec(table).key
     told = [(event["op"], key(event["after"] or event["before"])) for event in run.log.events()]
     old, new = (tuple(row[name] for name in table.key) for row in (before, after))
     assert told == [("c", old), ("d", old), ("c", new), ("d", new)]

@@ -677,3 +677,60 @@ def test_a_stretch_is_what_decoding_takes(writer: Writer, decoder: AvroDecoder) 
     (stretch,) = decoder.decode([records([good(writer, 1)], epochs=[b"7"])]).stretches
     assert isinstance(stretch, Stretch)
     assert stretch.epoch == 7
+
+
+# ── MariaDB ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BINLOG_SOURCE = {
+    "type": "record",
+    "name": "Source",
+    "namespace": "io.debezium.connector.mariadb",
+    "fields": [
+        *({"name": name, "type": "string"} for name in ("version", "connector", "name")),
+        {"name": "ts_ms", "type": "long"},
+        {"name": "db", "type": "string"},
+        *({"name": name, "type": ["null", "string"], "default": None} for name in ("sequence", "table", "gtid")),
+        {"name": "file", "type": "string"},
+        {"name": "pos", "type": "long"},
+        {"name": "row", "type": "int"},
+    ],
+}
+
+
+def binlog_writer() -> Writer:
+    schema = envelope(MOVIE)
+    (place,) = (field for field in schema["fields"] if field["name"] == "source")
+    place["type"] = BINLOG_SOURCE
+    return Writer({MOVIES: schema})
+
+
+def binlog_event(op: str, after: Any, pos: int, row: int, file: str = "binlog.000012") -> dict[str, Any]:
+    block = {"version": "3.6.3.Final", "connector": "mariadb", "name": "movies", "ts_ms": 1_790_000_000_000}
+    block |= {"db": "studio", "table": "movie", "gtid": "0-1-27", "file": file, "pos": pos, "row": row}
+    return event(op, None, after, lsn=0) | {"source": block}
+
+
+def test_a_binary_logs_events_are_in_the_order_of_their_places() -> None:
+    writer = binlog_writer()
+    events = [
+        binlog_event("c", movie(1), 500, 0),
+        binlog_event("c", movie(2), 500, 499),
+        binlog_event("t", None, 600, 499),  # the number is the row's before
+        binlog_event("c", movie(3), 650, 0),
+        binlog_event("u", movie(3), 4, 0, "binlog.000013"),
+    ]
+    decoded = AvroDecoder(writer).decode([records([writer.value(MOVIES, one) for one in events])])
+    assert not decoded.undecodable
+    (stretch,) = decoded.stretches
+    sources = [one["source"] for one in stretch.events]
+    assert {(one["schema"], one["table"]) for one in sources} == {("studio", "movie")}
+    positions = [one["lsn"] for one in sources]
+    assert positions == [12 << 32 | 500, 12 << 32 | 999, 12 << 32 | 600, 12 << 32 | 650, 13 << 32 | 4]
+    assert positions[3] > positions[2], "a row that comes after a TRUNCATE outlives it"
+
+
+def test_a_place_without_a_number_is_undecodable() -> None:
+    writer = binlog_writer()
+    value = writer.value(MOVIES, binlog_event("c", movie(1), 4, 0, file="binlog"))
+    (broken,) = AvroDecoder(writer).decode([records([value])]).undecodable
+    assert "'binlog':4, row 0" in str(broken.error)

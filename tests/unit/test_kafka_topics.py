@@ -133,3 +133,23 @@ def test_it_is_what_topics_are_compared_by() -> None:
     spec = spec_of()
     bare = Topic(MOVIES, 6, 3, {})
     assert differences(spec, Cluster(3, {MOVIES: bare}, {})) == []
+
+
+MARIADB = "mariadb://delta@db/studio"
+
+
+def test_what_mariadbs_connector_keeps_is_kept_for_ever_and_in_order() -> None:
+    spec = spec_of("studio.movie")
+    spec = spec.model_copy(update={"source": spec.source.model_copy(update={"url": MARIADB})})
+    topics = {topic.name: topic for topic in wanted_topics(spec)}
+    names = ("delta_movies.offsets", "delta_movies.schema-history", "__debezium-heartbeat.delta_movies")
+    assert set(topics) == {"delta_movies.studio.movie", *names}
+    offsets, history, heartbeats = (topics[name] for name in names)
+    assert [offsets.partitions, history.partitions, heartbeats.partitions] == [1, 1, 1]
+    kept = [(topic.configs["cleanup.policy"], topic.configs["retention.ms"]) for topic in (offsets, history)]
+    assert kept == [("compact", "-1"), ("delete", "-1")]
+    assert {topic.configs["min.insync.replicas"] for topic in topics.values()} == {"2"}
+    there = {**topics, history.name: history._replace(partitions=6)}
+    assert "belong into one" in one(differences(spec, Cluster(3, there, {}))).what
+    shorter = history._replace(configs={**history.configs, "retention.ms": "604800000"})
+    assert one(differences(spec, Cluster(3, {**topics, history.name: shorter}, {}))).fatal

@@ -11,6 +11,7 @@ import pytest
 
 from delta_sync.errors import UsageError
 from delta_sync.sources.mysql.checks import (
+    CascadeFacts,
     Facts,
     IndexFacts,
     TableFacts,
@@ -107,6 +108,12 @@ FINDINGS: list[tuple[dict[str, Any], str, str, bool]] = [
     ({"tables": (MOVIE._replace(kind="SYSTEM VERSIONED"),)}, "it keeps the history", "DROP SYSTEM VERSIONING", True),
     ({"tables": (MOVIE._replace(engine="Aria"),)}, "its engine is Aria", "ENGINE = InnoDB", True),
     ({"tables": (MOVIE._replace(may_select=False),)}, "user `delta`@`%` may not read", "GRANT SELECT", True),
+    (
+        {"tables": (MOVIE._replace(cascades=(CascadeFacts("of_studio", "studio", "ON DELETE CASCADE"),)),)},
+        "its foreign key of_studio says ON DELETE CASCADE",
+        "make of_studio, which refers to studio, ON DELETE RESTRICT",
+        True,
+    ),
     ({"tables": (MOVIE._replace(charsets={"title": "dec8"}),)}, "column title has the character", "CONVERT TO", True),
     ({"tables": (MOVIE._replace(indexes=()),)}, "it has no primary key", "ADD PRIMARY KEY (`id`)", True),
     (

@@ -84,3 +84,18 @@ def test_old_samples_are_thinned_out() -> None:
     claims = {samples.claim(Snapshot(position, 2000.0), 0) for position in range(1, 1001)}
     assert len(claims) <= 18
     assert samples.claim(Snapshot(1000, 2000.0), 0) == 999
+
+
+@pytest.mark.parametrize(
+    ("place", "prepared", "shows"),
+    [
+        (("binlog.000007", 899), frozenset[str](), True),
+        (("binlog.000007", 900), frozenset[str](), False),  # it begins where the snapshot ends
+        (("binlog.000006", 899), frozenset[str](), False),  # the end of the file before may not be visible yet
+        (("binlog.000007", 899), XA, False),  # it may be the prepared one's
+    ],
+)
+def test_which_changes_a_snapshot_surely_shows(place: tuple[str, int], prepared: frozenset[str], shows: bool) -> None:
+    snapshot = Snapshot(position_of("binlog.000007", 900), 0.0, prepared)
+    assert snapshot.shows(position_of(*place), 0) is shows
+    assert snapshot.horizon == snapshot.position

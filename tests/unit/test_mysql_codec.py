@@ -10,7 +10,7 @@ import pytest
 
 from delta_sync.errors import UndecodableChange
 from delta_sync.sources.mysql.catalogue import column_of, file_name, validated_column
-from delta_sync.sources.mysql.codec import key_decoder, lacks, log_converter, members, parameter, row_maker, table_codec
+from delta_sync.sources.mysql.codec import lacks, log_converter, members, parameter, row_maker, table_codec
 from delta_sync.tables import Column, Table
 
 UTC = dt.UTC
@@ -74,7 +74,7 @@ def test_undecodable() -> None:
     with pytest.raises(UndecodableChange, match=r"s\.t\.d"):
         codec.row({"id": 1, "d": "no date"})
     with pytest.raises(UndecodableChange, match=r"s\.t\.d"):
-        key_decoder(table)({"id": 1, "d": None})
+        table_codec(table).key({"id": 1, "d": None})
     with pytest.raises(UndecodableChange, match=r"s\.t\.id"):
         codec.key({})
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delta_sync.errors import UndecodableChange
+from delta_sync.sources.codec import parse_json
 from delta_sync.sources.postgresql import codec
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import to_json
@@ -26,7 +27,7 @@ def table(*columns: Column, key: tuple[str, ...] = ("id",)) -> Table:
 
 
 def decode(column: Column, value: Any) -> Any:
-    return codec.log_decoder(table(column))({"id": 1, column.name: value})[column.name]
+    return codec.table_codec(table(column)).row({"id": 1, column.name: value})[column.name]
 
 
 # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -59,14 +60,14 @@ def decode(column: Column, value: Any) -> Any:
     ],
 )
 def test_json_keeps_every_digit(text: str, value: Any) -> None:
-    parsed = codec.parse_json(text)
+    parsed = parse_json(text)
     assert (type(parsed), parsed) == (type(value), value)
 
 
 @pytest.mark.parametrize("text", ["", "NaN", "Infinity", "{", codec.PLACEHOLDER, "[1,]"])
 def test_what_is_no_json_raises(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 -- json's own and ours have different messages
-        codec.parse_json(text)
+        parse_json(text)
 
 
 json_values = st.recursive(
@@ -82,12 +83,12 @@ json_values = st.recursive(
 @given(json_values)
 def test_json_is_what_pythons_own_parser_says(value: Any) -> None:
     text = json.dumps(value)
-    assert repr(codec.parse_json(text)) == repr(json.loads(text))
+    assert repr(parse_json(text)) == repr(json.loads(text))
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=20) | st.integers().map(Decimal))
 def test_numbers_in_json_come_out_as_they_went_in(number: Decimal) -> None:
-    written = to_json({"n": codec.parse_json(format(number, "f"))})
+    written = to_json({"n": parse_json(format(number, "f"))})
     assert Decimal(json.loads(written, parse_float=str, parse_int=str)["n"]) == number
 
 
@@ -207,7 +208,7 @@ def test_a_value_of_another_type_names_the_column(column: Column, value: object)
 
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(UndecodableChange, match=r"^public\.t\.v: "):
-        codec.log_decoder(table(DATE))({"id": 1})
+        codec.table_codec(table(DATE)).row({"id": 1})
 
 
 # ── what is not there ────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,7 +245,7 @@ def test_a_column_that_is_not_in_the_log_is_always_missing() -> None:
     made = table(TEXT._replace(in_log=False, name="made"))
     assert codec.lacks(made)({"id": 1})
     assert codec.unavailable_columns(made, {"id": 1}) == ["made"]
-    assert codec.log_decoder(made)({"id": 1}) == {"id": 1}
+    assert codec.table_codec(made).row({"id": 1}) == {"id": 1}
 
 
 def test_javas_uuid_of_the_placeholder() -> None:
@@ -259,9 +260,9 @@ def test_javas_uuid_of_the_placeholder() -> None:
 
 def test_keys() -> None:
     image: dict[str, Any] = {"id": 7, "v": "x", "other": "not looked at"}
-    assert codec.key_decoder(table(TEXT))(image) == (7,)
-    assert codec.key_decoder(table(TEXT, key=("v", "id")))(image) == ("x", 7)
-    assert codec.key_decoder(table(DATE, key=("v", "id")))({"id": 7, "v": 0}) == (dt.date(1970, 1, 1), 7)
+    assert codec.table_codec(table(TEXT)).key(image) == (7,)
+    assert codec.table_codec(table(TEXT, key=("v", "id"))).key(image) == ("x", 7)
+    assert codec.table_codec(table(DATE, key=("v", "id"))).key({"id": 7, "v": 0}) == (dt.date(1970, 1, 1), 7)
     assert image == {"id": 7, "v": "x", "other": "not looked at"}
 
 
@@ -270,4 +271,4 @@ def test_keys() -> None:
 @pytest.mark.parametrize("image", [{"id": 1}, {"id": 1, "v": None}, {"id": 1, "v": codec.PLACEHOLDER}])
 def test_a_key_that_cannot_be_read(key: tuple[str, ...], column: Column, image: dict[str, Any]) -> None:
     with pytest.raises(UndecodableChange, match=r"^public\.t\.v: "):
-        codec.key_decoder(table(column, key=key))(image)
+        codec.table_codec(table(column, key=key)).key(image)

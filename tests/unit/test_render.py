@@ -284,6 +284,28 @@ def starting_with(prefix: str, options: dict[str, str]) -> dict[str, str]:
     return {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
 
 
+def test_mariadb_on_kafka_keeps_position_and_history_there() -> None:
+    security = {"protocol": "SASL_SSL", "mechanism": "PLAIN", "username": "delta", "password": "${env:KAFKA_PW}"}
+    spec, tables = on_kafka("mariadb://delta@db/studio", security=security)
+    text = server_properties(spec, tables, EPOCH)
+    options = dict(line.split("=", 1) for line in text.splitlines())
+    ours = starting_with("debezium.source.", options)
+    assert ours["offset.storage"].endswith(".KafkaOffsetBackingStore")
+    assert ours["offset.storage.topic"] == "delta_movies.offsets"
+    assert ours["schema.history.internal"].endswith(".KafkaSchemaHistory")
+    assert ours["schema.history.internal.kafka.topic"] == "delta_movies.schema-history"
+    assert {ours[name] for name in ("bootstrap.servers", "schema.history.internal.kafka.bootstrap.servers")} == {
+        "kafka:9092"
+    }
+    for prefix in ("", "schema.history.internal.producer.", "schema.history.internal.consumer."):
+        assert ours[f"{prefix}security.protocol"] == "SASL_SSL"
+        assert ours[f"{prefix}sasl.jaas.config"].startswith("${DELTA_SECRET_")
+    environment = server_environment(spec, tables, EPOCH, {"${env:PW}": "pw", "${env:KAFKA_PW}": 'a"b'}.__getitem__)
+    logins = [value for value in environment.values() if "PlainLoginModule" in value]
+    assert len(logins) == 4  # of the records' producer, too
+    assert len({login.count("\\") for login in logins}) == 1, "and each is quoted as JAAS has it"
+
+
 def test_the_server_gets_secrets_by_environment_and_never_in_its_file() -> None:
     spec, tables = on_kafka("postgresql://${env:USER}@db/studio")
     text = server_properties(spec, tables, EPOCH)

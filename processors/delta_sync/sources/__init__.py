@@ -6,8 +6,10 @@ import importlib.util
 
 from delta_sync.errors import UsageError
 from delta_sync.sources.inspection import Inspector
+from delta_sync.sources.mysql.claims import format_position
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
+from delta_sync.versions import format_lsn
 
 
 def open_reader(source: SourceSpec, application_name: str, answer_s: float | None = None) -> SourceReader:
@@ -46,6 +48,11 @@ def open_inspector(source: SourceSpec) -> Inspector:
             raise UsageError(unknown(kind))
 
 
+def position_text(kind: str, position: int) -> str:
+    """Return a position of a kind of source for people."""
+    return format_position(position) if kind == "mariadb" else format_lsn(position)
+
+
 def check_supported(spec: PipelineSpec) -> None:
     """Raise UsageError for a source on which no pipeline can run, or not with its transport; and say why."""
     match spec.source.kind:
@@ -71,7 +78,9 @@ def unknown(kind: str) -> str:
             " the log it is (no status variable Binlog_snapshot_file), so rows that are there already could not be"
             " ordered among the changes. MariaDB can: write mariadb:// if it is one."
         )
-    return f"source.url begins with {kind}://; it can be postgresql:// or mariadb://."
+    if not kind:
+        return "source.url has no scheme; write it as postgresql://user@host:port/database, or mariadb://…."
+    return f"source.url: {kind}:// is not a source that Delta knows; it can be postgresql:// or mariadb://."
 
 
 def need_package() -> None:

@@ -165,6 +165,10 @@ class SourceReader(ABC):
         """Return a position that the log has reached, and that no crash takes back: no connector is beyond it."""
         return self.log_end()
 
+    def bytes_between(self, start: int, end: int) -> int | None:
+        """Return how much log lies between two positions; None when that cannot be told. Asks nobody."""
+        return max(0, end - start)
+
     @abstractmethod
     def heartbeat(self, prefix: str) -> int:
         """Return a position that will be passed even if nothing else is written, above all that is visible now."""

@@ -68,13 +68,15 @@ class SourceTable(NamedTuple):
     engine: str | None
     created: str  # when; also a rebuild by ALTER or OPTIMIZE, but no TRUNCATE
     ids: tuple[str, ...]  # of its tablespaces: TRUNCATE makes new ones; () without the privilege PROCESS
+    partitioned: bool
 
     @property
     def fingerprint(self) -> str:
         """A text that changes whenever the names, the types or the key do: what documents are made of.
 
-        And when the table is another one of the same name, or was emptied by TRUNCATE: neither is a change of rows in
-        the log. It also changes when the table is rebuilt, which then costs a load in vain.
+        And when the table is another one of the same name, or a partition of it was emptied or exchanged: neither is a
+        change of rows in the log. It also changes with TRUNCATE, which is in the log, and when the table is rebuilt,
+        which then costs a load in vain.
         """
         columns = [(c.name, c.type, c.kind.value, c.in_log) for c in self.table.columns]
         return hashlib.sha256(repr((self.created, self.ids, columns, self.table.key)).encode()).hexdigest()[:16]
@@ -106,7 +108,8 @@ def read_catalogue(session: Session, names: Sequence[str]) -> dict[str, SourceTa
         key, primary = key_of(unique_indexes(_rows(session, _INDEXES, place)))
         ids = _tablespaces(session, database, bare, mariadb=mariadb)
         table = Table(database, bare, columns, key, primary)
-        found[name] = SourceTable(table, rows[0]["kind"], rows[0]["engine"], str(rows[0]["created"]), ids)
+        partitioned = "partitioned" in str(rows[0]["options"])
+        found[name] = SourceTable(table, rows[0]["kind"], rows[0]["engine"], str(rows[0]["created"]), ids, partitioned)
     return found
 
 
@@ -138,7 +141,8 @@ def _tablespaces(session: Session, database: str, table: str, *, mariadb: bool) 
 
 
 _TABLE: Final = """
-SELECT CONCAT(table_schema, '.', table_name) AS id, table_type AS kind, engine AS engine, create_time AS created
+SELECT CONCAT(table_schema, '.', table_name) AS id, table_type AS kind, engine AS engine, create_time AS created,
+       create_options AS options
 FROM information_schema.tables WHERE table_schema = %s AND table_name = %s
 """
 _COLUMNS: Final = """
@@ -203,7 +207,7 @@ _IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9_]")
 def file_name(name: str) -> str:
     """Return the name of a database or table as InnoDB has it: `odd.name` is `odd@002ename`.
 
-    Letters beyond ASCII have codes of their own, so their tables are not found: TRUNCATE is then not noticed.
+    Letters beyond ASCII have codes of their own, so their tables are not found, as without the privilege.
     """
     return _IN_FILE_NAMES.sub(lambda match: f"@{ord(match[0]):04x}", name)
 
@@ -249,13 +253,13 @@ def column_notes(sources: Sequence[SourceTable]) -> list[Problem]:
                     fatal=False,
                 )
             )
-        if not source.ids:
+        if source.partitioned and not source.ids:
             found.append(
                 Problem(
                     where,
-                    "TRUNCATE TABLE is not in the log as a change, and without the privilege PROCESS it is not noticed",
-                    "type: GRANT PROCESS ON *.* TO the source's user; or use DELETE, and load the table again after a"
-                    " TRUNCATE",
+                    "TRUNCATE, DROP and EXCHANGE PARTITION are not in the log as changes of rows, and"
+                    " without the privilege PROCESS they are not noticed",
+                    "type: GRANT PROCESS ON *.* TO the source's user; or start the sidecar with --reload after one",
                     fatal=False,
                 )
             )

@@ -42,6 +42,14 @@ class IndexFacts(NamedTuple):
     nullable: tuple[str, ...] = ()
 
 
+class CascadeFacts(NamedTuple):
+    """A foreign key that changes or deletes this table's rows when the referenced ones are."""
+
+    name: str
+    references: str
+    rules: str  # `ON DELETE CASCADE`
+
+
 class TableFacts(NamedTuple):
     """A table of the source, by `database.table`."""
 
@@ -53,6 +61,7 @@ class TableFacts(NamedTuple):
     columns: tuple[str, ...]
     types: Mapping[str, str] = {}  # column → its type
     charsets: Mapping[str, str] = {}  # column → character set
+    cascades: tuple[CascadeFacts, ...] = ()
 
     @property
     def sql_name(self) -> str:
@@ -201,6 +210,7 @@ def _tables(session: Session, names: Sequence[str]) -> tuple[TableFacts, ...]:
                 columns=tuple(column["name"] for column in columns),
                 types={column["name"]: column["type"] for column in columns},
                 charsets={column["name"]: column["charset"] for column in columns if column["charset"] is not None},
+                cascades=tuple(cascades(_rows(session, _FOREIGN_KEYS, place))),
             )
         )
     return tuple(found)
@@ -222,6 +232,20 @@ def unique_indexes(rows: Iterable[Mapping[str, Any]]) -> tuple[IndexFacts, ...]:
     )
 
 
+_CASCADING = frozenset({"CASCADE", "SET NULL", "SET DEFAULT"})
+
+
+def cascades(rows: Iterable[Mapping[str, Any]]) -> list[CascadeFacts]:
+    """Return the foreign keys that act on their own table, of `information_schema.REFERENTIAL_CONSTRAINTS`. Pure."""
+    found: list[CascadeFacts] = []
+    for row in rows:
+        rules = {"ON DELETE": row["on_delete"], "ON UPDATE": row["on_update"]}
+        acting = " ".join(f"{when} {rule}" for when, rule in rules.items() if rule in _CASCADING)
+        if acting:
+            found.append(CascadeFacts(row["name"], row["table"], acting))
+    return found
+
+
 def _candidates(session: Session) -> tuple[str, ...]:
     return tuple(row["id"] for row in _rows(session, _CANDIDATES, (MAX_CANDIDATES,)))
 
@@ -238,6 +262,10 @@ _INDEXES = """
 SELECT index_name AS name, column_name AS column_name, nullable AS nullable, sub_part AS prefix
 FROM information_schema.statistics WHERE table_schema = %s AND table_name = %s AND non_unique = 0
 ORDER BY index_name <> 'PRIMARY', index_name, seq_in_index
+"""
+_FOREIGN_KEYS = """
+SELECT constraint_name AS name, referenced_table_name AS `table`, delete_rule AS on_delete, update_rule AS on_update
+FROM information_schema.referential_constraints WHERE constraint_schema = %s AND table_name = %s ORDER BY 1
 """
 _CANDIDATES = """
 SELECT CONCAT(table_schema, '.', table_name) AS id FROM information_schema.tables
@@ -565,6 +593,15 @@ def _table_problems(table: TableFacts, facts: Facts) -> list[Problem]:
             )
         )
     found += _key_problems(where, table)
+    found += [
+        Problem(
+            where,
+            f"its foreign key {name} says {rules}, and what a server changes by that is not in the log",
+            f"let the applications do it: make {name}, which refers to {references}, ON DELETE RESTRICT ON UPDATE"
+            " RESTRICT",
+        )
+        for name, references, rules in table.cascades
+    ]
     found += [
         Problem(
             where,

@@ -10,7 +10,6 @@ takes the server's own text. Three values are others than the server's:
 
 from __future__ import annotations
 
-import binascii
 import datetime as dt
 import re
 import struct
@@ -20,19 +19,11 @@ from typing import Any, Final
 from uuid import UUID
 
 from delta_sync.changes import Key
-from delta_sync.decoding import TableCodec
-from delta_sync.errors import UndecodableChange
+from delta_sync.decoding import Image, TableCodec
+from delta_sync.sources.codec import Convert, bytes_of, key_decoder, parse_json, row_decoder
 from delta_sync.sources.mysql.catalogue import GEOMETRIES
-from delta_sync.sources.postgresql.codec import parse_json
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
-
-Image = dict[str, Any]  # before or after of an event: column name → value as Debezium writes it
-Convert = Callable[[Any], Any]
-Test = Callable[[Any], bool]
-
-_UNFIT = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)  # what converters raise
-
 
 # ── both sides ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,52 +197,7 @@ def members(type_: str) -> list[str]:
 
 def table_codec(table: Table) -> TableCodec:
     """Return how the events of a table are read."""
-    return TableCodec(table, log_decoder(table), key_decoder(table), lacks(table))
-
-
-def log_decoder(table: Table) -> Callable[[Image], Row]:
-    """Return a function that turns an image into a row, in place. The image has all of the table's columns in the log.
-
-    Ask `lacks` first. Columns that are not in the log are left as they are. Raises UndecodableChange.
-    """
-    steps = [(column.name, convert) for column in table.columns if (convert := log_converter(column)) is not None]
-
-    def decode(image: Image) -> Row:
-        name = ""
-        try:
-            for name, convert in steps:
-                value = image[name]
-                if value is not None:
-                    image[name] = convert(value)
-        except _UNFIT as error:
-            raise _undecodable(table, name, error) from error
-        return image
-
-    return decode
-
-
-def key_decoder(table: Table) -> Callable[[Image], Key]:
-    """Return a function that reads the key out of an image (not yet decoded). Raises UndecodableChange."""
-    steps = [(name, log_converter(table.column(name)) or _itself) for name in table.key]
-
-    def read(image: Image) -> Key:
-        name = ""
-        key: list[Any] = []
-        try:
-            for name, convert in steps:
-                value = image[name]
-                if value is None:
-                    raise ValueError(value)
-                key.append(convert(value))
-        except _UNFIT as error:
-            raise _undecodable(table, name, error) from error
-        return tuple(key)
-
-    return read
-
-
-def _itself(value: Any) -> Any:
-    return value
+    return TableCodec(table, row_decoder(table, log_converter), key_decoder(table, log_converter), lacks(table))
 
 
 def lacks(table: Table) -> Callable[[Image], bool]:
@@ -272,10 +218,6 @@ _DATES: Final = frozenset({Kind.DATE, Kind.TIMESTAMP, Kind.TIMESTAMP_TZ})
 _ZERO_DATES: Final = (0, "1970-01-01T00:00:00Z")
 
 
-def _undecodable(table: Table, name: str, error: Exception) -> UndecodableChange:
-    return UndecodableChange(f"{table.id}.{name}: the event's value is not one of the column's type ({error!r}).")
-
-
 def log_converter(column: Column) -> Convert | None:
     """Return what makes the Python value of one that is not NULL; None where Debezium's is it already."""
     if not column.in_log:
@@ -293,9 +235,9 @@ def log_converter(column: Column) -> Convert | None:
             return Decimal
         case Kind.BYTES if column.type.startswith("binary"):
             length = _type_number(column, 1)
-            return lambda value: _log_bytes(value).ljust(length, b"\0")
+            return lambda value: bytes_of(value).ljust(length, b"\0")
         case Kind.BYTES:
-            return _log_bytes
+            return bytes_of
         case Kind.DATE:
             return lambda days: dt.date.fromordinal(days + _EPOCH_ORDINAL)
         case Kind.TIME:
@@ -311,20 +253,16 @@ def log_converter(column: Column) -> Convert | None:
             return None
 
 
-def _log_bytes(value: str | bytes) -> bytes:
-    return value if isinstance(value, bytes) else binascii.a2b_base64(value, strict_mode=True)
-
-
 def _log_bits(value: str | bytes) -> int:
     """Debezium writes the least significant byte first."""
-    return int.from_bytes(_log_bytes(value), "little")
+    return int.from_bytes(bytes_of(value), "little")
 
 
 def _log_unsigned(value: str | bytes | Decimal | int) -> int:
     """With `bigint.unsigned.handling.mode=precise` it is a decimal: in JSON the base64 of its bytes."""
     if isinstance(value, int | Decimal):
         return int(value)
-    return int.from_bytes(_log_bytes(value), "big", signed=True)
+    return int.from_bytes(bytes_of(value), "big", signed=True)
 
 
 def _log_timestamp_tz(value: str) -> dt.datetime | None:

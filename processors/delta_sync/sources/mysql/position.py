@@ -8,6 +8,7 @@ from typing import Protocol
 
 from delta_sync.kafka.connector import ConnectorStore, StoredOffset
 from delta_sync.sources.mysql.claims import format_position, position_of
+from delta_sync.sources.mysql.reader import PURGED
 from delta_sync.sources.reader import CapturePosition, Confirmed
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
@@ -42,7 +43,7 @@ class BinlogPosition(CapturePosition):
         lost = self._log.why_lost(position, found.offset.get("gtids"))
         if lost is None and not self._store.has_history():
             lost = "the history of the schema in Kafka is gone"
-        return Confirmed(position, lost, found.number + 1)
+        return Confirmed(position, lost, found.number + 1, overtaken=lost == PURGED)
 
     def confirmed(self) -> int | None:
         """Return the position alone."""

@@ -18,7 +18,7 @@ from delta_sync.errors import CheckFailed, Problem, SchemaChanged, SourceBusy
 from delta_sync.secrets import redact
 from delta_sync.sources.mysql import codec
 from delta_sync.sources.mysql.catalogue import read_fingerprints, read_tables
-from delta_sync.sources.mysql.claims import MAX_OFFSET, STOOD_S, Sample, Samples, Snapshot, position_of
+from delta_sync.sources.mysql.claims import MAX_OFFSET, OFFSET_BITS, STOOD_S, Sample, Samples, Snapshot, position_of
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session, code_of, connect, patience
 from delta_sync.sources.reader import Chunk, SourceIdentity, SourceReader
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
 KEYS_AT_ONCE = 500  # keys in a statement: from 1,000 on the server makes a temporary table of them
+PURGED = "the source has removed the file of its log that holds it"
 READS = 3  # of a snapshot's position, which must agree
 SNAPSHOTS_MOST = 20  # until they do; each fails for one in twenty only beside monitors that ask all the time
 
@@ -162,6 +163,10 @@ class MariaReader(SourceReader):
                         return position_of(str(rows[0][0]), int(rows[0][1]))
         raise CheckFailed([Problem("source", "it has no binary log", "see `deltactl pipeline check`")])
 
+    def bytes_between(self, start: int, end: int) -> int | None:
+        """Return how much log lies between two positions; None when they are in different files."""
+        return max(0, end - start) if start >> OFFSET_BITS == end >> OFFSET_BITS else None
+
     def heartbeat(self, prefix: str) -> int:
         """Return the log's end, which the connector confirms though nothing more is written. Nothing is written."""
         del prefix
@@ -189,7 +194,7 @@ class MariaReader(SourceReader):
             if position > position_of(*files[-1]):
                 return "the source's log ends before it: it was reset (RESET MASTER), or the source was restored"
             if position < position_of(files[0][0], 0):
-                return "the source has removed the file of its log that holds it"
+                return PURGED
             sizes = {position_of(name, 0): size for name, size in files}
             file, offset = position & ~MAX_OFFSET, position & MAX_OFFSET
             if offset > sizes.get(file, 0):

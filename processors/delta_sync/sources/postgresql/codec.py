@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import binascii
 import datetime as dt
-import json
 import re
 import struct
 import typing
@@ -25,14 +24,11 @@ from psycopg.adapt import Loader
 from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
 
-from delta_sync.changes import Key
-from delta_sync.decoding import TableCodec
-from delta_sync.errors import UndecodableChange
+from delta_sync.decoding import Image, TableCodec
+from delta_sync.sources.codec import Convert, bytes_of, key_decoder, parse_json, parse_jsonb, row_decoder
 from delta_sync.tables import Column, Kind, Table
-from delta_sync.values import Interval, Row
+from delta_sync.values import Interval
 
-Image = dict[str, Any]  # before or after of an event: column name → value as Debezium writes it
-Convert = Callable[[Any], Any]
 Test = Callable[[Any], bool]
 
 SESSION: Final[Mapping[str, str]] = {
@@ -142,69 +138,8 @@ def _begins_with_garbage(value: Any) -> bool:
 
 def table_codec(table: Table) -> TableCodec:
     """Return how the events of a table are read."""
-    return TableCodec(table, log_decoder(table), key_decoder(table), lacks(table))
-
-
-_UNFIT = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)  # what converters raise
-
-
-def log_decoder(table: Table) -> Callable[[Image], Row]:
-    """Return a function that turns an image into a row, in place. The image has all of the table's columns in the log.
-
-    Ask `lacks` first: a placeholder is decoded like a value. Columns that are not in the log are left as they are.
-    Raises UndecodableChange.
-    """
-    steps = [(column.name, convert) for column in table.columns if (convert := _converter(column)) is not None]
-
-    def decode(image: Image) -> Row:
-        name = ""
-        try:
-            for name, convert in steps:
-                value = image[name]
-                if value is not None:
-                    image[name] = convert(value)
-        except _UNFIT as error:
-            raise _undecodable(table, name, error) from error
-        return image
-
-    return decode
-
-
-def key_decoder(table: Table) -> Callable[[Image], Key]:
-    """Return a function that reads the key out of an image (not yet decoded), which may have nothing but the key.
-
-    Raises UndecodableChange, also for a key that is a placeholder: long ones can be stored out of line.
-    """
-    steps = [(name, _converter(table.column(name)) or _itself) for name in table.key]
-    ((only, convert_only), *others) = steps or [("", _itself)]
-
-    def read_one(image: Image) -> Key:
-        try:
-            value = image[only]
-            if value is None or value == PLACEHOLDER:
-                raise ValueError(value)
-            return (convert_only(value),)
-        except _UNFIT as error:
-            raise _undecodable(table, only, error) from error
-
-    def read(image: Image) -> Key:
-        name = ""
-        key: list[Any] = []
-        try:
-            for name, convert in steps:
-                value = image[name]
-                if value is None or value == PLACEHOLDER:
-                    raise ValueError(value)
-                key.append(convert(value))
-        except _UNFIT as error:
-            raise _undecodable(table, name, error) from error
-        return tuple(key)
-
-    return read if others else read_one
-
-
-def _itself(value: Any) -> Any:
-    return value
+    key = key_decoder(table, _converter, PLACEHOLDER)
+    return TableCodec(table, row_decoder(table, _converter), key, lacks(table))
 
 
 def lacks(table: Table) -> Callable[[Image], bool]:
@@ -222,10 +157,6 @@ def lacks(table: Table) -> Callable[[Image], bool]:
         return any(look(image[name]) for name, look in looks) if looks else False
 
     return image_lacks if values else lambda _image: False
-
-
-def _undecodable(table: Table, name: str, error: Exception) -> UndecodableChange:
-    return UndecodableChange(f"{table.id}.{name}: the event's value is not one of the column's type ({error!r}).")
 
 
 def _converter(column: Column) -> Convert | None:
@@ -286,15 +217,11 @@ def _in_the_middle(number: float, nearest: float) -> bool:
 _LARGEST_REAL = 3.4028235e38
 
 
-def _bytes(value: str | bytes) -> bytes:
-    return value if isinstance(value, bytes) else binascii.a2b_base64(value, strict_mode=True)
-
-
 def _bits(length: int) -> Convert:
     """Debezium writes the bits as a number, least significant byte first, and one bit as a boolean."""
 
     def convert(value: bool | str | bytes) -> str:
-        number = int(value) if isinstance(value, bool) else int.from_bytes(_bytes(value), "little")
+        number = int(value) if isinstance(value, bool) else int.from_bytes(bytes_of(value), "little")
         return f"{number:0{length}b}"
 
     return convert
@@ -369,68 +296,6 @@ def _timestamp_tz(value: str) -> dt.datetime | str:
         return f"{year:04}{day} {time}{fraction}+00" if year > 0 else f"{1 - year:04}{day} {time}{fraction}+00 BC"
 
 
-# ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# With these, a number of 17 characters looks like zeros in a row, and one with an exponent of three like 0e000; other
-# texts that do only take the slower way. Doubles hold any 15 digits exactly.
-_ALIKE = bytes.maketrans(b"123456789.+-E", b"000000000000e")
-_MANY_DIGITS = b"0" * 17
-_HUGE_EXPONENT = b"0e000"
-
-
-def parse_jsonb(text: str | bytes) -> Any:
-    """Return what `parse_json` does, for text that the server wrote: jsonb has no exponents, and so few suspects."""
-    data = text.encode() if isinstance(text, str) else text
-    if _MANY_DIGITS not in data.translate(_ALIKE):
-        try:
-            return orjson.loads(data)
-        except orjson.JSONDecodeError:
-            pass  # it does not go as deep as the server
-    return parse_json(data)
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return a JSON text's value: int, and float where it is exact, else Decimal; of equal members the last one.
-
-    A text that is nested too deeply for Python is returned as it is. Raises ValueError for what is not JSON.
-    """
-    data = text.encode() if isinstance(text, str) else text
-    alike = data.translate(_ALIKE)
-    if _MANY_DIGITS not in alike and _HUGE_EXPONENT not in alike:
-        try:
-            return orjson.loads(data)
-        except orjson.JSONDecodeError:
-            pass  # it takes no lone surrogates, which the type json does
-    try:
-        return json.loads(data, parse_int=_json_int, parse_float=_json_float, parse_constant=_no_constant)
-    except RecursionError:
-        return data.decode()
-
-
-SMALLEST_INTEGER, LARGEST_INTEGER = -(1 << 63), (1 << 63) - 1  # of every store
-LARGEST_EXPONENT = 200_000  # more than numeric, and so jsonb, has; plain digits of what json allows would fill memory
-
-
-def _json_int(text: str) -> int | Decimal:
-    exact = Decimal(text)  # int() refuses more than 4300 digits
-    return int(exact) if SMALLEST_INTEGER <= exact <= LARGEST_INTEGER else exact
-
-
-def _json_float(text: str) -> float | Decimal:
-    number = float(text)
-    try:
-        exact = Decimal(text)
-    except InvalidOperation:
-        return number
-    if exact == Decimal(repr(number)) or abs(exact.adjusted()) > LARGEST_EXPONENT:
-        return number
-    return exact
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
 def _hstore(value: str | dict[str, str | None]) -> dict[str, str | None]:
     """In the order in which the server writes it: by the length of the keys, then by their bytes."""
     members: dict[str, str | None] = orjson.loads(value) if isinstance(value, str) else value
@@ -441,7 +306,7 @@ def _hstore(value: str | dict[str, str | None]) -> dict[str, str | None]:
 
 _CONVERTERS: Mapping[Kind, Convert] = {
     Kind.DECIMAL: _decimal,
-    Kind.BYTES: _bytes,
+    Kind.BYTES: bytes_of,
     Kind.DATE: _date,
     Kind.TIME: _time,
     Kind.TIMESTAMP: _timestamp,

@@ -1,0 +1,198 @@
+"""A pipeline from MariaDB, through Debezium Server and Kafka, to a store: load, changes, faults, types."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pymysql
+import pytest
+
+from acceptance.harness import Run
+from acceptance.kafka_harness import child_of
+from acceptance.mariadb_harness import MariaPipeline, execute, maria_pipeline
+from delta_sync.kafka.topics import read_cluster, wanted_topics
+from delta_sync.sources.mysql.connection import Session
+from delta_sync.testing.kafka import Kafka
+from delta_sync.testing.mariadb import MariaDB
+from delta_sync.testing.processes import wait_until
+from delta_sync.testing.registry import Apicurio
+from delta_sync.testing.servers import Redis
+from delta_sync.values import to_json
+from mariadb_values import VALUES as ALL_VALUES
+
+ROWS = 400
+SOME = 30  # transactions
+BEGINS_S, LOADS_S = 240.0, 240.0  # far above what it takes: no test may depend on speed
+WRITER_PAUSE_S = 0.02  # the machine has other things to do
+VALUES = [value for value in ALL_VALUES if value[0] not in ("inet4", "inet6")]  # which end Debezium
+
+TABLES = {
+    "account": "CREATE TABLE account (id int PRIMARY KEY, name varchar(40), balance decimal(12,2), at timestamp(3),"
+    " since date NOT NULL)",
+    "item": "CREATE TABLE item (region varchar(10), number int, data json, uid uuid, PRIMARY KEY (region, number))",
+    "types": "CREATE TABLE types (id int PRIMARY KEY, "
+    + ", ".join(f"c{number} {type_}" for number, (type_, *_) in enumerate(VALUES))
+    + ")",
+}
+
+
+@pytest.fixture
+def pipeline(
+    mariadb: MariaDB, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
+) -> Iterator[MariaPipeline]:
+    with maria_pipeline(mariadb, redis_server, kafka, registry, tmp_path, TABLES) as made:
+        yield made
+
+
+class Writing(threading.Thread):
+    """Changes random rows until it is stopped: all kinds of changes, several to a transaction, some rolled back."""
+
+    def __init__(self, pipeline: MariaPipeline, seed: int) -> None:
+        super().__init__(name="writer", daemon=True)
+        self.transactions = 0
+        self.failure: BaseException | None = None
+        self._source = pipeline.source
+        self._random = random.Random(seed)
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def run(self) -> None:
+        try:
+            with closing(self._source.session()) as session:
+                session.autocommit(False)
+                while not self._stopping.wait(WRITER_PAUSE_S):
+                    for _ in range(self._random.choice((1, 1, 3, 20))):
+                        with contextlib.suppress(pymysql.IntegrityError):  # a key that is taken
+                            execute(session, self._change())
+                    if self._random.random() < 0.15:
+                        session.rollback()
+                    else:
+                        session.commit()
+                    self.transactions += 1
+        except BaseException as error:  # noqa: BLE001 -- `stop` raises it
+            self.failure = error
+
+    def _change(self) -> str:
+        id_, other, word = self._random.randrange(ROWS), self._random.randrange(ROWS), self._random.random()
+        since = self._random.choice(
+            ("'0000-00-00'", "'1970-01-01'", "'2024-02-29'")
+        )  # Debezium writes two of them alike
+        where = f"region = 'r{id_ % 7}' AND number = {id_}"
+        return self._random.choice(
+            [
+                f"REPLACE INTO account (id, name, balance, at, since) VALUES ({id_}, {word}, {word}, NOW(3), {since})",
+                f"UPDATE account SET name = '{word}', balance = balance + 1 WHERE id = {id_}",
+                f"UPDATE account SET name = '{word}' WHERE id BETWEEN {id_} AND {id_ + 5}",
+                f"DELETE FROM account WHERE id = {id_}",
+                f"UPDATE account SET id = {other} WHERE id = {id_}",
+                f"INSERT INTO item VALUES ('r{id_ % 7}', {id_}, '[{word}]', UUID())",
+                f"UPDATE item SET uid = UUID(), data = '{{\"a\": {word}}}' WHERE {where}",
+                f"UPDATE item SET region = 'moved' WHERE {where}",
+                f"DELETE FROM item WHERE {where}",
+            ]
+        )
+
+
+@contextlib.contextmanager
+def writing(pipeline: MariaPipeline) -> Iterator[Writing]:
+    """A writer, until the end of the block."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    writer = Writing(pipeline, seed)
+    writer.start()
+    try:
+        yield writer
+    finally:
+        writer.stop()
+
+
+def fill(session: Session) -> None:
+    """Write the rows that are there before the pipeline is."""
+    values = ", ".join(text for _, text, *_ in VALUES)
+    accounts = ", ".join(f"({n}, 'first', {n}.25, NOW(3), '2024-02-29')" for n in range(ROWS))
+    items = ", ".join(f"('r{n % 7}', {n}, '[1]', UUID())" for n in range(ROWS))
+    execute(
+        session,
+        f"INSERT INTO account VALUES {accounts}",
+        f"INSERT INTO item VALUES {items}",
+        f"INSERT INTO types VALUES (1, {values})",
+    )
+
+
+def test_a_pipeline_from_mariadb(pipeline: MariaPipeline) -> None:
+    source = pipeline.source
+    with closing(source.session()) as session, contextlib.ExitStack() as exits:
+
+        def start(command: str, *options: str) -> Run:
+            run = pipeline.process(command, *options)
+            exits.callback(run.kill)
+            return run
+
+        fill(session)
+        with writing(pipeline):
+            sidecar, worker = start("sidecar"), start("worker")
+            wait_until(lambda: bool(worker.events("load_started")) or not worker.running, BEGINS_S, "the load")
+            assert worker.running, worker.tail()
+            worker.kill()  # both in the midst of it
+            child_of(sidecar, "debezium").kill()
+            worker = start("worker")
+            wait_until(pipeline.loaded, LOADS_S, "the load's end")
+        values = ", ".join(text for _, text, *_ in VALUES)
+        execute(session, f"INSERT INTO types VALUES (2, {values})")
+        pipeline.in_step(sidecar, worker)
+        check_types(pipeline)
+
+        # ── columns are added and a table is emptied while the writer goes on ──
+        with writing(pipeline) as writer:
+            execute(session, "ALTER TABLE account ADD COLUMN extra varchar(20) DEFAULT 'none'")
+            execute(session, "TRUNCATE TABLE item", "INSERT INTO item VALUES ('after', 1, '[2]', UUID())")
+            wait_until(lambda: writer.transactions > SOME, LOADS_S, "some transactions")
+        pipeline.in_step(sidecar, worker)
+        assert pipeline.epoch() == 1
+        assert pipeline.dead_letters() == []
+
+        # ── the log begins anew: the epoch rises, and what was deleted meanwhile goes ──
+        execute(session, "RESET MASTER", "DELETE FROM account WHERE id % 2 = 0", "UPDATE account SET name = 'reset'")
+        with writing(pipeline):
+            wait_until(lambda: pipeline.loaded() and pipeline.epoch() == 2, LOADS_S, f"a new epoch; {sidecar.tail()}")
+        (rise,) = sidecar.events("epoch_rises")
+        assert "RESET MASTER" in rise["reason"]
+        pipeline.in_step(sidecar, worker)
+        assert {load.epoch for load in pipeline.loads().values()} == {2}
+
+        assert pipeline.dead_letters() == []
+        assert sidecar.stop() == 0
+        assert worker.stop() == 0
+    check_commands(pipeline)
+
+
+def check_commands(pipeline: MariaPipeline) -> None:
+    """What is not a run: looking at it, and deleting all that it made."""
+    checked = pipeline.deltactl("pipeline", "check", pipeline.name, "--json")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert all(not problem["fatal"] for problem in json.loads(checked.stdout)["problems"])
+    assert "slot" not in json.loads(pipeline.deltactl("pipeline", "show", pipeline.name, "--json").stdout)
+    topics = [topic.name for topic in wanted_topics(pipeline.spec)]
+    assert read_cluster(pipeline.kafka, topics).topics.keys() == set(topics)
+    deleted = pipeline.deltactl("pipeline", "delete", pipeline.name, "--documents", "--yes")
+    assert deleted.returncode == 0, deleted.stderr
+    assert read_cluster(pipeline.kafka, topics).topics == {}
+
+
+def check_types(pipeline: MariaPipeline) -> None:
+    """Row 1 came by a load and row 2 by the log: both documents have every value as it is."""
+    table = pipeline.source.reader.tables([pipeline.tables[-1]])[pipeline.tables[-1]]
+    expected = json.loads(to_json({f"c{n}": value for n, (_, _, value, _) in enumerate(VALUES)}))
+    for id_ in (1, 2):
+        assert pipeline.document(table, (id_,)) == {"id": id_, **expected}
