@@ -1,21 +1,25 @@
-"""What commands that run for long share: names of members, signals, and a run for each epoch."""
+"""What commands that run for long share: names of members, signals, a run for each epoch, several processes."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
-from delta_sync import observe
-from delta_sync.errors import EpochRose, UsageError
+from delta_sync import child_exec, observe
+from delta_sync.errors import EpochRose, PipelineStopped, UsageError
 from delta_sync.running import Running
 from delta_sync.sources import check_supported
 from delta_sync.spec import PipelineSpec
 from deltactl.checking import need_kafka_packages
+
+LOOK_S = 0.2  # at each of several children in turn
 
 
 def member_name() -> str:
@@ -61,6 +65,42 @@ def run_through_epochs(make: Callable[[], Running], name: str, host: str, port: 
                 server.shutdown()
                 server.server_close()  # or the next run would find the port taken
         break
+
+
+def run_together(commands: Sequence[Sequence[str]]) -> None:
+    """Run commands side by side until all have ended; one that fails ends the others, and so do SIGTERM and SIGINT.
+
+    They are told to end by SIGTERM, also when this process is killed: nobody would look after them then. Call it from
+    the main thread, which lives as long as they. Raises PipelineStopped when one failed.
+    """
+    children: list[subprocess.Popen[bytes]] = []
+    stopping = threading.Event()
+
+    def stop() -> None:
+        stopping.set()
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+
+    on_signal(stop)
+    tie = [sys.executable, "-I", "-S", child_exec.__file__, str(os.getpid()), str(int(signal.SIGTERM)), "-"]
+    for command in commands:
+        if not stopping.is_set():
+            # In sessions of their own: a terminal's Ctrl-C comes to them once, through us.
+            children.append(subprocess.Popen([*tie, *command], start_new_session=True))  # noqa: PERF401, S603 -- a signal may come in between; our caller's command
+    if stopping.is_set():
+        stop()  # of a signal that came while one was being started
+    status = 0
+    while any(child.poll() is None for child in children):
+        for child in children:
+            try:
+                child.wait(LOOK_S)
+            except subprocess.TimeoutExpired:
+                continue
+            if child.returncode and not stopping.is_set():
+                status = child.returncode
+                stop()
+    if status:
+        raise PipelineStopped(f"A worker ended with status {status}; what it said is above.")
 
 
 def need_kafka(spec: PipelineSpec, command: str) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
-import threading
 from typing import Literal
 
 import click
 
 from delta_sync import logs
-from delta_sync.errors import PipelineStopped
 from delta_sync.running import Running
 from deltactl.app import App, name_argument, pass_app, shared_options
-from deltactl.processes import member_name, need_kafka, on_signal, run_through_epochs
-
-STOP_BUDGET_S = 30.0  # a worker drains for 10 s, and its group notices that it leaves
+from deltactl.processes import member_name, need_kafka, run_through_epochs, run_together
 
 
 @click.command(short_help="Run a worker of a pipeline on Kafka.")
@@ -62,29 +56,6 @@ def worker(
 
 def _run_several(app: App, name: str, processes: int, port: int | None, host: str, log_format: str) -> None:
     """Run so many workers as child processes. When one of them fails, all end."""
-    children: list[subprocess.Popen[bytes]] = []
-    stopping = threading.Event()
-
-    def stop() -> None:
-        stopping.set()
-        for child in children:
-            child.send_signal(signal.SIGTERM)
-
-    on_signal(stop)
-    for number in range(processes):
-        command = [sys.executable, "-m", "deltactl.main", "worker", name, "--dir", str(app.folder)]
-        command += ["--log-format", log_format, "--host", host]
-        command += ["--port", str(port + number)] if port else []
-        children.append(subprocess.Popen(command, start_new_session=True))  # noqa: S603 -- ourselves
-    status = 0
-    while any(child.poll() is None for child in children):
-        for child in children:
-            try:
-                child.wait(0.2)
-            except subprocess.TimeoutExpired:
-                continue
-            if child.returncode and not stopping.is_set():
-                status = child.returncode
-                stop()
-    if status:
-        raise PipelineStopped(f"A worker ended with status {status}; what it said is above.")
+    command = [sys.executable, "-m", "deltactl.main", "worker", name, "--dir", str(app.folder)]
+    command += ["--log-format", log_format, "--host", host]
+    run_together([[*command, *(["--port", str(port + number)] if port else [])] for number in range(processes)])
