@@ -5,6 +5,7 @@ A package adds one with `[project.entry-points."delta_sync.sinks"]`; nothing her
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -65,6 +66,13 @@ def kind_of(name: str, url: str) -> str:
 
 def sink_class(name: str, url: str) -> type[AnySink]:
     """Return the class for a sink's URL. Raises UsageError."""
+    scheme = url.partition("://")[0].lower()
+    # Most are called like their first scheme; to import only that one saves the other stores' clients.
+    for point in entry_points(group=GROUP, name=scheme):
+        with contextlib.suppress(Exception):  # `installed` tells what is wrong with it
+            cls: type[AnySink] = point.load()
+            if scheme in cls.schemes:
+                return cls
     return installed().classes[kind_of(name, url)]
 
 
