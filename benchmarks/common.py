@@ -79,14 +79,15 @@ def source_spec(source: PostgreSQL) -> dict[str, str]:
     return {"url": url, "password": "${env:BENCH_SOURCE_PASSWORD}"}
 
 
-def bench_spec(source: PostgreSQL, cache: Redis) -> PipelineSpec:
-    """Return the pipeline that all benchmarks run: one table into one Redis."""
+def bench_spec(source: PostgreSQL, cache: Redis, **more: Any) -> PipelineSpec:
+    """Return the pipeline that all benchmarks run: one table into one Redis, and what else the specification says."""
     return spec_from(
         {
             "name": "bench",
             "source": source_spec(source),
             "tables": {"public.movie": {"sinks": {"cache": {"key": "movie:{id}"}}}},
             "sinks": {"cache": {"url": cache.url}},
+            **more,
         },
         "benchmark",
     )

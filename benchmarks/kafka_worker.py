@@ -40,6 +40,7 @@ from delta_debezium.distribution import distribution
 from delta_debezium.render import server_environment, server_properties
 from delta_debezium.server import DebeziumServer
 from delta_sync.kafka import settings
+from delta_sync.kafka.consumer import KafkaBusy
 from delta_sync.kafka.names import group_id, topic_name
 from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.topics import create_topics, wanted_topics
@@ -62,6 +63,7 @@ LOOK_S = 0.05
 NAME = "bench"
 TABLE = "public.movie"
 PARTITIONS = 4
+RUNNING_COPIES = 2  # of what Debezium wrote: long enough that the last, smaller batches do not count
 CLIENTS = ("confluent-kafka", "kafka-python")
 
 HERE = Path(__file__).parent
@@ -321,10 +323,15 @@ def running(consumer: Consumer, log: Path) -> Any:
 
 
 def measure(stage: Stage, consumer: Consumer, wanted: Mapping[str, datetime], events: int) -> dict[str, float]:
-    """Run a consumer from the beginning until the newest change of every partition is in Redis."""
+    """Run a consumer from the beginning until the newest change of every partition is in Redis.
+
+    With nothing `wanted`, because there are copies: until its group has committed the end.
+    """
     client = redis.Redis.from_url(stage.cache.url)
     client.flushall()
     log = stage.folder / "consumer.log"
+    options = settings.kafka_python(_kafka(stage))
+    offsets = GroupOffsets(lambda: options, consumer.group, [stage.topic])
     first: tuple[float, int] | None = None  # CPU seconds when the first document was seen, and how many there were
     began = time.perf_counter()
     with running(consumer, log) as process:
@@ -334,11 +341,14 @@ def measure(stage: Stage, consumer: Consumer, wanted: Mapping[str, datetime], ev
             assert time.monotonic() < deadline, log.read_text()[-2000:]
             if first is None and (size := client.dbsize()):
                 first = cpu_s(process.pid), size
-            if all(_shows(document, wanted[key]) for key, document in zip(wanted, client.mget(wanted), strict=True)):
+            if wanted and all(map(_shows, client.mget(wanted), wanted.values())):
+                break
+            if not wanted and _at_end(offsets):
                 break
             time.sleep(LOOK_S)
         wall, cpu = time.perf_counter() - began, cpu_s(process.pid)
         rss = _largest_mb(process.pid)
+    offsets.close()
     assert first is not None
     return {
         "events_per_s": round(events / wall),
@@ -361,12 +371,8 @@ def measure_running(stage: Stage, consumer: Consumer, records: list[Any], events
         time.sleep(2.0)  # what follows a rebalance
         before, began = cpu_s(process.pid), time.perf_counter()
         produce(stage, records, events)
-        ends = offsets.ends()
-        while True:
+        while not _at_end(offsets):
             assert process.poll() is None, log.read_text()[-2000:]
-            committed = offsets.committed()
-            if all(committed.get(partition, 0) >= end for partition, end in ends.items()):
-                break
             time.sleep(LOOK_S)
         wall, cpu = time.perf_counter() - began, cpu_s(process.pid) - before
         offsets.close()
@@ -376,6 +382,14 @@ def measure_running(stage: Stage, consumer: Consumer, records: list[Any], events
             "rss_mb": _largest_mb(process.pid),
             "start_cpu_s": round(before, 2),
         }
+
+
+def _at_end(offsets: GroupOffsets) -> bool:
+    try:
+        committed = offsets.committed()
+        return all(committed.get(partition, 0) >= end for partition, end in offsets.ends().items())
+    except KafkaBusy:  # the group's topic is being made
+        return False
 
 
 def _shows(document: Any, wanted: datetime) -> bool:
@@ -427,25 +441,27 @@ def run(stage: Stage, arguments: argparse.Namespace) -> dict[str, list[dict[str,
     records = records_of(stage)
     wanted = newest(stage, records)
     events = len(records)
-    if arguments.backlog > events:
+    if arguments.backlog > events:  # for workers: the others would have to be asked for their positions
         produce(stage, records, arguments.backlog - events)
-        events = arguments.backlog
+        events, wanted = arguments.backlog, {}
     calls = participants(arguments.only)
     found: dict[str, list[dict[str, float]]] = {}
+
+    def note(label: str, figures: dict[str, float]) -> None:
+        found.setdefault(label, []).append(figures)
+        print(label, figures, f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+
     for _ in range(arguments.rounds):
         for label, call in calls.items():
             consumer = call(stage)
             forget(stage.kafka, consumer.group)
-            figures = measure(stage, consumer, wanted, events)
-            found.setdefault(label, []).append(figures)
-            print(label, figures, f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+            note(label, measure(stage, consumer, wanted, events))
+    for _ in range(arguments.rounds):  # afterwards, for these make the topic longer
         for client in CLIENTS:
             for processes in arguments.processes:
-                figures = measure_running(stage, worker(stage, client, processes), records, stage.events)
-                label = f"{processes} workers {client}, running"
-                if label in calls or arguments.only in label:
-                    found.setdefault(label, []).append(figures)
-                print(label, figures, f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+                if arguments.only in (label := f"{processes} workers {client}, running"):
+                    consumer = worker(stage, client, processes)
+                    note(label, measure_running(stage, consumer, records, RUNNING_COPIES * stage.events))
     return found
 
 

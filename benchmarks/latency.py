@@ -1,9 +1,11 @@
 """From commit to document, at 500 changes per second, with default settings; then what the idle pipeline costs.
 
-    python benchmarks/latency.py [--seconds 30] [--rate 500]
+    python benchmarks/latency.py [--seconds 30] [--rate 500] [--transport kafka]
+
+With Kafka: one broker, a registry, a sidecar and a worker. Brokers' and registry's CPU time is not counted.
 
 A row's `updated_at` is the clock just before its commit; an observer is told by Redis of every write, reads the
-document, and compares that with the same machine's clock. Also: time from the start of `deltactl run` to its first
+document, and compares that with the same machine's clock. Also: time from the start of Delta to its first
 document, resident memory of its processes, and the size of what is installed.
 """
 
@@ -18,8 +20,10 @@ import sys
 import sysconfig
 import threading
 import time
+from collections.abc import Generator, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg
@@ -84,76 +88,118 @@ def installed_mb() -> int:
     return round(sum(path.stat().st_size for path in packages.rglob("*") if path.is_file()) / 1e6)
 
 
+def kafka_options(exits: contextlib.ExitStack) -> dict[str, Any]:
+    """Start a broker and a registry; return what the specification says of them."""
+    from delta_sync.testing.kafka import Kafka
+    from delta_sync.testing.registry import Apicurio
+
+    broker, registry = exits.enter_context(Kafka()), exits.enter_context(Apicurio())
+    copies = {"replication_factor": 1, "min_insync_replicas": 1, "allow_unsafe": True}
+    kafka = {"bootstrap_servers": broker.url, "registry": {"url": registry.url}, **copies}
+    return {"transport": "kafka", "kafka": kafka}
+
+
+@contextlib.contextmanager
+def running(folder: str, command: str) -> Generator[subprocess.Popen[bytes]]:
+    """Run one of Delta's processes."""
+    arguments = [sys.executable, "-m", "deltactl.main", "--dir", folder, command, "bench"]
+    log = Path(folder) / f"{command}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(arguments, stderr=output)
+    try:
+        yield process
+    except BaseException:
+        print(log.read_text()[-2000:], file=sys.stderr)
+        raise
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def cpu_of(runs: Mapping[str, subprocess.Popen[bytes]]) -> dict[str, float]:
+    """Return the CPU seconds that each has used so far, its children included."""
+    return {command: cpu_s(run.pid) for command, run in runs.items()}
+
+
+def share(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Return which part of a core each has used, and all together."""
+    found = {command: round((after[command] - before[command]) / seconds, 3) for command in before}
+    return found | {"all": round(sum(found.values()), 3)}
+
+
+def resident_mb(runs: Mapping[str, subprocess.Popen[bytes]]) -> dict[str, int]:
+    """Return the resident memory of each, and of its children."""
+    found: dict[str, int] = {}
+    for command, run in runs.items():
+        process = psutil.Process(run.pid)
+        found[command] = process.memory_info().rss >> 20
+        if children := process.children(recursive=True):
+            found[f"{command}'s connector"] = sum(child.memory_info().rss for child in children) >> 20
+    return found
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--rate", type=int, default=500)
+    parser.add_argument("--transport", choices=["embedded", "kafka"], default="embedded")
+    parser.add_argument("--option", action="append", default=[], help="name=value, of the connector")
     parser.add_argument("--generate", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.generate:
         generate(arguments.generate, arguments.rate, arguments.seconds)
         return
-    with scratch() as scratch_name, servers() as (source, cache):
+    with contextlib.ExitStack() as exits:
+        scratch_name = exits.enter_context(scratch())
+        source, cache = exits.enter_context(servers())
         folder = Path(scratch_name) / "bench"
         folder.mkdir()
-        spec = bench_spec(source, cache)
+        options: dict[str, Any] = dict(option.split("=", 1) for option in arguments.option)
+        kafka = kafka_options(exits) if arguments.transport == "kafka" else {}
+        spec = bench_spec(source, cache, **kafka, **({"connector": options} if options else {}))
         (folder / "processor.py").write_text(PROCESSOR)
         (folder / "pipeline.yaml").write_text(dump_spec(spec))
         fill(source, ROWS, updates=False)
         observer = Observer(cache.url)
         observer.start()
         started = time.time()
-        command = [sys.executable, "-m", "deltactl.main", "--dir", scratch_name, "run", "bench"]
-        run = subprocess.Popen(command, stderr=(folder / "run.log").open("wb"))
-        try:
-            client = redis.Redis.from_url(cache.url)
-            while client.dbsize() < ROWS:
-                assert run.poll() is None, (folder / "run.log").read_text()[-2000:]
-                time.sleep(0.05)
-            assert observer.first is not None
-            first_s = observer.first - started
-            loaded_s = time.time() - started
-            seconds = str(arguments.seconds + WARM_UP_S)
-            generator = subprocess.Popen(
-                [
-                    sys.executable,
-                    __file__,
-                    "--generate",
-                    source.url,
-                    "--rate",
-                    str(arguments.rate),
-                    "--seconds",
-                    seconds,
-                ]
-            )
-            time.sleep(WARM_UP_S)
-            busy_before = cpu_s(run.pid)
-            observer.measuring.set()
-            generator.wait()
-            busy = (cpu_s(run.pid) - busy_before) / arguments.seconds
-            observer.measuring.clear()
-            time.sleep(2)
-            idle_before = cpu_s(run.pid)
-            time.sleep(IDLE_S)
-            idle = (cpu_s(run.pid) - idle_before) / IDLE_S
-            process = psutil.Process(run.pid)
-            resident = {one.name(): one.memory_info().rss >> 20 for one in [process]}
-            children = {f"capture {one.pid}": one.memory_info().rss >> 20 for one in process.children(recursive=True)}
-        finally:
-            run.send_signal(signal.SIGTERM)
-            run.wait()
+        runs = {
+            command: exits.enter_context(running(scratch_name, command))
+            for command in (("sidecar", "worker") if kafka else ("run",))
+        }
+        client = redis.Redis.from_url(cache.url)
+        while client.dbsize() < ROWS:
+            assert all(run.poll() is None for run in runs.values()), "see the log above"
+            time.sleep(0.05)
+        assert observer.first is not None
+        first_s = observer.first - started
+        loaded_s = time.time() - started
+        seconds = str(arguments.seconds + WARM_UP_S)
+        generate_command = [sys.executable, __file__, "--generate", source.url, "--rate", str(arguments.rate)]
+        generator = subprocess.Popen([*generate_command, "--seconds", seconds])
+        time.sleep(WARM_UP_S)
+        before = cpu_of(runs)
+        observer.measuring.set()
+        generator.wait()
+        busy = share(before, cpu_of(runs), arguments.seconds)
+        observer.measuring.clear()
+        time.sleep(2)
+        before = cpu_of(runs)
+        time.sleep(IDLE_S)
+        idle = share(before, cpu_of(runs), IDLE_S)
+        resident = resident_mb(runs)
     ages = sorted(observer.ages_ms)
     report(
-        "latency",
+        "latency" if arguments.transport == "embedded" else "latency_kafka",
         {
             "changes": len(ages),
             **{f"p{q}_ms": round(ages[min(len(ages) - 1, len(ages) * q // 100)], 1) for q in (50, 95, 99)},
-            "cpu_of_a_core_busy": round(busy, 3),
-            "cpu_of_a_core_idle": round(idle, 3),
+            "cpu_of_a_core_busy": busy,
+            "cpu_of_a_core_idle": idle,
             "first_document_s": round(first_s, 1),
             "loaded_20000_rows_s": round(loaded_s, 1),
-            "resident_mb": {"worker": sum(resident.values()), "capture": sum(children.values())},
+            "resident_mb": resident,
             "installed_mb": installed_mb(),
         },
     )

@@ -22,7 +22,7 @@ from delta_sync.progress import Progress
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-IN_FLIGHT_BATCHES = 16  # unconfirmed; enough for the worker to join some while others are in the sinks
+IN_FLIGHT_BATCHES = 8  # unconfirmed; enough to join some while others are in the sinks, at 20 MB less than 16 take
 IN_FLIGHT_BYTES = 16 << 20  # and no more than this, beside the first: decoded, it is several times as much
 PAUSE_AFTER_S = 5.0  # a pause lets clients throw away what they fetched ahead, so it is for sinks that are really stuck
 LAGS_S = 1.0  # between looks at how far behind it is: as often as the status is saved
