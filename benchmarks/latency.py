@@ -30,6 +30,7 @@ import psycopg
 import redis
 from common import PROCESSOR, bench_spec, cpu_s, fill, report, scratch, servers
 
+from delta_sync.kafka.topics import create_topics, wanted_topics
 from delta_sync.spec import dump_spec
 
 ROWS = 20_000
@@ -158,6 +159,8 @@ def main() -> None:
         options: dict[str, Any] = dict(option.split("=", 1) for option in arguments.option)
         kafka = kafka_options(exits) if arguments.transport == "kafka" else {}
         spec = bench_spec(source, cache, **kafka, **({"connector": options} if options else {}))
+        if spec.kafka is not None:  # `deltactl pipeline create` would have made them
+            create_topics(spec.kafka, wanted_topics(spec))
         (folder / "processor.py").write_text(PROCESSOR)
         (folder / "pipeline.yaml").write_text(dump_spec(spec))
         fill(source, ROWS, updates=False)
