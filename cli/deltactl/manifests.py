@@ -15,12 +15,12 @@ from delta_sync import running, worker
 from delta_sync.errors import UsageError
 from delta_sync.secrets import references
 from delta_sync.spec import PipelineSpec
-from deltactl.worker import STOP_BUDGET_S as WORKER_STOP_BUDGET_S
 
 PORT = 9464  # as in the Dockerfiles
 UID = 10001
 REPLICAS = 2  # one goes on when the other's node does not
 END_S = 5.0  # from a process's last word to its end, on a busy node
+GROUP_S = 5.0  # for the group's coordinator to answer
 FIRST_START_S = 120  # for an image to be unpacked and a source that is slow to answer
 PROBE_PERIOD_S = 10
 JVM_MB = 256  # beside its heap: classes, threads, buffers
@@ -124,7 +124,8 @@ def secret_name(spec: PipelineSpec) -> str:
 def grace_s(role: str) -> int:
     """Return how long a pod may take to end: what its process gives itself, and a bit. After that it is killed."""
     budgets = {
-        "worker": WORKER_STOP_BUDGET_S,
+        # What is in flight, the threads that read; then its consumer leaves the group.
+        "worker": worker.DRAIN_BUDGET_S + running.STOP_BUDGET_S + GROUP_S,
         # The server and the threads, one after the other; then the lease is given back.
         "sidecar": 2 * sidecar.STOP_BUDGET_S + sidecar.LEASE_S,
         # What is in flight, the threads that read, the engine.

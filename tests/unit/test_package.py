@@ -29,7 +29,6 @@ from deltactl.main import main
 from deltactl.manifests import grace_s, manifests, secrets_of
 from deltactl.package import FETCHING, MARKER, images_of, is_left_out, pipeline_files
 from deltactl.wheel import own_wheel, sources
-from deltactl.worker import STOP_BUDGET_S as WORKER_STOP_BUDGET_S
 
 ROOT = Path(__file__).parents[2]
 ROLES = ("worker", "sidecar", "run")
@@ -354,7 +353,7 @@ def test_embedded_there_is_one_pod_and_its_state_stays() -> None:
 
 
 def test_pods_are_not_killed_while_they_drain() -> None:
-    assert grace_s("worker") > max(WORKER_STOP_BUDGET_S, worker.DRAIN_BUDGET_S + running.STOP_BUDGET_S)
+    assert grace_s("worker") > worker.DRAIN_BUDGET_S + running.STOP_BUDGET_S
     assert grace_s("sidecar") > 2 * sidecar.STOP_BUDGET_S
     assert grace_s("run") > worker.DRAIN_BUDGET_S + running.STOP_BUDGET_S + engine.STOP_BUDGET_S
     for one, container in deployments(spec(KAFKA)):
