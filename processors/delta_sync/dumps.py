@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from decimal import Decimal
+from typing import Any, Literal, NamedTuple
+from uuid import UUID
 
 from delta_sync.changes import Key
 from delta_sync.errors import UsageError
+from delta_sync.tables import Kind as ColumnKind
+from delta_sync.tables import Table
 
 Kind = Literal["load", "table", "keys", "where"]
 State = Literal["pending", "running", "paused", "done", "cancelled", "failed"]
@@ -162,3 +166,50 @@ def rate_and_left(
     if estimate is None or rate <= 0:
         return rate, None
     return rate, max(0.0, estimate - now[1]) / rate
+
+
+def key_from_text(table: Table, text: str) -> Key:
+    """Return a key from the text that `tables.key_text` writes. Raises UsageError.
+
+    Of an unusual type (a range, an enumeration, …) the text itself is the key's value, as it is in a row.
+    """
+    parts = [text] if len(table.key) == 1 else [_unescaped(part) for part in text.split(":")]
+    if len(parts) != len(table.key):
+        raise UsageError(
+            f"{text!r} is no key of {table.id}: it has the columns {', '.join(table.key)}; write their values with a"
+            " colon between them (and %3A for a colon, %25 for a percent sign within one)."
+        )
+    try:
+        return tuple(
+            _VALUES.get(table.column(name).kind, str)(part) for name, part in zip(table.key, parts, strict=True)
+        )
+    except (ValueError, ArithmeticError) as error:
+        kinds = ", ".join(f"{name} {table.column(name).type}" for name in table.key)
+        raise UsageError(f"{text!r} is no key of {table.id} ({kinds}).") from error
+
+
+def _unescaped(part: str) -> str:
+    return part.replace("%3A", ":").replace("%3a", ":").replace("%25", "%")
+
+
+def _bool(text: str) -> bool:
+    return {"true": True, "false": False}[text] if text in ("true", "false") else bool(int(text))
+
+
+def _timestamp_tz(text: str) -> dt.datetime:
+    found = dt.datetime.fromisoformat(text)
+    return found.replace(tzinfo=dt.UTC) if found.tzinfo is None else found.astimezone(dt.UTC)
+
+
+_VALUES: dict[ColumnKind, Callable[[str], Any]] = {
+    ColumnKind.BOOLEAN: _bool,
+    ColumnKind.INTEGER: int,
+    ColumnKind.FLOAT: float,
+    ColumnKind.DECIMAL: Decimal,
+    ColumnKind.UUID: UUID,
+    ColumnKind.DATE: dt.date.fromisoformat,
+    ColumnKind.TIME: dt.time.fromisoformat,
+    ColumnKind.TIMESTAMP: dt.datetime.fromisoformat,
+    ColumnKind.TIMESTAMP_TZ: _timestamp_tz,
+    ColumnKind.BYTES: bytes.fromhex,
+}

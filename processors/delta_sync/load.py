@@ -256,15 +256,14 @@ class Loader(threading.Thread):
         pending = [dump for dump in dumps if dump.state == "pending" and dump.table in tables]
         if loads or pending:
             begun = {load.table for load in loads if load.covered_from is None}
-            if begun or pending:
-                for load in loads:
-                    if load.covered_from is None:
-                        self._dumps.supersede(load.table, f"the table is loaded: {load.reason}", lease)
-                # From here on the connector surely delivers these tables' changes, and whatever was read for a dump
-                # that is superseded lies below the new coverage.
-                self._pass_log()
-                with self._asking:
-                    covered_from = self._reader.log_end()
+            for load in loads:
+                if load.table in begun:
+                    self._dumps.supersede(load.table, f"the table is loaded: {load.reason}", lease)
+            # From here on the connector surely delivers these tables' changes, and whatever was read for a dump that is
+            # superseded lies below the new coverage.
+            self._pass_log()
+            with self._asking:
+                covered_from = self._reader.log_end()
             for load in loads:
                 self._begin_load(load, covered_from if load.table in begun else None)
             for dump in pending:
@@ -335,7 +334,7 @@ class Loader(threading.Thread):
 
     def _as_begun(self, dump: Dump, table: Table, covered_from: int | None, fingerprint: str) -> Dump:
         with self._asking:
-            estimate = self._reader.estimated_rows(table) if dump.kind in ("load", "table") else None
+            estimate = self._reader.estimated_rows(table) if dump.kind in ("load", "table") else dump.estimate
         return dataclasses.replace(
             dump, epoch=self._epoch, fingerprint=fingerprint, covered_from=covered_from, estimate=estimate
         )

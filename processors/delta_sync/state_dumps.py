@@ -6,6 +6,7 @@ happens in some order: a chunk is given out before or after a pause, not in the 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,8 +56,10 @@ class DumpStore:
         assert (dump.kind == "keys") == bool(keys), "a dump by keys has keys, and no other has"
         assert (dump.kind == "where") == (dump.where is not None), "a condition belongs to its kind"
         with self._state.transaction(write=True) as connection:
-            id_ = _insert(connection, self._pipeline, dump)
-            self._add_chunks(connection, id_, 1, [(None, None, some) for some in key_chunks(keys)])
+            chunks = key_chunks(keys)
+            count = sum(map(len, chunks)) if chunks else None
+            id_ = _insert(connection, self._pipeline, dataclasses.replace(dump, estimate=count))
+            self._add_chunks(connection, id_, 1, [(None, None, some) for some in chunks])
         return id_
 
     def get(self, id_: int) -> Dump | None:
@@ -411,6 +414,7 @@ def _insert(connection: sa.Connection, pipeline: str, dump: Dump) -> int:
             planned=0,
             next_chunk=1,
             row_count=0,
+            estimate=dump.estimate,
             created_at=now_of(connection),
         )
     )
