@@ -107,17 +107,18 @@ def ordered(order: Order, dump: Dump) -> State:
             return dump.state
 
 
-def in_turn(dumps: Iterable[Dump], counts: Mapping[int, ChunkCounts]) -> list[Dump]:
+def in_turn(dumps: Iterable[Dump], counts: Mapping[int, ChunkCounts], last: int = 0) -> list[Dump]:
     """Return the dumps of which a chunk may be read now, in the order in which they are served.
 
-    That with the fewest chunks under way comes first, so that all go on; of these the oldest.
+    That with the fewest chunks under way comes first; of these the next one after `last`, whose chunk was read last. So
+    all go on.
     """
-    served: list[tuple[int, int, Dump]] = []
+    served: list[tuple[int, bool, int, Dump]] = []
     for dump in dumps:
         free, leased = counts.get(dump.id, ChunkCounts())
         if dump.state == "running" and free and (dump.parallel is None or leased < dump.parallel):
-            served.append((leased, dump.id, dump))
-    return [dump for _, _, dump in sorted(served, key=lambda one: one[:2])]
+            served.append((leased, dump.id <= last, dump.id, dump))
+    return [dump for _, _, _, dump in sorted(served, key=lambda one: one[:3])]
 
 
 def rows_most(dump: Dump, chunk_rows: int) -> int:

@@ -164,6 +164,7 @@ class Loader(threading.Thread):
         self._read: deque[Rows] = deque()
         self._passed: deque[Rows] = deque()
         self._held = 0  # bytes
+        self._last = 0  # the dump of which a chunk was read last
         self._under_way = False
 
     # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
@@ -352,7 +353,7 @@ class Loader(threading.Thread):
             after, chunks = dump.planned_to, list[tuple[Key | None, Key | None]]()
             while len(chunks) < more and (not chunks or chunks[-1][1] is not None):
                 with self._asking:
-                    end = self._reader.boundary(table, after, rows_most(dump, self._options.chunk_rows))
+                    end = self._reader.key_behind(table, after, rows_most(dump, self._options.chunk_rows))
                 chunks.append((after, end))
                 after = end
             self._dumps.plan(dump.id, chunks, self._lease())
@@ -397,9 +398,10 @@ class Loader(threading.Thread):
         """Lease a chunk, read it, and queue its rows; return whether there was one."""
         if not self._under_way:
             return False
-        lease = self._dumps.lease(self._owner, LEASE_S, self._options.chunk_rows, self._fits)
+        lease = self._dumps.lease(self._owner, LEASE_S, self._options.chunk_rows, self._fits, self._last)
         if lease is None:
             return False
+        self._last = lease.dump.id
         try:
             rows = self._rows_of(reader, lease)
         except UsageError as error:

@@ -409,7 +409,7 @@ class StateStore:
 
     def failed_keys(self, name: str, table: str, key_texts: Sequence[str]) -> set[tuple[str, str | None]]:
         """Return which of these keys of a table have a dead letter, each with the sink that it is of (None: of all)."""
-        stored = {_clean(text): text for text in key_texts}
+        stored = {clean(text): text for text in key_texts}
         found: set[tuple[str, str | None]] = set()
         columns = (DEAD_LETTERS.c.key_text, DEAD_LETTERS.c.sink)
         of_table = sa.and_(DEAD_LETTERS.c.pipeline == name, DEAD_LETTERS.c.table_name == table)

@@ -206,16 +206,18 @@ class DumpStore:
 
     # ── what readers do ──
 
-    def lease(self, owner: str, ttl_s: float, chunk_rows: int, fit: Callable[[Dump], bool]) -> ChunkLease | None:
+    def lease(
+        self, owner: str, ttl_s: float, chunk_rows: int, fit: Callable[[Dump], bool], last: int = 0
+    ) -> ChunkLease | None:
         """Lease a chunk of a dump that is `fit` for this process, for `ttl_s`; None: there is none at the moment.
 
-        A dump's limits count here. `owner` must be another one in every process, as in `StateStore.take_lease`.
+        A dump's limits count here, and its turn comes after that of `last`. `owner` must be another one in every process, as in `StateStore.take_lease`.
         """
         running = sa.select(DUMPS).where(DUMPS.c.pipeline == self._pipeline, DUMPS.c.state == "running")
         with self._state.transaction() as connection:
             dumps = [_dump(row) for row in connection.execute(running)]
             counts = self._counts(connection) if dumps else {}
-        for dump in in_turn(filter(fit, dumps), counts):
+        for dump in in_turn(filter(fit, dumps), counts, last):
             found = self._lease_of(dump.id, owner, ttl_s, chunk_rows)
             if found is not None:
                 return found

@@ -69,7 +69,7 @@ class FakeReader:
     def blockers(self) -> list[Blocker]:
         return [Blocker(77, 40, 12.0, "UPDATE movie")]
 
-    def boundary(self, table: Table, after: Key | None, rows: int) -> Key | None:
+    def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
         place = (-1 if after is None else after[0]) + rows
         return (place,) if place < self.rows else None
 

@@ -194,14 +194,6 @@ class SourceReader(ABC):
         """Return where a pipeline's connector keeps its position. It uses this reader, and ends with it."""
 
     @abstractmethod
-    def boundary(self, table: Table, after: Key | None, rows: int) -> Key | None:
-        """Return the key of the row that is so many rows behind `after`; None: there are not so many.
-
-        Asks the key's index alone, whatever the type of its columns: nothing is counted, and no statistics are used.
-        Raises SchemaChanged.
-        """
-
-    @abstractmethod
     def check_condition(self, table: Table, where: str) -> None:
         """Raise UsageError when the source does not understand a condition (an SQL expression) on a table's rows."""
 

@@ -238,18 +238,6 @@ class MariaReader(SourceReader):
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def boundary(self, table: Table, after: Key | None, rows: int) -> Key | None:
-        """Return the key of the row that is so many rows behind `after`; None: there are not so many."""
-        keys = table._replace(columns=tuple(table.column(name) for name in table.key))
-        condition, parameters = _within(table, after, None, None)
-        order = ", ".join(f"t.{quoted(name)}" for name in table.key)
-        query = (
-            f"SELECT {codec.select_list(keys)} FROM {_qualified(table)} AS t{condition} ORDER BY {order} LIMIT %s, 1"  # noqa: S608 -- quoted
-        )
-        with self._connected() as session:
-            found = _fetch(session, query, (*parameters, rows - 1))
-        return None if not found else codec.row_maker(keys)(found[0])[0]
-
     def check_condition(self, table: Table, where: str) -> None:
         """Have the source plan a query with the condition. Raises UsageError."""
         condition, parameters = _within(table, None, None, where)
@@ -287,7 +275,7 @@ class MariaReader(SourceReader):
     def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
         """Return the key of the row that is so many rows behind `after`; None beyond the last."""
         keys_alone = table._replace(columns=tuple(table.column(name) for name in table.key))
-        condition, parameters = _behind(table, after)
+        condition, parameters = _within(table, after, None, None)
         order = ", ".join(f"t.{quoted(name)}" for name in table.key)
         query = (
             f"SELECT {codec.select_list(keys_alone)} FROM {_qualified(table)} AS t{condition}"  # noqa: S608 -- quoted

@@ -317,19 +317,6 @@ class PostgresReader(SourceReader):
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def boundary(self, table: Table, after: Key | None, rows: int) -> Key | None:
-        """Return the key of the row that is so many rows behind `after`; None: there are not so many."""
-        order = sql.SQL(", ").join(map(sql.Identifier, table.key))
-        query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} OFFSET %s LIMIT 1").format(
-            codec.select_list(table._replace(columns=tuple(table.column(name) for name in table.key))),
-            _qualified(table),
-            _within(table, after, None, None),
-            order,
-        )
-        with self._connected() as connection:
-            row = connection.execute(query, [*(after or ()), rows - 1]).fetchone()
-        return None if row is None else tuple(row)
-
     def check_condition(self, table: Table, where: str) -> None:
         """Have the source plan a query with the condition. Raises UsageError."""
         query = sql.SQL("EXPLAIN SELECT FROM {} AS t{} LIMIT %s").format(
@@ -380,7 +367,7 @@ class PostgresReader(SourceReader):
         query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} OFFSET {} LIMIT 1").format(
             codec.select_list(keys_alone),
             _qualified(table),
-            _behind(table, after),
+            _within(table, after, None, None),
             sql.SQL(", ").join(map(sql.Identifier, table.key)),
             sql.Literal(rows - 1),
         )
