@@ -211,7 +211,8 @@ class DumpStore:
     ) -> ChunkLease | None:
         """Lease a chunk of a dump that is `fit` for this process, for `ttl_s`; None: there is none at the moment.
 
-        A dump's limits count here, and its turn comes after that of `last`. `owner` must be another one in every process, as in `StateStore.take_lease`.
+        A limit counts here, and a turn comes after that of the dump `last`. `owner` must be another one in each
+        process, as in `StateStore.take_lease`.
         """
         running = sa.select(DUMPS).where(DUMPS.c.pipeline == self._pipeline, DUMPS.c.state == "running")
         with self._state.transaction() as connection:
