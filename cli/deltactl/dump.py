@@ -69,7 +69,7 @@ id_argument = click.argument("id_", metavar="ID", type=int)
 @click.option("--keys", help="Only the rows with these keys, with commas between them.")
 @click.option(
     "--keys-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Only the rows with the keys in this file, one a line.",
 )
 @click.option("--where", help="Only the rows that meet this condition, in the source's SQL.")
