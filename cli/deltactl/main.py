@@ -16,6 +16,7 @@ except KeyboardInterrupt:
 COMMANDS = {
     "completion": "deltactl.completion:completion",
     "dead": "deltactl.dead:dead",
+    "dump": "deltactl.dump:dump",
     "pipeline": "deltactl.pipeline:pipeline",
     "run": "deltactl.run:run",
     "sidecar": "deltactl.sidecar:sidecar",

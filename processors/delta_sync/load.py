@@ -1,28 +1,34 @@
-"""The load: rows that are already in the source are read in chunks with claims, while changes stream.
+"""Dumps are carried out: rows that are already in the source are read in chunks with claims, while changes stream.
 
-One table after the other, one chunk at a time. A chunk's rows are written with a version just below everything that its
-claim leaves to the log, so they may arrive in any order with the log's changes. They are handed over only after the
-log has come past the moment at which the chunk was read: then no reader sees a row go back to an older state, either.
-Progress is saved after each chunk that every sink has acknowledged, so a load goes on where it was.
+Chunks are read by several threads, of several processes where there are several. A chunk's rows are written with a
+version just below everything that its claim leaves to the log, so they may arrive in any order with the log's changes
+and with each other. They are handed over only after the log has come past the moment at which the chunk was read: then
+no reader sees a row go back to an older state, either. What every sink has acknowledged is recorded chunk by chunk, so
+a dump goes on where it was. The load of a table is a dump that is begun here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime as dt
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
 from delta_sync.changes import Change, Key
-from delta_sync.errors import EpochRose, LeaseLost, LoadOverruled, Transient
+from delta_sync.dumps import ChunkCounts, ChunkLease, Dump, is_over, removes_unmet, rows_most, to_plan
+from delta_sync.errors import EpochRose, LeaseLost, StateBusy, Transient, UsageError
 from delta_sync.leases import LeaseKeeper
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.reader import Chunk, Sample, Samples, Snapshot, SourceReader
 from delta_sync.spec import LoadSpec
 from delta_sync.state import Lease, StateStore, TableLoad
+from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version
@@ -30,11 +36,22 @@ from delta_sync.versions import dump_version
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 SLICE_ROWS = 2000  # handed to the worker at once, so that changes of the log wait for no more than that
+SLICES_MOST = 3  # handed over and not yet acknowledged: one that is written, one that is processed, one that waits
 CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
-WAIT_NOTICE_S = 2.0  # then one wants to know for whom a load waits
+WAIT_NOTICE_S = 2.0  # then one wants to know for whom a dump waits
 FIRST_LOAD = "first load"
-LOOK_S = 1.0  # between looks whether there is something to load, where others may ask for it
+LOOK_S = 1.0  # between looks whether there is something to do: anybody may ask for a dump, or pause one
 RETRY_S = 1.0  # after the source or the state store did not answer
+HELD_CHUNKS = 4  # read and not yet written, in units of the chunk's byte limit
+LEASE_S = 30.0  # a chunk of a process that died is read by another after that
+RENEW_S = LEASE_S / 3
+KEPT = 100  # dumps that have ended, for `deltactl dump list`
+END_BUDGET_S = 5.0  # for threads that end, each: they only wait for a source that was told to be silent
+MEASURED = 32  # rows of a chunk whose size is looked at
+VALUE_BYTES = 32  # of a value beside its text: a Python object
+READ_LOOK_S = 0.1  # between looks for a chunk while a dump is under way: its rate may be limited, or others read it
+
+T = TypeVar("T")
 
 
 class SharedSamples:
@@ -62,11 +79,15 @@ class SharedSamples:
 
 
 class Slice(NamedTuple):
-    """Some rows of a chunk as changes, and where the worker reports that every sink has acknowledged them."""
+    """Some rows of a chunk as changes, and where the worker reports that every sink has acknowledged them.
+
+    `sinks` are those that get them; None: all of the table's.
+    """
 
     table: str
     changes: Sequence[Change]
     done: Future[None]
+    sinks: frozenset[str] | None = None
 
 
 class Reload(NamedTuple):
@@ -76,19 +97,31 @@ class Reload(NamedTuple):
     reason: str
 
 
-class Loader(threading.Thread):
-    """Loads the tables that are not loaded yet. `hand_over` gives a slice to the worker.
+class Rows(NamedTuple):
+    """A chunk that has been read: its rows (None: there is none with this key), and how many bytes these are, about."""
 
-    `finished` is called when a table is complete; it removes documents of rows that went without a change event. Where
-    several processes could load, `keeper` has the lease of the one that does.
+    lease: ChunkLease
+    rows: Sequence[tuple[Key, Row | None]]
+    version: int
+    size: int
+
+
+class Loader(threading.Thread):
+    """Carries out a pipeline's dumps, and begins those of tables that are not loaded. `hand_over` feeds the worker.
+
+    Each of `readers` is for one thread that reads chunks; `reader` is for planning and for heartbeats. `finished` is
+    called when a dump that removes what it did not meet has met everything. Where several processes carry out dumps,
+    `keeper` has the lease of the one that plans; `owner` is another one in each.
     """
 
     def __init__(
         self,
         *,
         pipeline: str,
+        owner: str,
         epoch: int,
         reader: SourceReader,
+        readers: Sequence[SourceReader],
         samples: SharedSamples,
         position: LogPosition,
         progress: Progress,
@@ -98,19 +131,22 @@ class Loader(threading.Thread):
         tables: Callable[[], Mapping[str, Table]],
         fingerprint: Callable[[str], str],
         hand_over: Callable[[Slice], None],
-        finished: Callable[[TableLoad], None],
+        finished: Callable[[Dump], None],
         failed: Callable[[BaseException], None],
         stopping: threading.Event,
         keeper: LeaseKeeper | None = None,
     ) -> None:
         super().__init__(name="load", daemon=True)
         self._pipeline = pipeline
+        self._owner = owner
         self._epoch = epoch
         self._reader = reader
+        self._readers = readers
         self._samples = samples
         self._position = position
         self._progress = progress
         self._state = state
+        self._dumps = DumpStore(state, pipeline)
         self._options = options
         self._heartbeat_prefix = heartbeat_prefix
         self._tables = tables
@@ -120,149 +156,279 @@ class Loader(threading.Thread):
         self._failed = failed
         self._stopping = stopping
         self._keeper = keeper
-        self._lease: Lease | None = None
-        self._wake = threading.Condition()
+        self._asking = threading.Lock()  # of `reader`, which is used by two threads
+        self._news = threading.Condition()
         self._reloads: dict[str, Reload] = {}
+        self._looks = 0  # rises whenever there may be something to plan
+        self._plans = 0  # rises whenever there may be something to read
+        self._read: deque[Rows] = deque()
+        self._passed: deque[Rows] = deque()
+        self._held = 0  # bytes
+        self._last = 0  # the dump of which a chunk was read last
+        self._under_way = False
+
+    # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
 
     def reload(self, table: str, reason: str) -> None:
-        """Load a table from the start, after whatever is being read now."""
-        with self._wake:
+        """Load a table from the start."""
+        with self._news:
             self._reloads[table] = Reload(table, reason)
-            self._wake.notify_all()
+            self._looks += 1
+            self._news.notify_all()
 
     def wake(self) -> None:
         """Look for something to do, or stop."""
-        with self._wake:
-            self._wake.notify_all()
+        with self._news:
+            self._looks += 1
+            self._news.notify_all()
 
     @property
     def busy(self) -> bool:
-        """Whether a table is not loaded yet."""
-        return bool(self._reloads) or any(load.get("state") != "done" for load in self._progress.loads.values())
+        """Whether there is a dump under way."""
+        return bool(self._reloads) or self._under_way
+
+    # ── the threads ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> None:
-        """Load until Delta stops. What it cannot mend goes to `failed`."""
+        """Carry out dumps until Delta stops. What it cannot mend goes to `failed`."""
+        if self._keeper is None:
+            self._guarded("load", lambda: self._dumps.release(None), once=True)  # those of a process that was killed
+        threads = [
+            threading.Thread(target=self._guarded, args=("load", lambda r=reader: self._read_next(r)), daemon=True)
+            for reader in self._readers
+        ]
+        threads += [
+            threading.Thread(target=self._guarded, args=(name, step), name=name, daemon=True)
+            for name, step in (("load log", self._pass_next), ("load write", self._write_next), ("load", self._renew))
+        ]
+        for thread in threads:
+            thread.start()
+        self._guarded("load", self._plan_next)
+        self.wake()
+        for thread in threads:
+            thread.join(END_BUDGET_S)
+        try:
+            self._dumps.release(self._owner)
+        except StateBusy as error:
+            log.info("chunks_not_released", reason=str(error))  # their leases expire by themselves
+
+    def _guarded(self, who: str, step: Callable[[], object], *, once: bool = False) -> None:
+        """Repeat a step until Delta stops, also after source and state store did not answer."""
         try:
             while not self._stopping.is_set():
                 try:
-                    if not self._may_load():
-                        self._reloads.clear()  # whoever loads sees for itself that a table's columns are others
-                        self._progress.loads = {}  # and shows how far they are
-                        self._stopping.wait(LOOK_S)
-                    elif not self._load_next():
-                        with self._wake:
-                            self._wake.wait_for(
-                                lambda: bool(self._reloads) or self._stopping.is_set(),
-                                None if self._keeper is None else LOOK_S,  # others may ask for a load, too
-                            )
-                    self._progress.waits("load", None)
+                    step()
+                    if once:
+                        return
                 except LeaseLost as error:
-                    log.info("load_left", reason=str(error))  # another goes on where the last chunk was saved
-                except LoadOverruled as error:
-                    log.info("load_overruled", reason=str(error))
+                    log.info("load_left", reason=str(error))  # another goes on where the last chunk was recorded
                 except Transient as error:
                     log.warning("load_waits", reason=str(error))
-                    self._progress.waits("load", str(error))
-                    self._stopping.wait(RETRY_S)
+                    self._progress.waits(who, str(error))
+                    self._pause(RETRY_S)
+                    self._progress.waits(who, None)
         except Stopping:
             pass
         except BaseException as error:  # noqa: BLE001 -- handed to the worker, which stops with it
             self._failed(error)
 
-    def _may_load(self) -> bool:
-        """Whether this process is the one that loads; what it saves from now on is saved with that lease."""
-        if self._keeper is None:
-            return True
-        self._lease = self._keeper.lease
-        return self._lease is not None
+    # ── planning ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _save(self, load: TableLoad) -> None:
-        """Save how far a load is. Raises LeaseLost when another process loads by now, LoadOverruled to begin
-        anew, EpochRose in a newer epoch."""
+    def _plan_next(self) -> None:
+        looks = self._looks
+        self.look()
+        with self._news:
+            self._news.wait_for(lambda: self._looks != looks or self._stopping.is_set(), LOOK_S)
+
+    def look(self) -> None:
+        """Begin, plan and finish dumps, as far as there is something to be done now."""
+        if self._keeper is not None and self._keeper.lease is None:
+            self._reloads.clear()  # whoever plans sees for itself that a table's columns are others
+            self._progress.loads = {}  # and shows how far they are
+            self._under_way = any(dump.state == "running" for dump in self._dumps.all(unfinished=True))
+            return
         known = self._state.pipeline(self._pipeline)
         if known is not None and known.epoch > self._epoch:
-            raise EpochRose("Another process has begun a new epoch, so this one's loads are over.")
-        self._state.save_load(self._pipeline, load, self._lease)
-
-    def _load_next(self) -> bool:
-        """Load one table to its end; return whether there was one to load."""
+            raise EpochRose("Another process has begun a new epoch, so this one's dumps are over.")
+        lease = self._lease()
+        loads = self._loads_to_begin()
+        dumps = self._dumps.all(unfinished=True)
         tables = self._tables()
-        loads = self._state.loads(self._pipeline)
+        pending = [dump for dump in dumps if dump.state == "pending" and dump.table in tables]
+        if loads or pending:
+            begun = {load.table for load in loads if load.covered_from is None}
+            for load in loads:
+                if load.table in begun:
+                    self._dumps.supersede(load.table, f"the table is loaded: {load.reason}", lease)
+            # From here on the connector surely delivers these tables' changes, and whatever was read for a dump that is
+            # superseded lies below the new coverage.
+            self._pass_log()
+            with self._asking:
+                covered_from = self._reader.log_end()
+            for load in loads:
+                self._begin_load(load, covered_from if load.table in begun else None)
+            for dump in pending:
+                if dump.table not in begun:
+                    self._begin(dump, covered_from)
+            dumps = self._dumps.all(unfinished=True)
+        self._under_way = any(dump.state == "running" for dump in dumps)
+        counts = self._dumps.counts() if dumps else {}
+        for dump in dumps:
+            self._go_on(dump, counts.get(dump.id, ChunkCounts()))
+
+    def _loads_to_begin(self) -> list[TableLoad]:
+        """Return the loads without a dump: those that are pending, and those that an older Delta began."""
+        tables = self._tables()
+        stored = self._state.loads(self._pipeline)
+        with_dump = {dump.table: dump for dump in self._dumps.all(unfinished=True) if dump.kind == "load"}
+        found: list[TableLoad] = []
         for name in tables:
-            load = loads.get(name)
+            load = stored.get(name)
             reload = self._reloads.get(name)
-            if reload is not None:
-                load = None
             again = reload.reason if reload else self._why_again(load, name)
-            if load is not None and again is None:
-                self._show(load)
-                if load.state == "done":
-                    continue
-            else:
-                load = self._begin(name, again or FIRST_LOAD)
-                with self._wake:
+            if load is None or again is not None:
+                load = self._note_load(name, again or FIRST_LOAD)
+                with self._news:
                     if self._reloads.get(name) is reload:
                         self._reloads.pop(name, None)
-            self._load_table(load)
-            return True
-        return False
+            self._show(load, with_dump.get(name))
+            if load.epoch == self._epoch and (
+                load.covered_from is None or (load.state == "running" and name not in with_dump)
+            ):
+                found.append(load)
+        return found
 
     def _why_again(self, load: TableLoad | None, name: str) -> str | None:
         if load is None:
             return None
         if load.epoch > self._epoch:
             raise EpochRose("Another process has begun a new epoch, and asks for its loads.")
-        if load.epoch != self._epoch:
+        if load.epoch < self._epoch:
             return "the epoch rose"
         return None if load.fingerprint == self._fingerprint(name) else "its columns changed, or where its documents go"
 
-    def _begin(self, name: str, reason: str) -> TableLoad:
-        load = TableLoad(
-            table=name,
-            state="pending",
-            reason=reason,
-            epoch=self._epoch,
-            fingerprint=self._fingerprint(name),
+    def _note_load(self, name: str, reason: str) -> TableLoad:
+        load = TableLoad(name, reason=reason, epoch=self._epoch, fingerprint=self._fingerprint(name))
+        return self._state.begin_load(self._pipeline, load, self._lease())
+
+    def _begin_load(self, load: TableLoad, covered_from: int | None) -> None:
+        table = self._tables().get(load.table)
+        if table is None:
+            return  # it is gone, and will be loaded from the start when it is back
+        under_way = covered_from is None
+        if not under_way:
+            load = load._replace(covered_from=covered_from, state="running", started_at=dt.datetime.now(dt.UTC))
+        dump = Dump(table=load.table, kind="load", reason=load.reason)
+        begun = self._dumps.begin_load(
+            load, self._as_begun(dump, table, load.covered_from, load.fingerprint), self._lease(), under_way=under_way
         )
-        load = self._state.begin_load(self._pipeline, load, self._lease)
-        self._show(load)
-        return load
-
-    def _load_table(self, load: TableLoad) -> None:
-        if load.covered_from is None:
-            self._pass_log()  # now the connector surely delivers this table's changes
-            load = load._replace(
-                covered_from=self._reader.log_end(), state="running", started_at=dt.datetime.now(dt.UTC)
-            )
-            self._save(load)
+        if begun:
+            self._show(load, None)
             log.info("load_started", table=load.table, reason=load.reason)
-        estimated = False
-        while load.table not in self._reloads:
-            table = self._tables().get(load.table)
-            if table is None:
-                return  # it is gone, and will be loaded from the start when it is back
-            if not estimated:
-                self._show(load, self._reader.estimated_rows(table))
-                estimated = True
-            assert load.covered_from is not None
-            chunk, claim = self._read_chunk(table, load.after_key, load.covered_from)
-            self._pass_log()
-            self._write(table, chunk.rows, dump_version(self._epoch, claim))
-            if load.table not in self._tables():
-                return
-            load = load._replace(after_key=chunk.last_key or load.after_key, rows=load.rows + len(chunk.rows))
-            if chunk.last_key is None:
-                self._finished(load)
-                load = load._replace(state="done", finished_at=dt.datetime.now(dt.UTC))
-            self._save(load)
-            self._show(load)
-            if load.state == "done":
-                log.info("load_finished", table=load.table, rows=load.rows)
-                return
 
-    def _read_chunk(self, table: Table, after: Key | None, covered_from: int) -> tuple[Chunk, int]:
-        """Read one chunk in a snapshot that can claim something, however long that takes."""
-        waited_s = 0.0
+    def _begin(self, dump: Dump, covered_from: int) -> None:
+        table = self._tables().get(dump.table)
+        if table is not None and self._dumps.begin(
+            self._as_begun(dump, table, covered_from, self._fingerprint(dump.table)), self._lease()
+        ):
+            log.info("dump_started", dump=dump.id, table=dump.table, kind=dump.kind)
+
+    def _as_begun(self, dump: Dump, table: Table, covered_from: int | None, fingerprint: str) -> Dump:
+        with self._asking:
+            estimate = self._reader.estimated_rows(table) if dump.kind in ("load", "table") else dump.estimate
+        return dataclasses.replace(
+            dump, epoch=self._epoch, fingerprint=fingerprint, covered_from=covered_from, estimate=estimate
+        )
+
+    def _lease(self) -> Lease | None:
+        return None if self._keeper is None else self._keeper.require()
+
+    def _go_on(self, dump: Dump, counts: ChunkCounts) -> None:
+        """Plan a dump's next chunks, or finish it."""
+        table = self._tables().get(dump.table)
+        if dump.state != "running" or table is None or not self._fits(dump):
+            return
+        more = to_plan(dump, counts)
+        if more:
+            after, chunks = dump.planned_to, list[tuple[Key | None, Key | None]]()
+            while len(chunks) < more and (not chunks or chunks[-1][1] is not None):
+                with self._asking:
+                    end = self._reader.key_behind(table, after, rows_most(dump, self._options.chunk_rows))
+                chunks.append((after, end))
+                after = end
+            self._dumps.plan(dump.id, chunks, self._lease())
+            with self._news:
+                self._plans += 1
+                self._looks += 1
+                self._news.notify_all()
+        elif is_over(dump, counts):
+            if removes_unmet(dump):
+                self._finished(dump)
+            if self._dumps.finish(dump, self._lease()):
+                self._dumps.prune(KEPT)
+                if dump.kind == "load":
+                    self._progress.loads[dump.table] |= {"state": "done", "rows": dump.rows}
+                log.info("load_finished", dump=dump.id, table=dump.table, kind=dump.kind, rows=dump.rows)
+            self.wake()
+
+    def _fits(self, dump: Dump) -> bool:
+        """Whether the dump was begun for the table as this process sees it: in its epoch, with its columns."""
+        return (
+            dump.epoch == self._epoch
+            and dump.table in self._tables()
+            and dump.fingerprint == self._fingerprint(dump.table)
+        )
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _read_next(self, reader: SourceReader) -> None:
+        plans = self._plans
+        held_most = HELD_CHUNKS * self._options.chunk_bytes
+        with self._news:
+            self._news.wait_for(lambda: self._held < held_most or self._stopping.is_set())
+        if self._stopping.is_set() or self.read_chunk(reader):
+            return
+        with self._news:
+            self._news.wait_for(lambda: self._plans != plans or self._stopping.is_set(), self._until_next_s())
+
+    def _until_next_s(self) -> float:
+        return LOOK_S if not self._under_way else READ_LOOK_S
+
+    def read_chunk(self, reader: SourceReader) -> bool:
+        """Lease a chunk, read it, and queue its rows; return whether there was one."""
+        if not self._under_way:
+            return False
+        lease = self._dumps.lease(self._owner, LEASE_S, self._options.chunk_rows, self._fits, self._last)
+        if lease is None:
+            return False
+        self._last = lease.dump.id
+        try:
+            rows = self._rows_of(reader, lease)
+        except UsageError as error:
+            log.warning("dump_failed", dump=lease.dump.id, reason=str(error))
+            self._dumps.end(lease.dump.id, "failed", str(error))
+            return True
+        except BaseException:
+            with contextlib.suppress(StateBusy):
+                self._dumps.release_chunk(lease)
+            raise
+        if rows is not None:
+            with self._news:
+                self._held += rows.size
+                self._read.append(rows)
+                self._news.notify_all()
+        return True
+
+    def _rows_of(self, reader: SourceReader, lease: ChunkLease) -> Rows | None:
+        """Read one chunk in a snapshot that can claim something; None when it is no longer to be read."""
+        dump = lease.dump
+        table = self._tables().get(dump.table)
+        if table is None:
+            self._dumps.release_chunk(lease)
+            return None
+        assert dump.covered_from is not None, "it has begun"
+        covered_from = dump.covered_from
+        most = rows_most(dump, self._options.chunk_rows)
         claim: int | None = None
 
         def usable(snapshot: Snapshot) -> bool:
@@ -271,53 +437,211 @@ class Loader(threading.Thread):
             claim = self._samples.claim(snapshot, covered_from)
             return claim is not None
 
+        waited_s = 0.0
+        told = False
         while True:
-            chunk = self._reader.read_chunk(table, after, self._options.chunk_rows, self._options.chunk_bytes, usable)
+            if lease.keys is not None:
+                chunk = reader.read_keys(table, lease.keys, usable)
+            else:
+                chunk = reader.read_chunk(
+                    table, lease.after, most, self._options.chunk_bytes, usable, to=lease.to, where=dump.where
+                )
             if chunk is not None:
-                assert claim is not None, "a chunk comes only of a snapshot that was usable"
-                self._progress.waits("load", None)
-                return chunk, claim
+                break
+            if dump.timeout_s is not None and waited_s >= dump.timeout_s:
+                raise UsageError(
+                    f"It could not begin to read within {dump.timeout_s:g} s: {self._whom(reader, table)}."
+                )
             if waited_s <= WAIT_NOTICE_S < waited_s + CLAIM_POLL_S:
-                self._tell_whom_it_waits_for(table)
+                told = True
+                self._tell_whom_it_waits_for(reader, lease, table)
+            if told and self._dumps.standing(lease) == "paused":
+                self._dumps.release_chunk(lease)
+                return None
             waited_s += CLAIM_POLL_S
             self._pause(CLAIM_POLL_S)
+        if told:
+            self._progress.waits("load", None)
+            self._dumps.note(dump.id, None)
+        assert claim is not None, "a chunk comes only of a snapshot that was usable"
+        rows: list[tuple[Key, Row | None]] = list(chunk.rows)
+        if lease.keys is not None:
+            lease = self._complete(lease, chunk, rows)
+        elif chunk.last_key is not None and chunk.last_key != lease.to:
+            lease = self._dumps.split(lease, chunk.last_key)
+            with self._news:
+                self._plans += 1
+                self._news.notify_all()
+        return Rows(lease, rows, dump_version(self._epoch, claim), estimated_bytes(rows))
 
-    def _tell_whom_it_waits_for(self, table: Table) -> None:
-        blockers = self._reader.blockers()
-        whom = str(blockers[0]) if blockers else "a transaction that is not visible to this role"
-        self._progress.waits("load", f"{table.id} cannot be read before the end of {whom}")
+    def _complete(self, lease: ChunkLease, chunk: Chunk, rows: list[tuple[Key, Row | None]]) -> ChunkLease:
+        """Add what keys without a row mean: their documents are to go. Keys that were left out are read later."""
+        assert lease.keys is not None
+        found = {key for key, _ in rows}
+        others = [key for key in lease.keys if key not in found]
+        if chunk.last_key is None:
+            rows += [(key, None) for key in others]
+            return lease
+        return self._dumps.split(lease, keys=([key for key in lease.keys if key in found], others))
+
+    def _whom(self, reader: SourceReader, table: Table) -> str:
+        blockers = reader.blockers()
         log.warning("load_waits_for_transaction", table=table.id, blockers=[str(blocker) for blocker in blockers[:5]])
+        whom = str(blockers[0]) if blockers else "a transaction that is not visible to this role"
+        return f"{table.id} cannot be read before the end of {whom}"
+
+    def _tell_whom_it_waits_for(self, reader: SourceReader, lease: ChunkLease, table: Table) -> None:
+        whom = self._whom(reader, table)
+        self._progress.waits("load", whom)
+        self._dumps.note(lease.dump.id, whom)
+
+    # ── behind the log, to the worker ────────────────────────────────────────────────────────────────────────────
+
+    def _pass_next(self) -> None:
+        with self._news:
+            self._news.wait_for(lambda: bool(self._read) or self._stopping.is_set())
+        if not self._stopping.is_set():
+            self.pass_log_for_read()
+
+    def pass_log_for_read(self) -> None:
+        """Wait until the log has come past all that was read; one heartbeat does for all chunks read before it."""
+        with self._news:
+            read = list(self._read)
+        self._pass_log()
+        with self._news:
+            for _ in read:
+                self._passed.append(self._read.popleft())
+            self._news.notify_all()
 
     def _pass_log(self) -> None:
         """Wait until every change that is visible now has come through the log and is in the sinks."""
-        lsn = self._reader.heartbeat(self._heartbeat_prefix)
+        with self._asking:
+            lsn = self._reader.heartbeat(self._heartbeat_prefix)
         self._position.sent(lsn)
         while not self._position.wait(lsn, timeout_s=0.5):
             if self._stopping.is_set():
                 raise Stopping
 
-    def _write(self, table: Table, rows: Sequence[tuple[Key, Row]], version: int) -> None:
-        for start in range(0, len(rows), SLICE_ROWS):
-            changes = [Change(table.id, key, version, row) for key, row in rows[start : start + SLICE_ROWS]]
-            slice_ = Slice(table.id, changes, Future())
-            self._hand_over(slice_)
+    def _write_next(self) -> None:
+        with self._news:
+            self._news.wait_for(lambda: bool(self._passed) or self._stopping.is_set())
+        if not self._stopping.is_set():
+            self.write_chunks()
+
+    def write_chunks(self) -> None:
+        """Hand over what the log has come past, and record what every sink has acknowledged, until nothing is left."""
+        under_way: deque[tuple[Slice, Rows, bool]] = deque()
+        cut = self._cut()
+        while True:
+            while len(under_way) < SLICES_MOST:
+                one = next(cut, None)
+                if one is None:
+                    cut = self._cut()  # more may have come meanwhile
+                    break
+                self._hand_over(one[0])
+                under_way.append(one)
+            if not under_way:
+                return
+            slice_, rows, is_last = under_way.popleft()
             while not _ended(slice_.done, timeout_s=0.5):
                 self._pause(0)
             slice_.done.result()
+            if is_last:
+                self._record(rows)
+
+    def _cut(self) -> Iterator[tuple[Slice, Rows, bool]]:
+        """Yield slices of the chunks that the log has come past, and whether each is its chunk's last."""
+        while self._passed:
+            with self._news:
+                rows = self._passed.popleft()
+            dump = rows.lease.dump
+            if not self._keep_trying(lambda rows=rows: self._may_write(rows.lease)):  # type: ignore[misc]  # a default binds it now
+                self._let_go(rows)
+                continue
+            if not rows.rows:
+                self._record(rows)
+                continue
+            sinks = None if dump.sinks is None else frozenset(dump.sinks)
+            for start in range(0, len(rows.rows), SLICE_ROWS):
+                some = rows.rows[start : start + SLICE_ROWS]
+                changes = [Change(dump.table, key, rows.version, row) for key, row in some]
+                yield Slice(dump.table, changes, Future(), sinks), rows, start + SLICE_ROWS >= len(rows.rows)
+
+    def _may_write(self, lease: ChunkLease) -> bool:
+        """Whether a chunk's rows are still wanted, as they were read.
+
+        Of a dump that was superseded nothing may come: its rows have older columns, and perhaps the same version.
+        """
+        if not self._fits(lease.dump):
+            self._dumps.release_chunk(lease)
+            return False
+        try:
+            self._dumps.standing(lease)
+        except LeaseLost as error:
+            log.info("chunk_left", reason=str(error))
+            return False
+        return True
+
+    def _record(self, rows: Rows) -> None:
+        """Record that every sink has a chunk, unless its table is gone: then nobody knows what was written where."""
+        lease = rows.lease
+        try:
+            if lease.dump.table in self._tables():
+                self._keep_trying(lambda: self._dumps.finish_chunk(lease, len(rows.rows)))
+            else:
+                self._keep_trying(lambda: self._dumps.release_chunk(lease))
+        except LeaseLost as error:
+            log.info("chunk_left", reason=str(error))  # it is read once more, or need not be
+        self._let_go(rows)
+
+    def _let_go(self, rows: Rows) -> None:
+        with self._news:
+            self._held -= rows.size
+            self._looks += 1
+            self._news.notify_all()
+
+    def _keep_trying(self, call: Callable[[], T]) -> T:
+        """Repeat a call to the state store until it answers: what is under way must not be forgotten for that."""
+        while True:
+            try:
+                return call()
+            except StateBusy as error:
+                self._progress.waits("load", str(error))
+                self._pause(RETRY_S)
+                self._progress.waits("load", None)
+
+    # ── the rest ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _renew(self) -> None:
+        with self._news:
+            self._news.wait_for(self._stopping.is_set, RENEW_S)
+        if self._under_way and not self._stopping.is_set():
+            self._dumps.renew(self._owner, LEASE_S)
 
     def _pause(self, seconds: float) -> None:
         if self._stopping.wait(seconds):
             raise Stopping
 
-    def _show(self, load: TableLoad, estimate: int | None = None) -> None:
+    def _show(self, load: TableLoad, dump: Dump | None) -> None:
         shown: dict[str, Any] = self._progress.loads.setdefault(load.table, {"estimate": None})
         shown.update(state=load.state, rows=load.rows, reason=load.reason)
-        if estimate is not None:
-            shown["estimate"] = estimate
+        if dump is not None:
+            shown["estimate"] = dump.estimate
 
 
 class Stopping(Exception):
-    """Delta stops: how the load's thread leaves whatever it is in."""
+    """Delta stops: how the threads leave whatever they are in."""
+
+
+def estimated_bytes(rows: Sequence[tuple[Key, Row | None]]) -> int:
+    """Return about how many bytes rows take, by some of them: a look at every value would take as long as reading."""
+    some = rows[:: max(1, len(rows) // MEASURED)]
+    size = sum(
+        VALUE_BYTES + (len(value) if isinstance(value, str | bytes) else 0)
+        for _, row in some
+        for value in (row or {}).values()
+    )
+    return size * len(rows) // max(1, len(some))
 
 
 def _ended(future: Future[None], timeout_s: float) -> bool:

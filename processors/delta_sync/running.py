@@ -7,6 +7,7 @@ import datetime as dt
 import gc
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ from typing import TypeVar
 import structlog
 
 from delta_sync.applying import SinkWriter
+from delta_sync.dumps import Dump
 from delta_sync.errors import EpochRose, StateBusy, Transient
 from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
@@ -118,7 +120,8 @@ class Running:
         watch_reader = open_reader(spec.source, f"delta {spec.name} watch", ANSWER_S)
         check_reader = open_reader(spec.source, f"delta {spec.name} check", ANSWER_S)
         load_reader, key_reader = (open_reader(spec.source, f"delta {spec.name} {use}") for use in ("load", "read"))
-        readers = self._readers = [watch_reader, check_reader, load_reader, key_reader]
+        chunk_readers = [open_reader(spec.source, f"delta {spec.name} dump") for _ in range(spec.load.parallel)]
+        readers = self._readers = [watch_reader, check_reader, load_reader, key_reader, *chunk_readers]
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
         lookups = {
@@ -188,8 +191,10 @@ class Running:
             )
             loader = Loader(
                 pipeline=spec.name,
+                owner=uuid.uuid4().hex,
                 epoch=source.epoch,
                 reader=load_reader,
+                readers=chunk_readers,
                 samples=samples,
                 position=self.position,
                 progress=self.progress,
@@ -199,7 +204,7 @@ class Running:
                 tables=lambda: {n: table for n, table in worker.tables.items() if columns[n] != GONE},
                 fingerprint=lambda name: load_fingerprint(columns[name], worker.targets(name), sinks),
                 hand_over=worker.hand_over,
-                finished=lambda load: self._remove_unmet(load, sinks, worker, state),
+                finished=lambda dump: self._remove_unmet(dump, sinks, worker, state),
                 failed=worker.fail,
                 stopping=self._stopping,
                 keeper=keeper,
@@ -262,25 +267,28 @@ class Running:
                 self.progress.waits("start", None)
                 return found
 
-    def _remove_unmet(self, load: TableLoad, sinks: Mapping[str, AnySink], worker: Worker, state: StateStore) -> None:
-        """Remove documents that a load did not meet: their rows went without a change event.
+    def _remove_unmet(self, dump: Dump, sinks: Mapping[str, AnySink], worker: Worker, state: StateStore) -> None:
+        """Remove documents that a dump did not meet: their rows went without a change event.
 
-        That happens in an epoch that is over, and to a table that was replaced by another. Every row that is there has
-        been written with a version at or above the load's beginning, or has a newer one; but for those that became dead
-        letters. Nobody can tell their documents from those of rows that are gone, so then nothing is removed.
+        That happens in an epoch that is over, to a table that was replaced by another, and to a store that somebody
+        else wrote to. Every row that is there has been written with a version at or above the dump's beginning, or has
+        a newer one; but for those that became dead letters. Nobody can tell their documents from those of rows that are
+        gone, so then nothing is removed.
         """
-        if load.reason == FIRST_LOAD and load.epoch == 1:
+        if dump.kind == "load" and dump.reason == FIRST_LOAD and dump.epoch == 1:
             return  # nothing was there before
-        assert load.covered_from is not None
-        beginning = dump_version(load.epoch, load.covered_from)
-        failed = state.count_failed_since(self._spec.name, load.table, beginning)
+        assert dump.epoch is not None, "it has begun"
+        assert dump.covered_from is not None, "it has begun"
+        beginning = dump_version(dump.epoch, dump.covered_from)
+        failed = state.count_failed_since(self._spec.name, dump.table, beginning)
         if failed:
             fix = "correct the cause, replay them, then run it with --reload"
-            log.warning("unmet_kept", table=load.table, dead_letters=failed, fix=fix)
+            log.warning("unmet_kept", table=dump.table, dead_letters=failed, fix=fix)
             return
-        for sink, target in worker.targets(load.table).items():
-            removed = sinks[sink].truncate(target, beginning)
-            log.info("unmet_removed", table=load.table, sink=sink, documents=removed)
+        for sink, target in worker.targets(dump.table).items():
+            if dump.sinks is None or sink in dump.sinks:
+                removed = sinks[sink].truncate(target, beginning)
+                log.info("unmet_removed", table=dump.table, sink=sink, documents=removed)
 
     def _keep_house(
         self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker, keeper: LeaseKeeper | None

@@ -165,6 +165,7 @@ class LoadSpec(_Model):
     chunk_bytes: int = Field(
         default=16 << 20, ge=1024, description="A chunk ends early when its rows have this many bytes."
     )
+    parallel: int = Field(default=2, ge=1, le=64, description="Chunks that each process reads at once.")
 
 
 class SecuritySpec(_Model):

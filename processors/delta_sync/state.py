@@ -39,7 +39,9 @@ from delta_sync.state_database import (
     upsert,
 )
 from delta_sync.state_tables import (
+    CHUNKS,
     DEAD_LETTERS,
+    DUMPS,
     LEASES,
     LOADS,
     MEMBERS,
@@ -228,7 +230,7 @@ class StateStore:
         """Save it, in place of what was saved before. With a lease: only if nobody else has it now, else LeaseLost."""
         values = state._asdict()
         with self._transaction(write=True) as connection:
-            _fence(connection, state.name, lease)
+            fence(connection, state.name, lease)
             upsert(connection, PIPELINES, {"name": values.pop("name")}, values)
 
     def raise_confirmed_most(self, name: str, lsn: int) -> None:
@@ -244,7 +246,7 @@ class StateStore:
         """Delete all that is stored of a pipeline."""
         with self._transaction(write=True) as connection:
             # Leases first, as in a write with a lease: in another order the two could wait for each other.
-            for table in (LEASES, LOADS, DEAD_LETTERS, STATUSES, MEMBERS):
+            for table in (LEASES, DUMPS, CHUNKS, LOADS, DEAD_LETTERS, STATUSES, MEMBERS):
                 connection.execute(sa.delete(table).where(table.c.pipeline == name))
             connection.execute(sa.delete(PIPELINES).where(PIPELINES.c.name == name))
 
@@ -254,12 +256,24 @@ class StateStore:
         """Return how far each table's load is, by table."""
         with self._transaction() as connection:
             rows = connection.execute(sa.select(LOADS).where(LOADS.c.pipeline == name).order_by(LOADS.c.table_name))
+            same = sa.and_(
+                DUMPS.c.pipeline == LOADS.c.pipeline,
+                DUMPS.c.table_name == LOADS.c.table_name,
+                DUMPS.c.epoch == LOADS.c.epoch,
+                DUMPS.c.covered_from == LOADS.c.covered_from,
+            )
+            under_way = (
+                sa.select(DUMPS.c.table_name, DUMPS.c.row_count)
+                .join(LOADS, same)
+                .where(DUMPS.c.pipeline == name, DUMPS.c.kind == "load", DUMPS.c.state.in_(UNFINISHED))
+            )
+            counted = {row.table_name: row.row_count for row in connection.execute(under_way)}
             return {
                 row.table_name: TableLoad(
                     table=row.table_name,
                     state=row.state,
                     after_key=None if row.after_key is None else decode_key(row.after_key),
-                    rows=row.row_count,
+                    rows=counted.get(row.table_name, row.row_count),
                     covered_from=row.covered_from,
                     fingerprint=row.fingerprint,
                     reason=row.reason,
@@ -278,7 +292,7 @@ class StateStore:
         the next is to bring. With a lease: only if nobody else has it now, else LeaseLost.
         """
         with self._transaction(write=True) as connection:
-            _fence(connection, name, lease)
+            fence(connection, name, lease)
             revision = _revision_of_load(connection, name, load.table)
             if revision is not None and revision != load.revision:
                 raise LoadOverruled(
@@ -292,7 +306,7 @@ class StateStore:
         A load of it that is under way is overruled. With a lease: only if nobody else has it now, else LeaseLost.
         """
         with self._transaction(write=True) as connection:
-            _fence(connection, name, lease)
+            fence(connection, name, lease)
             revision = _revision_of_load(connection, name, load.table)
             load = load._replace(revision=0 if revision is None else revision + 1)
             upsert(connection, LOADS, *_load_values(name, load))
@@ -305,19 +319,20 @@ class StateStore:
         process may call it: whoever loads goes by it.
         """
         anew: dict[str, Any] = {"state": "pending", "after_key": None, "row_count": 0, "covered_from": None}
-        anew |= {"started_at": None, "finished_at": None, "reason": _clean(reason), "revision": LOADS.c.revision + 1}
+        anew |= {"started_at": None, "finished_at": None, "reason": clean(reason), "revision": LOADS.c.revision + 1}
         these = sa.and_(LOADS.c.pipeline == name, LOADS.c.table_name.in_(tables))
         with self._transaction(write=True) as connection:
             connection.execute(sa.update(LOADS).where(these).values(anew))
 
     def forget_load(self, name: str, table: str, lease: Lease | None = None) -> None:
-        """Delete what is stored of a table's load; nothing stored is fine.
+        """Delete what is stored of a table's load, and end its dumps; nothing stored is fine.
 
         With a lease: only if nobody else has it now, else LeaseLost.
         """
         with self._transaction(write=True) as connection:
-            _fence(connection, name, lease)
+            fence(connection, name, lease)
             connection.execute(sa.delete(LOADS).where(LOADS.c.pipeline == name, LOADS.c.table_name == table))
+            end_dumps(connection, name, table, "the table was taken out of the pipeline, or its load forgotten")
 
     # ── dead letters ──
 
@@ -330,10 +345,10 @@ class StateStore:
         with self._transaction(write=True) as connection:
             for letter in letters:
                 changing = {
-                    "key_text": _clean(letter.key_text),
+                    "key_text": clean(letter.key_text),
                     "stage": letter.stage,
-                    "error": _clean(letter.error),
-                    "trace": _clean(letter.trace),
+                    "error": clean(letter.error),
+                    "trace": clean(letter.trace),
                     "event": letter.event,
                 }
                 fixed = {
@@ -394,7 +409,7 @@ class StateStore:
 
     def failed_keys(self, name: str, table: str, key_texts: Sequence[str]) -> set[tuple[str, str | None]]:
         """Return which of these keys of a table have a dead letter, each with the sink that it is of (None: of all)."""
-        stored = {_clean(text): text for text in key_texts}
+        stored = {clean(text): text for text in key_texts}
         found: set[tuple[str, str | None]] = set()
         columns = (DEAD_LETTERS.c.key_text, DEAD_LETTERS.c.sink)
         of_table = sa.and_(DEAD_LETTERS.c.pipeline == name, DEAD_LETTERS.c.table_name == table)
@@ -459,10 +474,10 @@ class StateStore:
         with self._transaction(write=True) as connection:
             row = connection.execute(query).one_or_none()
             if row is None:  # nobody ever had it: whoever is first inserts the row, and all wait for their turn at it
-                free = {"owner": "", "token": 0, "expires_at": _LONG_AGO}
+                free = {"owner": "", "token": 0, "expires_at": LONG_AGO}
                 upsert(connection, LEASES, {"pipeline": pipeline, "name": name}, {"token": LEASES.c.token}, free)
                 row = connection.execute(query).one()
-            now = _now_of(connection)  # asked after the row is locked: waiting for it may have taken seconds
+            now = now_of(connection)  # asked after the row is locked: waiting for it may have taken seconds
             held = row.owner != "" and now < row.expires_at
             if held and row.owner != owner:
                 return None
@@ -477,7 +492,7 @@ class StateStore:
         What is written with it afterwards is refused.
         """
         with self._transaction(write=True) as connection:
-            connection.execute(sa.update(LEASES).where(*_current(lease)).values(owner="", expires_at=_LONG_AGO))
+            connection.execute(sa.update(LEASES).where(*_current(lease)).values(owner="", expires_at=LONG_AGO))
 
     def lease(self, pipeline: str, name: str) -> LeaseHolder | None:
         """Return who has a lease, or had it when it expired; None: nobody ever took it, or it was released."""
@@ -491,7 +506,7 @@ class StateStore:
     def database_now(self) -> dt.datetime:
         """Return the time by the database's clock, which leases and members go by: machines' clocks differ."""
         with self._transaction() as connection:
-            return _now_of(connection)
+            return now_of(connection)
 
     # ── members ──
 
@@ -519,6 +534,10 @@ class StateStore:
             return connection.execute(sa.delete(MEMBERS).where(silent)).rowcount
 
     # ── inside ──
+
+    def transaction(self, *, write: bool = False) -> contextlib.AbstractContextManager[sa.Connection]:
+        """Return one transaction, for those parts of the store that have a module of their own (`state_dumps`)."""
+        return self._transaction(write=write)
 
     @contextlib.contextmanager
     def _transaction(self, *, write: bool = False) -> Generator[sa.Connection]:
@@ -557,10 +576,12 @@ def _revision(connection: sa.Connection) -> str | None:
     return connection.execute(sa.select(versions.c.version_num)).scalar_one_or_none()
 
 
-_LONG_AGO = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+UNFINISHED = ("pending", "running", "paused")  # states of a dump
+LONG_AGO = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
-def _now_of(connection: sa.Connection) -> dt.datetime:
+def now_of(connection: sa.Connection) -> dt.datetime:
+    """Return the time by the database's clock."""
     return connection.execute(sa.select(database_clock(connection))).scalar_one()
 
 
@@ -575,7 +596,7 @@ def _load_values(name: str, load: TableLoad) -> tuple[dict[str, Any], dict[str, 
     key = {"pipeline": name, "table_name": values.pop("table")}
     values["row_count"] = values.pop("rows")
     values["after_key"] = None if load.after_key is None else encode_key(load.after_key)
-    values["reason"] = _clean(load.reason)
+    values["reason"] = clean(load.reason)
     return key, values
 
 
@@ -592,7 +613,17 @@ def _current(lease: Lease) -> tuple[sa.ColumnElement[bool], ...]:
     )
 
 
-def _fence(connection: sa.Connection, pipeline: str, lease: Lease | None) -> None:
+def end_dumps(connection: sa.Connection, pipeline: str, table: str, why: str) -> None:
+    """Cancel a table's dumps, with their chunks."""
+    mine = (DUMPS.c.pipeline == pipeline, DUMPS.c.table_name == table, DUMPS.c.state.in_(UNFINISHED))
+    ids = connection.execute(sa.select(DUMPS.c.id).where(*mine).order_by(DUMPS.c.id).with_for_update()).scalars().all()
+    for id_ in ids:
+        values = {"state": "cancelled", "waits": clean(why), "finished_at": now_of(connection)}
+        connection.execute(sa.update(DUMPS).where(DUMPS.c.id == id_).values(values))
+        connection.execute(sa.delete(CHUNKS).where(CHUNKS.c.dump == id_))
+
+
+def fence(connection: sa.Connection, pipeline: str, lease: Lease | None) -> None:
     """Raise LeaseLost if the lease is another's; if not, nobody gets it before this transaction has ended.
 
     One that has expired is good enough as long as nobody else took it: then nobody else has acted.
@@ -629,7 +660,7 @@ def _dead_letter(row: sa.Row[Any]) -> DeadLetter:
     )
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Return the text without secrets, in characters that every database takes, its middle left out if too long."""
     text = redact(text).encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
     if len(text) <= MAX_TEXT_CHARS:
@@ -641,7 +672,7 @@ def _clean(text: str) -> str:
 def _redacted(value: Any) -> Any:
     """Return a JSON value with every text in it redacted."""
     if isinstance(value, str):
-        return _clean(value)
+        return clean(value)
     if isinstance(value, dict):
         return {_redacted(name): _redacted(part) for name, part in cast(dict[str, Any], value).items()}
     if isinstance(value, list | tuple):

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0004"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0005"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -139,5 +139,55 @@ MEMBERS = sa.Table(
     sa.Column("status", _text(), nullable=False),
     sa.Column("saved_at", Instant, nullable=False),  # by the database's clock
     sa.PrimaryKeyConstraint("pipeline", "member", name="pk_delta_member"),
+    **_OPTIONS,
+)
+
+DUMPS = sa.Table(
+    "delta_dump",
+    METADATA,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True),
+    sa.Column("pipeline", _name(64), nullable=False),
+    sa.Column("table_name", _name(255), nullable=False),
+    sa.Column("kind", _name(16), nullable=False),
+    sa.Column("state", _name(16), nullable=False),
+    sa.Column("reason", _text(), nullable=False),
+    sa.Column("waits", _text()),
+    sa.Column("condition_text", _text()),
+    sa.Column("sinks", _text()),  # JSON; NULL: all
+    sa.Column("rows_per_s", sa.Integer),
+    sa.Column("parallel", sa.Integer),
+    sa.Column("timeout_ms", sa.BigInteger),
+    sa.Column("allowed_at", Instant, nullable=False),  # by the database's clock: no chunk is given out before
+    sa.Column("epoch", sa.Integer),
+    sa.Column("fingerprint", _text()),
+    sa.Column("covered_from", sa.BigInteger),
+    sa.Column("planned_to", _blob()),
+    sa.Column("planned", sa.Integer, nullable=False),  # 1: to the end of the table
+    sa.Column("next_chunk", sa.BigInteger, nullable=False),  # numbers are never given twice
+    sa.Column("row_count", sa.BigInteger, nullable=False),
+    sa.Column("estimate", sa.BigInteger),
+    sa.Column("created_at", Instant, nullable=False),
+    sa.Column("started_at", Instant),
+    sa.Column("finished_at", Instant),
+    sa.PrimaryKeyConstraint("id", name="pk_delta_dump"),
+    sa.Index("ix_delta_dump_state", "pipeline", "state"),
+    sqlite_autoincrement=True,  # an id is never given twice, so that an old command pauses nothing new
+    **_OPTIONS,
+)
+
+CHUNKS = sa.Table(
+    "delta_chunk",
+    METADATA,
+    sa.Column("dump", sa.BigInteger, autoincrement=False),
+    sa.Column("number", sa.BigInteger, autoincrement=False),
+    sa.Column("pipeline", _name(64), nullable=False),
+    sa.Column("after_key", _blob()),  # NULL: from the beginning
+    sa.Column("to_key", _blob()),  # NULL: to the end
+    sa.Column("chunk_keys", _blob()),  # in place of a range
+    sa.Column("owner", _name(255), nullable=False),  # "": nobody's
+    sa.Column("token", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", Instant, nullable=False),  # by the database's clock
+    sa.PrimaryKeyConstraint("dump", "number", name="pk_delta_chunk"),
+    sa.Index("ix_delta_chunk_pipeline", "pipeline", "owner"),
     **_OPTIONS,
 )

@@ -53,6 +53,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 JOBS_MOST = 4  # log batches in flight: one per stage (decode, two in a sink's threads, confirm)
 EVENTS_AT_ONCE = 8192  # waiting batches are joined up to this: larger batches cost sinks less per change
+LOAD_JOBS_MOST = 2  # slices of dumps in flight: one in a sink's threads while the next is processed
 LOG_BEFORE_SLICE = 4  # log batches that go before a waiting slice: the log has priority, but not for ever
 DRAIN_BUDGET_S = 10.0  # after SIGTERM, for what is in flight; container runtimes kill after 10 to 30 s
 RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # of the capture
@@ -248,13 +249,13 @@ class Worker:
             or (self._jobs and self._jobs[0].done())
             or any(job.done() for job in self._load_jobs)
             or (self._batches and len(self._jobs) < JOBS_MOST)
-            or (self._slices and not self._load_jobs)
+            or (self._slices and len(self._load_jobs) < LOAD_JOBS_MOST)
         )
 
     def _take(self) -> tuple[list[Batch], Slice | None]:
         """Take the batches that wait, joined up to EVENTS_AT_ONCE, or a slice when it is its turn."""
         with self._news:
-            slice_is_next = self._slices and not self._load_jobs
+            slice_is_next = self._slices and len(self._load_jobs) < LOAD_JOBS_MOST
             if slice_is_next and (not self._batches or self._since_slice >= LOG_BEFORE_SLICE):
                 self._since_slice = 0
                 return [], self._slices.popleft()
@@ -317,7 +318,7 @@ class Worker:
 
     def _begin_slice(self, slice_: Slice) -> None:
         failures: list[Failure] = []
-        results = self._submit({slice_.table: slice_.changes}, {}, failures)
+        results = self._submit({slice_.table: slice_.changes}, {}, failures, slice_.sinks)
         self._load_jobs.append(Job(results, failures, slice=slice_))
         if not results:
             self.wake()
@@ -365,9 +366,13 @@ class Worker:
                 return [Change(table, item.key, version, row) for item, row, version in found]
 
     def _submit(
-        self, changes: Mapping[str, Sequence[Change]], truncates: Mapping[str, int], failures: list[Failure]
+        self,
+        changes: Mapping[str, Sequence[Change]],
+        truncates: Mapping[str, int],
+        failures: list[Failure],
+        only: Collection[str] | None = None,
     ) -> list[Future[list[Applied]]]:
-        """Process the changes of all tables and hand the writes to the sinks, to each its part."""
+        """Process the changes of all tables and hand the writes to the sinks, to each its part (or `only` to some)."""
         parts: dict[str, list[Part]] = {}
         began, looked_up_s = self._clock(), self._looked_up_s()
         for name in {**changes, **truncates}:
@@ -376,6 +381,8 @@ class Worker:
             failures += processed.failures
             self._progress.writes += len(processed.writes)
             for sink, target in runtime.targets.items():
+                if only is not None and sink not in only:
+                    continue
                 part = Part(target, processed.writes, processed.changes, truncates.get(name))
                 if part.writes or part.truncate is not None:
                     parts.setdefault(sink, []).append(part)

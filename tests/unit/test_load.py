@@ -1,8 +1,9 @@
-"""The load: what is read when, with which claim, and what a restart goes on with. Source and time are fakes."""
+"""Dumps: what is read when, with which claim, and what a restart goes on with. Source and time are fakes."""
 
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,8 @@ import pytest
 
 from delta_sync import load
 from delta_sync.changes import Change, Key
-from delta_sync.errors import EpochRose, SourceBusy
+from delta_sync.dumps import Dump
+from delta_sync.errors import EpochRose, SourceBusy, UsageError
 from delta_sync.load import Loader, SharedSamples, Slice
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
@@ -42,6 +44,9 @@ class FakeReader:
         self.lsn = 1000
         self.snapshots = [EVERYTHING]
         self.read_behind: list[tuple[str, Key | None]] = []
+        self.read_keys_of: list[list[Key]] = []
+        self.rows_at_once = 1 << 30  # as if more had too many bytes
+        self.conditions_fail = False
         self.while_reading: Callable[[], None] = lambda: None
         self.on_heartbeat: Callable[[int], None] = lambda lsn: None
         self.errors: list[Exception] = []
@@ -64,18 +69,43 @@ class FakeReader:
     def blockers(self) -> list[Blocker]:
         return [Blocker(77, 40, 12.0, "UPDATE movie")]
 
+    def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
+        place = (-1 if after is None else after[0]) + rows
+        return (place,) if place < self.rows else None
+
     def read_chunk(
-        self, table: Table, after: Key | None, rows_most: int, bytes_most: int, usable: Callable[[Snapshot], bool]
+        self,
+        table: Table,
+        after: Key | None,
+        rows_most: int,
+        bytes_most: int,
+        usable: Callable[[Snapshot], bool],
+        *,
+        to: Key | None = None,
+        where: str | None = None,
     ) -> Chunk | None:
         snapshot = self.snapshots.pop(0) if len(self.snapshots) > 1 else self.snapshots[0]
         if not usable(snapshot):
             return None
         self.while_reading()
         self.read_behind.append((table.id, after))
+        if self.conditions_fail:
+            raise UsageError(f"The condition {where!r} fails.")
         first = 0 if after is None else after[0] + 1
-        ids = range(self.rows)[first : first + rows_most]
+        end = self.rows if to is None else to[0] + 1
+        ids = range(first, min(end, self.rows))[: min(rows_most, self.rows_at_once)]
         rows: list[tuple[Key, Row]] = [((id_,), {"id": id_}) for id_ in ids]
-        return Chunk(0, rows, rows[-1][0] if len(rows) == rows_most else None)
+        return Chunk(0, rows, rows[-1][0] if len(rows) == min(rows_most, self.rows_at_once) else None)
+
+    def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
+        snapshot = self.snapshots.pop(0) if len(self.snapshots) > 1 else self.snapshots[0]
+        if not usable(snapshot):
+            return None
+        self.read_keys_of.append(list(keys))
+        rows: list[tuple[Key, Row]] = [(key, {"id": key[0]}) for key in keys if key[0] in range(self.rows)]
+        if len(rows) > self.rows_at_once:
+            return Chunk(0, rows[: self.rows_at_once], rows[self.rows_at_once - 1][0])
+        return Chunk(0, rows, None)
 
 
 class Stopping(threading.Event):
@@ -109,6 +139,7 @@ class Bench:
         self.stopping = Stopping()
         self.slices: list[Slice] = []
         self.finished: list[str] = []
+        self.threads = 1  # what is read in which order is told by one
         self.failures: list[BaseException] = []
         self.state = StateStore.open("sqlite:///state.db", folder)
 
@@ -116,16 +147,22 @@ class Bench:
         self.slices.append(slice_)
         slice_.done.set_result(None)
 
-    def finish(self, done: TableLoad) -> None:
+    def finish(self, done: Dump) -> None:
         self.finished.append(done.table)
         if len(self.finished) == len(self.tables):
             self.stopping.set()
 
+    def fail(self, error: BaseException) -> None:
+        self.failures.append(error)
+        self.stopping.set()  # as the worker does
+
     def loader(self, epoch: int = EPOCH) -> Loader:
         return Loader(
             pipeline="movies",
+            owner=uuid.uuid4().hex,
             epoch=epoch,
             reader=cast("PostgresReader", self.reader),
+            readers=[cast("PostgresReader", self.reader)] * self.threads,
             samples=self.samples,
             position=self.position,
             progress=self.progress,
@@ -136,7 +173,7 @@ class Bench:
             fingerprint=lambda name: f"columns of {name}",
             hand_over=lambda slice_: self.hand_over(slice_),
             finished=self.finish,
-            failed=self.failures.append,
+            failed=self.fail,
             stopping=self.stopping,
         )
 
@@ -199,11 +236,13 @@ def test_a_chunk_is_handed_over_in_slices(make: MakeBench, monkeypatch: pytest.M
     assert [len(slice_.changes) for slice_ in bench.slices] == [2, 1]
 
 
-def test_one_table_after_the_other(make: MakeBench) -> None:
-    bench = make(tables=(MOVIE, GENRE), rows=4)
+def test_tables_take_turns(make: MakeBench) -> None:
+    bench = make(tables=(MOVIE, GENRE), rows=CHUNK_ROWS * 4)
     bench.loader().run()
-    assert bench.finished == [MOVIE, GENRE]
-    assert [name for name, _ in bench.reader.read_behind] == [MOVIE, MOVIE, GENRE, GENRE]
+    assert sorted(bench.finished) == [GENRE, MOVIE]
+    order = [name for name, _ in bench.reader.read_behind]
+    assert order.count(MOVIE) == order.count(GENRE) == 5
+    assert order != [MOVIE] * 5 + [GENRE] * 5
 
 
 def test_rows_are_handed_over_only_when_the_log_has_passed(make: MakeBench) -> None:
@@ -294,7 +333,7 @@ def test_a_restart_goes_on_behind_the_last_chunk_that_was_written(make: MakeBenc
 
     bench.hand_over = stop_at_the_second  # type: ignore[method-assign]  # a worker that stops in between
     bench.loader().run()
-    assert (bench.saved().after_key, bench.saved().rows, bench.saved().state) == ((2,), 3, "running")
+    assert (bench.saved().rows, bench.saved().state) == (3, "running")
     assert (bench.failures, bench.finished) == ([], [])
 
     again = make(rows=8)
@@ -342,7 +381,7 @@ def test_a_reload_that_is_asked_for_while_the_table_is_loaded(make: MakeBench) -
 
     bench.reader.while_reading = ask_once
     loader.run()
-    assert bench.reader.read_behind == [(MOVIE, None), (MOVIE, None), (MOVIE, (2,)), (MOVIE, (5,))]
+    assert bench.reader.read_behind[-3:] == [(MOVIE, None), (MOVIE, (2,)), (MOVIE, (5,))]
     assert bench.finished == [MOVIE]
     assert bench.saved().reason == "its columns changed"
 
@@ -386,7 +425,7 @@ def test_a_load_is_done_only_when_what_follows_it_is(make: MakeBench) -> None:
     seen: list[str] = []
     finish = bench.finish
 
-    def finished(done: TableLoad) -> None:
+    def finished(done: Dump) -> None:
         seen.append(bench.saved().state)
         finish(done)
 
@@ -431,7 +470,8 @@ def test_a_loader_of_an_epoch_that_is_over_ends(make: MakeBench) -> None:
         assert [type(failure) for failure in bench.failures] == [EpochRose]
         assert bench.saved() == asked
         bench.failures.clear()
-    assert len(bench.slices) == 1, "one chunk, by the first"
+        bench.stopping.clear()
+    assert len(bench.slices) <= 2, "chunks that were planned before"
 
 
 def test_a_load_that_another_process_overrules_begins_anew(make: MakeBench) -> None:
@@ -449,8 +489,11 @@ def test_a_load_that_another_process_overrules_begins_anew(make: MakeBench) -> N
     bench.loader().run()
     assert bench.failures == []
     assert overruled == ["running"]
-    beginning = [behind for _, behind in bench.reader.read_behind]
-    assert beginning == [None, (CHUNK_ROWS - 1,), None, (CHUNK_ROWS - 1,), (2 * CHUNK_ROWS - 1,)]
+    assert [behind for _, behind in bench.reader.read_behind][-3:] == [
+        None,
+        (CHUNK_ROWS - 1,),
+        (2 * CHUNK_ROWS - 1,),
+    ]
     saved = bench.saved()
     assert (saved.state, saved.reason, saved.rows) == ("done", "positions expired", 2 * CHUNK_ROWS)
     assert saved.covered_from is not None

@@ -194,13 +194,25 @@ class SourceReader(ABC):
         """Return where a pipeline's connector keeps its position. It uses this reader, and ends with it."""
 
     @abstractmethod
-    def read_chunk(
-        self, table: Table, after: Key | None, rows_most: int, bytes_most: int, usable: Callable[[Any], bool]
-    ) -> Chunk | None:
-        """Read the rows behind `after` in the order of the key, at most `rows_most`, in one snapshot.
+    def check_condition(self, table: Table, where: str) -> None:
+        """Raise UsageError when the source does not understand a condition (an SQL expression) on a table's rows."""
 
-        None if the snapshot is not `usable`. It ends early when the values have `bytes_most` bytes. Raises
-        SchemaChanged.
+    @abstractmethod
+    def read_chunk(
+        self,
+        table: Table,
+        after: Key | None,
+        rows_most: int,
+        bytes_most: int,
+        usable: Callable[[Any], bool],
+        *,
+        to: Key | None = None,
+        where: str | None = None,
+    ) -> Chunk | None:
+        """Read the rows behind `after`, up to and with `to`, in the order of the key, at most `rows_most`.
+
+        In one snapshot; None if that is not `usable`. It ends early when the values have `bytes_most` bytes. `where`
+        is a condition that the rows meet, as SQL. Raises SchemaChanged, and UsageError when the condition fails.
         """
 
     @abstractmethod

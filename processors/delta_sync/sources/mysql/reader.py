@@ -14,7 +14,7 @@ from pymysql.cursors import SSCursor
 
 from delta_sync.changes import Key
 from delta_sync.decoding import TableCodec
-from delta_sync.errors import CheckFailed, Problem, SchemaChanged, SourceBusy
+from delta_sync.errors import CheckFailed, Problem, SchemaChanged, SourceBusy, UsageError
 from delta_sync.secrets import redact
 from delta_sync.sources.mysql import codec
 from delta_sync.sources.mysql.catalogue import read_fingerprints, read_tables
@@ -36,6 +36,7 @@ READS = 3  # of a snapshot's position, which must agree
 SNAPSHOTS_MOST = 20  # until they do; each fails for one in twenty only beside monitors that ask all the time
 
 _SCHEMA_CHANGED = frozenset({1412, 1146, 1054, 1109, 1356, 1049})  # the table's definition, table, column, database
+UNKNOWN_COLUMN = 1054
 _REFUSED = frozenset({1142, 1143, 1044, 1227, 1370})
 
 _asking = threading.Lock()
@@ -237,29 +238,44 @@ class MariaReader(SourceReader):
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def check_condition(self, table: Table, where: str) -> None:
+        """Have the source plan a query with the condition. Raises UsageError."""
+        condition, parameters = _within(table, None, None, where)
+        with self._connected() as session, _condition(where):
+            _fetch(session, f"EXPLAIN SELECT 1 FROM {_qualified(table)} AS t{condition}", parameters)  # noqa: S608 -- quoted
+
     def read_chunk(
-        self, table: Table, after: Key | None, rows_most: int, bytes_most: int, usable: Callable[[Snapshot], bool]
+        self,
+        table: Table,
+        after: Key | None,
+        rows_most: int,
+        bytes_most: int,
+        usable: Callable[[Snapshot], bool],
+        *,
+        to: Key | None = None,
+        where: str | None = None,
     ) -> Chunk | None:
-        """Read the rows behind `after` in the order of the key, at most `rows_most`, in one snapshot.
+        """Read the rows behind `after` up to `to` in the order of the key, at most `rows_most`, in one snapshot.
 
         None if the snapshot is not `usable`. It ends early when the values have `bytes_most` bytes, so no more than
         that and one row are in memory.
         """
-        condition, parameters = _behind(table, after)
+        condition, parameters = _within(table, after, to, where)
         order = ", ".join(f"t.{quoted(name)}" for name in table.key)
         query = f"SELECT {codec.select_list(table)} FROM {_qualified(table)} AS t{condition} ORDER BY {order} LIMIT %s"  # noqa: S608 -- quoted
         with self._connected() as session, self._snapshot(session) as snapshot:
             if not usable(snapshot):
                 return None
             rows: list[tuple[Key, Row]] = []
-            full = self._collect(session, table, query, (*parameters, rows_most), rows, bytes_most)
+            with _condition(where):
+                full = self._collect(session, table, query, (*parameters, rows_most), rows, bytes_most)
             last_key = rows[-1][0] if full or len(rows) == rows_most else None
             return Chunk(snapshot.position, rows, last_key)
 
     def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
         """Return the key of the row that is so many rows behind `after`; None beyond the last."""
         keys_alone = table._replace(columns=tuple(table.column(name) for name in table.key))
-        condition, parameters = _behind(table, after)
+        condition, parameters = _within(table, after, None, None)
         order = ", ".join(f"t.{quoted(name)}" for name in table.key)
         query = (
             f"SELECT {codec.select_list(keys_alone)} FROM {_qualified(table)} AS t{condition}"  # noqa: S608 -- quoted
@@ -373,22 +389,50 @@ def _qualified(table: Table) -> str:
     return f"{quoted(table.schema)}.{quoted(table.name)}"
 
 
-def _behind(table: Table, after: Key | None) -> tuple[str, tuple[Any, ...]]:
-    """Return a condition for the rows behind a key, and its parameters.
+def _within(table: Table, after: Key | None, to: Key | None, where: str | None) -> tuple[str, tuple[Any, ...]]:
+    """Return a condition for the rows behind a key, up to another, that meet a condition; and its parameters."""
+    conditions: list[str] = []
+    parameters: list[Any] = []
+    for key, sign, last in ((after, ">", ">"), (to, "<", "<=")):
+        if key is not None:
+            condition, values = _beside(table, key, sign, last)
+            conditions.append(condition)
+            parameters += values
+    if where is not None:  # on lines of its own, because it may end with a comment
+        escaped = where.replace("%", "%%")
+        conditions.append(f"(\n{escaped}\n)")
+    return (f" WHERE {' AND '.join(conditions)}" if conditions else ""), tuple(parameters)
+
+
+def _beside(table: Table, key: Key, sign: str, last: str) -> tuple[str, list[Any]]:
+    """Return a condition for the rows on one side of a key, and its parameters.
 
     Spelt out, `a >= 1 AND (a > 1 OR (a = 1 AND b > 2))`: of `(a, b) > (1, 2)` the server reads the whole index.
     """
-    if after is None:
-        return "", ()
     names = [f"t.{quoted(name)}" for name in table.key]
-    values = _parameters(table, after)
-    condition, parameters = f"{names[-1]} > %s", [values[-1]]
+    values = _parameters(table, key)
+    condition, parameters = f"{names[-1]} {last} %s", [values[-1]]
     for name, value in reversed(list(zip(names[:-1], values[:-1], strict=True))):
-        condition = f"({name} > %s OR ({name} = %s AND {condition}))"
+        condition = f"({name} {sign} %s OR ({name} = %s AND {condition}))"
         parameters = [value, value, *parameters]
     if len(names) > 1:
-        condition, parameters = f"{names[0]} >= %s AND {condition}", [values[0], *parameters]
-    return f" WHERE {condition}", tuple(parameters)
+        condition, parameters = f"{names[0]} {sign}= %s AND {condition}", [values[0], *parameters]
+    return condition, parameters
+
+
+@contextmanager
+def _condition(where: str | None) -> Generator[None]:
+    """Say of an error that it is the condition's, where there is one."""
+    try:
+        yield
+    except (pymysql.err.ProgrammingError, pymysql.err.DataError) as error:
+        if where is None:
+            raise
+        raise UsageError(f"The condition {where!r} fails: {redact(str(error.args[-1]))}.") from error
+    except pymysql.err.OperationalError as error:
+        if where is None or code_of(error) != UNKNOWN_COLUMN:
+            raise
+        raise UsageError(f"The condition {where!r} fails: {redact(str(error.args[-1]))}.") from error
 
 
 def _among(table: Table, keys: Sequence[Key]) -> tuple[str, tuple[Any, ...]]:

@@ -20,7 +20,7 @@ from psycopg import sql
 
 from delta_sync.changes import Key
 from delta_sync.decoding import TableCodec
-from delta_sync.errors import SchemaChanged, SourceBusy
+from delta_sync.errors import SchemaChanged, SourceBusy, UsageError
 from delta_sync.secrets import redact
 from delta_sync.sources.postgresql import codec
 from delta_sync.sources.postgresql.catalogue import read_fingerprints, read_tables
@@ -317,30 +317,48 @@ class PostgresReader(SourceReader):
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def check_condition(self, table: Table, where: str) -> None:
+        """Have the source plan a query with the condition. Raises UsageError."""
+        query = sql.SQL("EXPLAIN SELECT FROM {} AS t{} LIMIT %s").format(
+            _qualified(table), _within(table, None, None, where)
+        )
+        with self._connected() as connection, _condition(where):
+            connection.execute(query, [1])
+
     def read_chunk(
-        self, table: Table, after: Key | None, rows_most: int, bytes_most: int, usable: Callable[[Snapshot], bool]
+        self,
+        table: Table,
+        after: Key | None,
+        rows_most: int,
+        bytes_most: int,
+        usable: Callable[[Snapshot], bool],
+        *,
+        to: Key | None = None,
+        where: str | None = None,
     ) -> Chunk | None:
-        """Read the rows behind `after` in the order of the key, at most `rows_most`, in one snapshot.
+        """Read the rows behind `after` up to `to` in the order of the key, at most `rows_most`, in one snapshot.
 
         None if the snapshot is not `usable`. It ends early when the values have `bytes_most` bytes; so no more than
         that and ROWS_AT_ONCE rows are in memory.
         """
         order = sql.SQL(", ").join(map(sql.Identifier, table.key))
-        query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} LIMIT {}").format(
-            codec.select_list(table), _qualified(table), _behind(table, after), order, sql.Literal(rows_most)
+        query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} LIMIT %s").format(
+            codec.select_list(table), _qualified(table), _within(table, after, to, where), order
         )
+        parameters = [*(after or ()), *(to or ()), rows_most]
         rows: list[tuple[Key, Row]] = []
         with self._snapshot() as (connection, snapshot, seen_to):
             if not usable(snapshot):
                 return None
             to_row = _row_maker(table)
-            if not self._has_long_values(connection, table):
-                rows.extend(to_row(values) for values in connection.execute(query, after))
-            else:
-                chunk = _limited(connection, query, after, to_row, seen_to, bytes_most)
-                if chunk.last_key is not None:
-                    return chunk
-                rows = chunk.rows
+            with _condition(where):
+                if not self._has_long_values(connection, table):
+                    rows.extend(to_row(values) for values in connection.execute(query, parameters))
+                else:
+                    chunk = _limited(connection, query, parameters, to_row, seen_to, bytes_most)
+                    if chunk.last_key is not None:
+                        return chunk
+                    rows = chunk.rows
         return Chunk(seen_to, rows, rows[-1][0] if len(rows) == rows_most else None)
 
     def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
@@ -349,7 +367,7 @@ class PostgresReader(SourceReader):
         query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} OFFSET {} LIMIT 1").format(
             codec.select_list(keys_alone),
             _qualified(table),
-            _behind(table, after),
+            _within(table, after, None, None),
             sql.SQL(", ").join(map(sql.Identifier, table.key)),
             sql.Literal(rows - 1),
         )
@@ -467,13 +485,35 @@ def _limited(
     return Chunk(seen_to, rows, None)
 
 
-def _behind(table: Table, after: Key | None) -> sql.Composable:
-    if after is None:
-        return sql.SQL("")
-    return sql.SQL(" WHERE ({}) > ({})").format(
-        sql.SQL(", ").join(map(sql.Identifier, table.key)),
-        sql.SQL(", ").join(_parameter(table.column(name)) for name in table.key),
-    )
+def _within(table: Table, after: Key | None, to: Key | None, where: str | None) -> sql.Composed:
+    """The condition for the rows behind a key, up to another, that meet a condition. Its parameters are the keys'.
+
+    Queries with it always have parameters, so that the server takes them for one statement, whatever `where` says.
+    """
+    key = sql.SQL(", ").join(map(sql.Identifier, table.key))
+    values = sql.SQL(", ").join(_parameter(table.column(name)) for name in table.key)
+    conditions: list[sql.Composable] = []
+    if after is not None:
+        conditions.append(sql.SQL("({}) > ({})").format(key, values))
+    if to is not None:
+        conditions.append(sql.SQL("({}) <= ({})").format(key, values))
+    if where is not None:  # on lines of its own, because it may end with a comment
+        escaped = where.replace("%", "%%")
+        conditions.append(sql.SQL(f"(\n{escaped}\n)"))  # pyright: ignore[reportArgumentType] -- it is meant to be SQL
+    if not conditions:
+        return sql.Composed([])
+    return sql.SQL(" WHERE ") + sql.SQL(" AND ").join(conditions)
+
+
+@contextmanager
+def _condition(where: str | None) -> Generator[None]:
+    """Say of an error that it is the condition's, where there is one."""
+    try:
+        yield
+    except (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError) as error:
+        if where is None:
+            raise
+        raise UsageError(f"The condition {where!r} fails: {error.diag.message_primary or error}.") from error
 
 
 def _parameter(column: Column) -> sql.Composable:
