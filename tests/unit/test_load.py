@@ -21,6 +21,7 @@ from delta_sync.sources.postgresql.reader import Blocker, PostgresReader
 from delta_sync.sources.reader import Chunk
 from delta_sync.spec import LoadSpec
 from delta_sync.state import Lease, PipelineState, StateStore, TableLoad
+from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version
@@ -139,6 +140,8 @@ class Bench:
         self.stopping = Stopping()
         self.slices: list[Slice] = []
         self.finished: list[str] = []
+        self.columns = "columns"
+        self.make_dumps: type[DumpStore] = DumpStore
         self.threads = 1  # what is read in which order is told by one
         self.failures: list[BaseException] = []
         self.state = StateStore.open("sqlite:///state.db", folder)
@@ -152,11 +155,41 @@ class Bench:
         if len(self.finished) == len(self.tables):
             self.stopping.set()
 
+    @property
+    def dumps(self) -> DumpStore:
+        return DumpStore(self.state, "movies")
+
+    def stop_when_over(self) -> None:
+        """End the loader when no dump is left that was there, or came."""
+        prune, end = DumpStore.prune, DumpStore.end
+        bench = self
+
+        class Watched(DumpStore):
+            def look(self) -> None:
+                if not self.all(unfinished=True):
+                    bench.stopping.set()
+
+            def prune(self, most: int) -> None:
+                prune(self, most)
+                self.look()
+
+            def end(self, id_: int, state: Any, why: str) -> None:
+                end(self, id_, state, why)
+                self.look()
+
+        self.make_dumps = Watched
+        self.finish = lambda done: self.finished.append(done.table)  # type: ignore[method-assign]  # it goes on
+
     def fail(self, error: BaseException) -> None:
         self.failures.append(error)
         self.stopping.set()  # as the worker does
 
     def loader(self, epoch: int = EPOCH) -> Loader:
+        loader = self._loader(epoch)
+        loader._dumps = self.make_dumps(self.state, "movies")
+        return loader
+
+    def _loader(self, epoch: int) -> Loader:
         return Loader(
             pipeline="movies",
             owner=uuid.uuid4().hex,
@@ -170,9 +203,9 @@ class Bench:
             options=LoadSpec(chunk_rows=CHUNK_ROWS),
             heartbeat_prefix="beat",
             tables=lambda: self.tables,
-            fingerprint=lambda name: f"columns of {name}",
+            fingerprint=lambda name: f"{self.columns} of {name}",
             hand_over=lambda slice_: self.hand_over(slice_),
-            finished=self.finish,
+            finished=lambda done: self.finish(done),
             failed=self.fail,
             stopping=self.stopping,
         )
@@ -499,3 +532,128 @@ def test_a_load_that_another_process_overrules_begins_anew(make: MakeBench) -> N
     assert saved.covered_from is not None
     assert saved.covered_from >= 3000  # what it covers begins anew, too
     assert bench.finished == [MOVIE]
+
+
+# ── dumps that are asked for ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def loaded(make: MakeBench) -> Bench:
+    """Return a bench whose table is loaded, for a dump to come."""
+    make(rows=8).loader().run()
+    bench = make(rows=8)
+    bench.stop_when_over()
+    return bench
+
+
+def test_some_keys_are_read_and_those_without_a_row_are_deleted(loaded: Bench) -> None:
+    id_ = loaded.dumps.add(Dump(table=MOVIE, kind="keys"), [(1,), (99,), (7,)])
+    loaded.loader().run()
+    version = dump_version(EPOCH, 5000)
+    assert loaded.changes == [
+        Change(MOVIE, (1,), version, {"id": 1}),
+        Change(MOVIE, (7,), version, {"id": 7}),
+        Change(MOVIE, (99,), version, None),
+    ]
+    found = loaded.dumps.get(id_)
+    assert found is not None
+    assert (found.state, found.rows, found.estimate) == ("done", 3, 3)
+    assert loaded.finished == [], "only one that met every row knows which rows are gone"
+
+
+def test_keys_whose_rows_are_too_large_to_be_read_at_once_are_not_taken_for_gone(loaded: Bench) -> None:
+    loaded.reader.rows_at_once = 1
+    loaded.dumps.add(Dump(table=MOVIE, kind="keys"), [(1,), (99,), (7,)])
+    loaded.loader().run()
+    assert [(change.key, change.row is None) for change in loaded.changes] == [
+        ((1,), False),
+        ((7,), False),
+        ((99,), True),
+    ]
+
+
+def test_a_chunk_that_is_too_large_is_split(loaded: Bench) -> None:
+    loaded.reader.rows_at_once = 2
+    loaded.dumps.add(Dump(table=MOVIE, kind="table", sinks=("cache",)))
+    loaded.loader().run()
+    assert sorted(change.key[0] for change in loaded.changes) == list(range(8))
+    assert {slice_.sinks for slice_ in loaded.slices} == {frozenset(["cache"])}
+    assert loaded.finished == [MOVIE]
+
+
+def test_a_condition_that_fails_ends_its_dump_and_nothing_else(loaded: Bench) -> None:
+    loaded.reader.conditions_fail = True
+    id_ = loaded.dumps.add(Dump(table=MOVIE, kind="where", where="1/0 = 1"))
+    loaded.loader().run()
+    found = loaded.dumps.get(id_)
+    assert found is not None
+    assert (found.state, found.waits) == ("failed", "The condition '1/0 = 1' fails.")
+    assert loaded.failures == []
+
+
+def test_the_wait_for_a_transaction_is_told_of_and_bounded(loaded: Bench) -> None:
+    loaded.reader.snapshots = [Snapshot(9, 12, frozenset({9}))]
+    id_ = loaded.dumps.add(Dump(table=MOVIE, kind="table", timeout_s=5.0))
+    told: set[str | None] = set()
+
+    def look() -> None:
+        dump = loaded.dumps.get(id_)
+        if dump is not None and dump.state == "running":
+            told.add(dump.waits)
+
+    loaded.stopping.during = look
+    loaded.loader().run()
+    whom = f"{MOVIE} cannot be read before the end of pid 77 (xid 40, open for 12 s): UPDATE movie"
+    assert told == {None, whom}
+    found = loaded.dumps.get(id_)
+    assert found is not None
+    assert (found.state, found.waits) == ("failed", f"It could not begin to read within 5 s: {whom}.")
+
+
+def test_a_dump_of_a_table_that_is_to_be_loaded_is_cancelled_and_its_rows_stay_out(loaded: Bench) -> None:
+    """They have older columns, and may have the same version as those of the load."""
+    id_ = loaded.dumps.add(Dump(table=MOVIE, kind="table"))
+    loader = loaded.loader()
+    covered: list[int] = []
+
+    def rise(lsn: int) -> None:
+        """The log passes only when the chunk has been read, and the table is to be loaded."""
+        if loaded.reader.read_behind and not covered:
+            covered.append(lsn)
+            loaded.columns = "other columns"
+            loader.reload(MOVIE, "its columns changed")
+        loaded.position.advance(lsn)
+
+    loaded.reader.on_heartbeat = rise
+    loader.run()
+    assert covered
+    found = loaded.dumps.get(id_)
+    assert found is not None
+    assert (found.state, found.waits) == ("cancelled", "the table is loaded: its columns changed")
+    load = next(one for one in loaded.dumps.all() if one.kind == "load" and one.state == "done" and one.id > id_)
+    assert len(loaded.changes) == load.rows == 8, "nothing of the one that was cancelled"
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_many_dumps_at_once_with_many_readers(make: MakeBench, threads: int) -> None:
+    make(tables=(MOVIE, GENRE), rows=40).loader().run()
+    bench = make(tables=(MOVIE, GENRE), rows=40)
+    bench.threads = threads
+    bench.stop_when_over()
+    for name in (MOVIE, GENRE, MOVIE):
+        bench.dumps.add(Dump(table=name, kind="table"))
+    bench.loader().run()
+    assert bench.failures == []
+    for name, times in ((MOVIE, 2), (GENRE, 1)):
+        keys = [change.key[0] for change in bench.changes if change.table == name]
+        assert sorted(keys) == sorted([*range(40)] * times), "each row once by each dump"
+
+
+def test_a_load_that_an_older_delta_began_goes_on_behind_its_last_key(make: MakeBench) -> None:
+    bench = make(rows=8)
+    bench.state.begin_load("movies", TableLoad(MOVIE, fingerprint=f"columns of {MOVIE}", epoch=EPOCH))
+    began = TableLoad(MOVIE, "running", (2,), 3, 1010, f"columns of {MOVIE}", "first load", EPOCH)
+    bench.state.save_load("movies", began)
+    bench.loader().run()
+    assert [change.key[0] for change in bench.changes] == [3, 4, 5, 6, 7]
+    assert (bench.saved().state, bench.saved().rows, bench.saved().covered_from) == ("done", 8, 1010)
