@@ -213,7 +213,12 @@ def show(app: App, name: str, id_: int, wait: bool) -> None:
 @shared_options
 @pass_app
 def pause(app: App, name: str, id_: int) -> None:
-    """Pause a dump. What is being read is finished; it goes on there when it is resumed."""
+    """Pause a dump. What is being read is finished; it goes on there when it is resumed.
+
+    \b
+    Example:
+      deltactl dump pause movies 3
+    """
     _order(app, name, id_, "pause")
 
 
@@ -223,7 +228,12 @@ def pause(app: App, name: str, id_: int) -> None:
 @shared_options
 @pass_app
 def resume(app: App, name: str, id_: int) -> None:
-    """Let a paused dump go on."""
+    """Let a paused dump go on.
+
+    \b
+    Example:
+      deltactl dump resume movies 3
+    """
     _order(app, name, id_, "resume")
 
 
@@ -233,7 +243,12 @@ def resume(app: App, name: str, id_: int) -> None:
 @shared_options
 @pass_app
 def cancel(app: App, name: str, id_: int) -> None:
-    """End a dump. What it has brought to the sinks stays, and nothing is removed. A load cannot be cancelled."""
+    """End a dump. What it has brought to the sinks stays, and nothing is removed. A load cannot be cancelled.
+
+    \b
+    Example:
+      deltactl dump cancel movies 3
+    """
     _order(app, name, id_, "cancel")
 
 
