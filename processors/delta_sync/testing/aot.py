@@ -39,4 +39,5 @@ def recorded(place: Path) -> Generator[None]:
             scratch.rename(cache)
     finally:
         del _recording[place]
-        scratch.unlink(missing_ok=True)
+        for left in (scratch, scratch.with_name(f"{scratch.name}.config")):
+            left.unlink(missing_ok=True)
