@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -149,7 +150,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {
         "runs": len(ordered),
         "p50_s": round(ordered[len(ordered) // 2], 1),
-        "p95_s": round(ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)], 1),
+        "p95_s": round(ordered[math.ceil(0.95 * len(ordered)) - 1], 1),
         "most_s": round(ordered[-1], 1),
     }
 
