@@ -77,11 +77,13 @@ playground: setup ## the demo's servers, and a shell to type at them: docs/tutor
 
 # ── bench ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-bench: setup ## measure: the worker alone, end to end beside the engine alone, latency and footprint (some minutes)
+bench: setup ## measure: the worker alone, end to end beside the engine alone, latency, footprint, Kafka (half an hour)
 	$(BIN)/python benchmarks/worker.py
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/latency.py
-	$(BIN)/python benchmarks/kafka_worker.py
+	$(BIN)/python benchmarks/kafka_worker.py --processes 1 2 4
+	$(BIN)/python benchmarks/latency.py --transport kafka
+	$(BIN)/python benchmarks/takeover.py
 
 # ── docs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -52,24 +52,20 @@ class Processes:
         exits.callback(end, process)
         return process
 
-    def stands_by(self, process: subprocess.Popen[bytes]) -> bool:
-        """Whether a sidecar is past its start: all of its threads are there."""
-        return psutil.Process(process.pid).num_threads() > 1
+
+def stands_by(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a sidecar is past its start: the thread that takes the lease is there."""
+    return psutil.Process(process.pid).num_threads() > 1
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and its children, frozen or not."""
-    family = [process_] if (process_ := _found(process.pid)) else []
-    for one in [*family, *(child for parent in family for child in parent.children(recursive=True))]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    process.wait()
-
-
-def _found(pid: int) -> psutil.Process | None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid)
-    return None
+        for one in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.kill()
+    process.wait()
 
 
 def connector_of(sidecar: subprocess.Popen[bytes]) -> psutil.Process | None:
@@ -121,7 +117,7 @@ def main() -> None:
         wait_until(lambda: client.dbsize() == ROWS, DEADLINE_S, "the load")
         for number in range(arguments.runs + arguments.frozen):
             sidecars.append(processes.start("sidecar", exits))
-            wait_until(lambda: processes.stands_by(sidecars[-1]), DEADLINE_S, "a standby")
+            wait_until(lambda: stands_by(sidecars[-1]), DEADLINE_S, "a standby")
             comes_through(source.url, client, 2 * number)
             (leader,) = [one for one in sidecars if connector_of(one) is not None]
             connector = connector_of(leader)
