@@ -12,8 +12,6 @@ from delta_sync.running import Running
 from deltactl.app import App, name_argument, pass_app, shared_options
 from deltactl.processes import member_name, need_kafka, run_through_epochs, run_together
 
-STOP_BUDGET_S = 30.0  # a worker drains for 10 s, and its group notices that it leaves
-
 
 @click.command(short_help="Run a worker of a pipeline on Kafka.")
 @name_argument
