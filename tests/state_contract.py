@@ -775,14 +775,17 @@ class StateContract:
         assert dumps.finish(found)
         assert not dumps.finish(found), "it is done only once"
 
-    def test_a_chunk_whose_lease_expired_is_anothers_and_the_late_one_records_nothing(self, store: StateStore) -> None:
+    @pytest.mark.parametrize("who", ["another", "late"], ids=["another", "the same one, later"])
+    def test_a_chunk_whose_lease_expired_is_anothers_and_the_late_one_records_nothing(
+        self, store: StateStore, who: str
+    ) -> None:
         dumps, dump = self.begun(store)
         dumps.plan(dump.id, [(None, None)])
         late = self.taken(dumps, "late", AT_ONCE_S)
         assert late is not None
         expired = {dump.id: ChunkCounts(1, 0)}
         wait_until(lambda: dumps.counts() == expired, PROCESS_TIMEOUT_S, "the end of a chunk's lease")
-        heir = self.taken(dumps, "heir")
+        heir = self.taken(dumps, who)
         assert heir is not None
         assert (heir.number, heir.token) == (late.number, late.token + 1)
         for record in (

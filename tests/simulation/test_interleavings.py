@@ -140,6 +140,7 @@ FAULTS = {
     "claim: without locks": Faults(claim_without_locks=True),
     "claim: before the log covers the table": Faults(claim_before_coverage=True),
     "load: handed over before the log has passed": Faults(hand_over_before_log=True),
+    "load: recorded before it is written": Faults(record_before_written=True),
     "read by key: whatever is visible": Faults(read_by_key_whatever_is_visible=True),
     "read by key: then the log's own rows": Faults(forget_what_was_read_ahead=True),
     "read by key: twice at once": Faults(read_again_beside_the_first=True),

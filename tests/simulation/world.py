@@ -12,7 +12,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import orjson
@@ -37,6 +37,7 @@ from simulation.stores import Steps, Store
 KEYS = 8
 EPOCH = 3
 CHUNK_ROWS = 3
+READERS = 2  # of a process
 JOBS_MOST = 4
 DRAIN_STEPS_MOST = 20_000  # a hundred times what it takes: beyond, something waits for ever
 
@@ -66,18 +67,56 @@ class Faults:
     claim_without_locks: bool = False
     claim_before_coverage: bool = False
     hand_over_before_log: bool = False
+    record_before_written: bool = False
     read_by_key_whatever_is_visible: bool = False
     forget_what_was_read_ahead: bool = False
     read_again_beside_the_first: bool = False
 
 
 @dataclass
+class LoadChunk:
+    """What the state store keeps of a chunk. `token` rises whenever it is given out; `free` says that it may be."""
+
+    after: int
+    to: int | None
+    token: int = 0
+    free: bool = True
+
+
+@dataclass
 class Load:
-    """What the state store keeps of a load."""
+    """What the state store keeps of a load, or of another dump of the whole table."""
 
     covered_from: int | None = None
-    after: int = -1
-    done: bool = False
+    planned_to: int = -1
+    planned: bool = False
+    chunks: dict[int, LoadChunk] = field(default_factory=dict[int, "LoadChunk"])
+    numbers: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.planned and not self.chunks
+
+    def add(self, after: int, to: int | None) -> None:
+        self.numbers += 1
+        self.chunks[self.numbers] = LoadChunk(after, to)
+
+    def lease(self) -> tuple[int, LoadChunk] | None:
+        """Give a chunk to whoever asks; return its number, and how it is now."""
+        for number, chunk in self.chunks.items():
+            if chunk.free:
+                chunk.free, chunk.token = False, chunk.token + 1
+                return number, dataclasses.replace(chunk)
+        return None
+
+    def holds(self, number: int, leased: LoadChunk) -> bool:
+        """Whether nobody else was given the chunk since."""
+        return number in self.chunks and self.chunks[number].token == leased.token
+
+    def expire(self) -> None:
+        """Let all leases end: those who have them do not notice."""
+        for chunk in self.chunks.values():
+            chunk.free = True
 
 
 @dataclass
@@ -204,6 +243,12 @@ class World:
             self.active.restart_capture()
         elif choice < 0.98:
             self.broken = not self.broken
+        elif choice < 0.985:
+            self.tell("leases of chunks expire")
+            self.load.expire()
+        elif choice < 0.99 and self.load.done:
+            self.tell("another dump")
+            self.load = Load()
         self.step_job(self.replays)
 
     def _kill_zombie(self) -> None:
@@ -219,6 +264,8 @@ class World:
                 self.rng.choice(self.zombies).step()
             elif self.rng.random() < 0.02 and self.zombies:
                 self._kill_zombie()
+            if self.rng.random() < 0.003:
+                self.load.expire()  # those of processes that are gone
             self.active.step()
             self.step_job(self.replays)
             if self.load.done and self.active.idle and not self.replays and not self.zombies:
@@ -311,7 +358,7 @@ class Process:
         self.passed_lsn = 0
         self.samples = SharedSamples(Samples)
         self.sampling = Sampling(self.source, with_locks=not world.faults.claim_without_locks)
-        self.loading = self._load()
+        self.loading = [self._plan(), *(self._read() for _ in range(READERS))]
         self.killed_before = world.killed
         self.sweeping: Steps | None = self.world.store.sweep()
         pause = Pause(self.source)
@@ -332,8 +379,7 @@ class Process:
         elif choice < 0.2:
             self.sampling_step()
         elif choice < 0.45:
-            if next(self.loading, self) is self:
-                self.loading = self._load()  # it had ended; a process that lost its place may have begun it again
+            next(self.rng.choice(self.loading))
         elif choice < 0.6:
             if self.next < len(self.source.log) and len(self.jobs) < JOBS_MOST:
                 self._begin_batch()
@@ -405,30 +451,60 @@ class Process:
 
     # ── as load.py ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _load(self) -> Steps:
-        while not self.world.load.done:
+    def _plan(self) -> Steps:
+        """Begin what is to be loaded and plan its chunks, for ever."""
+        while True:
+            yield
             load = self.world.load
             if load.covered_from is None:
                 yield from self._pass_log()
-                load = dataclasses.replace(load, covered_from=self.source.lsn)
-                self.world.load = load
-                yield
-            assert load.covered_from is not None
-            rows, claim = yield from self._read_chunk(load.after, load.covered_from)
+                if load.covered_from is None:
+                    load.covered_from = self.source.lsn
+            elif not load.planned and sum(chunk.free for chunk in load.chunks.values()) < READERS:
+                _, visible = self.source.snapshot()
+                behind = sorted(key for key in visible if key > load.planned_to)
+                end = behind[CHUNK_ROWS - 1] if len(behind) >= CHUNK_ROWS else None
+                load.add(load.planned_to, end)
+                load.planned, load.planned_to = end is None, load.planned_to if end is None else end
+
+    def _read(self) -> Steps:
+        """Lease chunks, read them, and bring their rows to the store, for ever."""
+        while True:
+            yield
+            load = self.world.load
+            leased = load.lease()
+            if leased is None:
+                continue
+            number, chunk = leased
+            yield
+            assert load.covered_from is not None, "it was begun before it was planned"
+            rows, claim = yield from self._read_chunk(chunk.after, load.covered_from)
+            rows = [row for row in rows if chunk.to is None or row["id"] <= chunk.to]
+            most = self.rng.randint(1, CHUNK_ROWS)  # as if more had too many bytes
+            if len(rows) >= most:
+                rows = rows[:most]
+                if not load.holds(number, chunk):
+                    continue
+                load.add(rows[-1]["id"], chunk.to)
+                load.chunks[number].to = rows[-1]["id"]
             if not self.world.faults.hand_over_before_log:
                 yield from self._pass_log()
+            if not load.holds(number, chunk):
+                continue
+            yield  # and may lose it in between
             version = dump_version(EPOCH, claim)
             changes = [Change("public.item", (row["id"],), version, row) for row in rows]
             steps, failures = self.world.writes_of(changes)
             job = Job(steps, letters_of(failures, "load"))
             self.world.tell(f"load {changes}")
+            if self.world.faults.record_before_written:
+                load.chunks.pop(number, None)
+                yield
             self.load_jobs.append(job)
             while job in self.load_jobs:
                 yield
-            last = rows[-1]["id"] if len(rows) == CHUNK_ROWS else None
-            after = load.after if last is None else last
-            self.world.load = dataclasses.replace(load, after=after, done=last is None)
-            yield
+            if load.holds(number, chunk):  # for the count alone: what it would record, it has written
+                del load.chunks[number]
 
     def _read_chunk(self, after: int, covered_from: int) -> Generator[None, None, tuple[list[Row], int]]:
         """Return the rows of a snapshot that can claim something, and the claim."""
@@ -440,7 +516,7 @@ class Process:
             if self.world.faults.claim_position_before_snapshot:
                 claim = position
             if claim is not None:
-                rows = [visible[key] for key in sorted(visible) if key > after][:CHUNK_ROWS]
+                rows = [visible[key] for key in sorted(visible) if key > after]
                 yield
                 return rows, claim
 
