@@ -282,9 +282,9 @@ class Worker:
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
         failures = [_undecodable(item) for item in decoded.undecodable]
-        if decoded.lacking and any(job.batch.generation != batches[-1].generation for job in self._jobs if job.batch):
-            # Delivered again: the same change may be read by key twice and get the same version, so the first is to
-            # be in the sinks before the second is read, or an older row could overwrite a newer one.
+        if decoded.lacking and any(_read_before(job, batches[-1].generation, decoded) for job in self._jobs):
+            # A key that is read twice may get the same version both times, by a claim that has not moved; so the first
+            # row is to be in the sinks before the second is read, or it could overwrite a newer one.
             self._wait_for([result for job in self._jobs for result in job.results])
         changes = dict(decoded.changes)
         began = self._clock()
@@ -568,6 +568,22 @@ def _rejections(results: Iterable[Future[list[Applied]]]) -> list[Failure]:
         for change, outcome in zip(part.changes, outcomes, strict=True)
         if outcome.kind == "rejected"
     ]
+
+
+def _read_before(job: Job, generation: int, decoded: Decoded) -> bool:
+    """Tell whether a batch in flight may write a row with the version that this one's gets, which is read by its key.
+
+    One of an earlier generation has the same changes; one of this has, at most, read some of the same keys.
+    """
+    if job.batch is None or job.decoded is None:
+        return False
+    if job.batch.generation != generation:
+        return True
+    for table, lacking in decoded.lacking.items():
+        before = {item.key for item in job.decoded.lacking.get(table, ())}
+        if any(item.key in before for item in lacking):
+            return True
+    return False
 
 
 def _undecodable(item: Undecodable) -> Failure:

@@ -128,6 +128,7 @@ class Job:
     end: int = 0  # of a batch: the place in the log behind it
     generation: int = 0
     heartbeat_lsn: int | None = None
+    read: frozenset[Key] = frozenset()  # by their keys
     done: bool = False
 
     def step(self) -> None:
@@ -415,8 +416,9 @@ class Process:
         lacking = decoded.lacking.get("public.item", [])
         if lacking:
             if not self.world.faults.read_again_beside_the_first:
+                keys = {item.key for item in lacking}
                 for job in self.jobs:
-                    while job.generation != self.generation and not job.done:
+                    while (job.generation != self.generation or not keys.isdisjoint(job.read)) and not job.done:
                         job.step()
             changes += [
                 Change("public.item", item.key, version, row)
@@ -428,7 +430,8 @@ class Process:
             )  # it removes rows that were read ahead of it, until the log has them
         steps, failures = self.world.writes_of(changes, decoded.truncates.get("public.item"))
         self.world.tell(f"batch {self.next}–{end}: {[*changes]} {decoded.truncates or ''}")
-        self.jobs.append(Job(steps, letters_of(failures, "log"), end, self.generation, decoded.heartbeat_lsn))
+        read = frozenset(item.key for item in lacking)
+        self.jobs.append(Job(steps, letters_of(failures, "log"), end, self.generation, decoded.heartbeat_lsn, read))
         self.next = end
         if self.world.faults.confirm_before_apply:
             self._confirm(self.jobs[-1])
