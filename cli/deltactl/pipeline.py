@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from delta_debezium.render import connector_json
-from delta_sync.errors import DeltaError, Problem
+from delta_sync.errors import DeltaError, Problem, Transient
 from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.secrets import hidden
 from delta_sync.sinks import installed
@@ -141,8 +141,13 @@ def check(app: App, name: str) -> None:
     resolvable(spec)
     with open_inspector(spec.source) as inspector:
         parts = [check_source(inspector, spec, running=app.is_running(name))]
-    parts.append(check_history(spec, app.home(name)))
-    parts += [check_sinks(spec, parts[0].tables.values()), check_transport(spec)]
+    transport = check_transport(spec)
+    try:
+        parts.append(check_history(spec, app.home(name)))
+    except Transient:
+        if not transport.problems:  # or it has said already, and in better words, why Kafka does not answer
+            raise
+    parts += [check_sinks(spec, parts[0].tables.values()), transport]
     if all(table in parts[0].tables for table in spec.tables):
         parts.append(_check_files(app.home(name), spec, parts[0].tables))
     findings = merge(parts)
