@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import confluent_kafka
@@ -52,9 +51,6 @@ def test_the_largest_record_fits_through(large: int) -> None:
     assert settings.kafka_python_consumer(spec, "group")["receive_message_max_bytes"] > large
     assert settings.confluent_consumer(spec, "group")["receive.message.max.bytes"] > large
     confluent_kafka.Consumer(settings.confluent_consumer(spec, "group")).close()
-    producer = settings.java_producer(spec)
-    assert int(producer["max.request.size"]) > large
-    assert int(producer["buffer.memory"]) >= large
 
 
 def test_what_is_fetched_ahead_does_not_grow_with_the_largest_record() -> None:
@@ -81,51 +77,12 @@ def test_timeouts_are_in_milliseconds() -> None:
     ]
 
 
-def test_a_producer_loses_nothing_and_keeps_the_order() -> None:
-    options = settings.java_producer(PLAIN)
-    assert options["acks"] == "all"
-    assert options["enable.idempotence"] == "true"
-    assert int(options["max.in.flight.requests.per.connection"]) <= 5
-    assert options["bootstrap.servers"].replace(" ", "") == "one:9092,two:9092"
-
-
 def test_no_option_holds_a_secret_until_it_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_PASSWORD", 'pa"ss\\word')
     slow, fast = settings.kafka_python(SECURED), settings.confluent(SECURED)
-    java = {name: value for name, value in settings.java(SECURED).items() if name.startswith("sasl")}
-    assert not any('pa"ss' in str(options) for options in (slow, fast, java))
+    assert not any('pa"ss' in str(options) for options in (slow, fast))
     assert settings.resolved(slow)["sasl_plain_password"] == 'pa"ss\\word'
     assert settings.resolved(fast)["sasl.password"] == 'pa"ss\\word'
-    assert settings.resolved_java(java) == {
-        "sasl.mechanism": "SCRAM-SHA-512",
-        "sasl.jaas.config": "org.apache.kafka.common.security.scram.ScramLoginModule required"
-        ' username="del\\"ta" password="pa\\"ss\\\\word";',
-    }
-
-
-def test_java_takes_certificates_as_pem(tmp_path: Path) -> None:
-    certificate, key = tmp_path / "delta.pem", tmp_path / "delta.key"
-    certificate.write_text("-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n")
-    key.write_text("-----BEGIN PRIVATE KEY-----\nBB==\n-----END PRIVATE KEY-----\n")
-    security = SecuritySpec(protocol="SSL", ca_file="/etc/ca.pem", certificate_file=str(certificate), key_file=str(key))
-    options = settings.java(PLAIN.model_copy(update={"security": security}))
-    assert "BEGIN" not in str(options)
-    assert settings.resolved_java(options) == {
-        "bootstrap.servers": PLAIN.bootstrap_servers,
-        "client.id": "delta",
-        "security.protocol": "SSL",
-        "ssl.truststore.type": "PEM",
-        "ssl.truststore.location": "/etc/ca.pem",
-        "ssl.keystore.type": "PEM",
-        "ssl.keystore.certificate.chain": certificate.read_text().rstrip("\n"),
-        "ssl.keystore.key": key.read_text().rstrip("\n"),
-    }
-
-
-def test_plain_has_a_login_module_of_its_own() -> None:
-    security = SecuritySpec(protocol="SASL_PLAINTEXT", mechanism="PLAIN", username="u", password="${env:P}")
-    options = settings.java(PLAIN.model_copy(update={"security": security}))
-    assert "plain.PlainLoginModule" in options["sasl.jaas.config"]
 
 
 def test_a_reference_that_cannot_be_resolved_is_a_mistake_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

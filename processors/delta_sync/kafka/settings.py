@@ -1,21 +1,17 @@
 """From `kafka:` in `pipeline.yaml` to the options of each client: pure, so same specification, same options.
 
-Secrets stay references here. Whoever connects resolves them: `resolved` for the clients of Python,
-`resolved_java` for those of Java, where a password lies within quotes.
+Secrets stay references here; whoever connects resolves them (`resolved`). What Kafka's Java clients need stands in
+`delta_debezium.kafka_clients`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from delta_sync import secrets
 from delta_sync.spec import KafkaSpec
 
 Options = dict[str, Any]  # by the client's own names
-
-_REFERENCE = re.compile(r"\$\{[^}]*\}")
 
 CLIENT_ID = "delta"  # what brokers log, and what quotas are for
 
@@ -155,66 +151,9 @@ def confluent_consumer(spec: KafkaSpec, group_id: str, timeouts: Timeouts = DEFA
     }
 
 
-def java(spec: KafkaSpec) -> dict[str, str]:
-    """Return what every Java client needs to connect, by Kafka's names. For files: see `resolved_java`."""
-    security = spec.security
-    options = {"bootstrap.servers": spec.bootstrap_servers, "client.id": CLIENT_ID}
-    if security is None:
-        return options
-    options["security.protocol"] = security.protocol
-    if security.mechanism is not None and security.username is not None and security.password is not None:
-        module = "plain.PlainLoginModule" if security.mechanism == "PLAIN" else "scram.ScramLoginModule"
-        options["sasl.mechanism"] = security.mechanism
-        options["sasl.jaas.config"] = (
-            f"org.apache.kafka.common.security.{module} required"
-            f' username="{_jaas(security.username)}" password="{security.password}";'
-        )
-    if security.ca_file is not None:
-        options |= {"ssl.truststore.type": "PEM", "ssl.truststore.location": security.ca_file}
-    if security.certificate_file is not None:
-        # Of a file Kafka wants certificate and key in one; as texts it takes them apart.
-        options |= {
-            "ssl.keystore.type": "PEM",
-            "ssl.keystore.certificate.chain": f"${{file:{security.certificate_file}}}",
-            "ssl.keystore.key": f"${{file:{security.key_file}}}",  # PKCS #8: BEGIN PRIVATE KEY
-        }
-    return options
-
-
-def java_producer(spec: KafkaSpec) -> dict[str, str]:
-    """Return the options of a Java producer that loses nothing and keeps the order, by Kafka's names."""
-    return java(spec) | {
-        "acks": "all",
-        "enable.idempotence": "true",  # in order per partition, and a retry adds no second record
-        "max.in.flight.requests.per.connection": "5",  # the most with which idempotence keeps the order
-        "compression.type": "lz4",
-        "linger.ms": "5",  # a fuller batch compresses better; far below what anybody sees
-        "batch.size": str(128 << 10),  # some hundred changes; default 16 KB
-        "max.request.size": str(spec.max_message_bytes + FRAME_OVERHEAD_BYTES),
-        "buffer.memory": str(max(32 << 20, 2 * spec.max_message_bytes)),  # Kafka's default, or two of the largest
-        # For how long a record is tried before the connector ends and starts again at the slot's position.
-        "delivery.timeout.ms": "120000",
-    }
-
-
 def resolved(options: Options) -> Options:
     """Return the options with the references among them resolved. Raises UsageError."""
     return {name: secrets.resolve(value) if isinstance(value, str) else value for name, value in options.items()}
-
-
-def resolved_java(options: Mapping[str, str]) -> dict[str, str]:
-    """Return the options with the references among them resolved: passwords quoted, files as their text."""
-    return {
-        name: _REFERENCE.sub(lambda match: _jaas(secrets.resolve(match.group())), value)
-        if name.endswith("sasl.jaas.config")
-        else secrets.resolve(value)
-        for name, value in options.items()
-    }
-
-
-def _jaas(text: str) -> str:
-    """Return a text as it stands within quotes in JAAS."""
-    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _largest_frame(spec: KafkaSpec) -> int:

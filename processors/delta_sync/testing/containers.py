@@ -8,8 +8,6 @@ The engine has to be on this machine, for the servers' ports are published on 12
 
 from __future__ import annotations
 
-import time
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -25,14 +23,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from testcontainers.core.container import DockerContainer
 
-from delta_sync.testing.processes import ServerError, free_port, pause
-from delta_sync.testing.servers import (
-    ANSWER_TIMEOUT_S,
-    LOG_TAIL_BYTES,
-    START_TIMEOUT_S,
-    STOP_TIMEOUT_S,
-    Server,
-)
+from delta_sync.testing.processes import ServerError, free_port
+from delta_sync.testing.servers import ANSWER_TIMEOUT_S, LOG_TAIL_BYTES, STOP_TIMEOUT_S, OneServer
 
 __all__ = [
     "IMAGES",
@@ -58,7 +50,7 @@ IMAGES = {
 }
 
 
-class ContainerServer(Server):
+class ContainerServer(OneServer):
     """A server in a container, with its data in it. A kill or a restart keeps both the container and its port."""
 
     inner_port: ClassVar[int]
@@ -79,10 +71,6 @@ class ContainerServer(Server):
     def _command(self) -> Sequence[str] | None:
         """Return what the image's entry point is given, None for what it has by itself."""
         return None
-
-    @abstractmethod
-    def _answers(self) -> bool:
-        """Ask it over its own protocol whether it is ready. Any exception means no."""
 
     def _container(self) -> Container:
         assert self._made is not None, f"{self.name} was not started"
@@ -129,25 +117,7 @@ class ContainerServer(Server):
             made.with_command(list(command))
         return made.start()
 
-    def _wait_until_ready(self) -> None:
-        began = time.monotonic()
-        failure: Exception | None = None
-        while self.alive:
-            try:
-                if self._answers():
-                    return
-            except Exception as error:  # noqa: BLE001 -- each client has its own for "not yet"
-                failure = error
-            if time.monotonic() > began + START_TIMEOUT_S:
-                raise ServerError(
-                    f"{self.name} did not answer within {START_TIMEOUT_S:.0f} s ({failure}); "
-                    f"its log ends:\n{self.tail()}"
-                )
-            pause(began)
-        raise ServerError(f"{self.name} ended while starting; its log ends:\n{self.tail()}")
-
     def tail(self) -> str:
-        """Return the end of the log."""
         return self._container().logs()[-LOG_TAIL_BYTES:].decode(errors="replace") or "(empty)"
 
     def stop(self) -> None:

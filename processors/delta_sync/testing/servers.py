@@ -102,7 +102,39 @@ class Server(ABC):
         self.close()
 
 
-class NativeServer(Server):
+class OneServer(Server):
+    """A server that is no cluster: it is asked itself whether it is ready."""
+
+    @abstractmethod
+    def _answers(self) -> bool:
+        """Ask it over its own protocol whether it is ready. Any exception means no."""
+
+    @abstractmethod
+    def tail(self) -> str:
+        """Return the end of the log."""
+
+    def _wait_until_ready(self) -> None:
+        began = time.monotonic()
+        failure: Exception | None = None
+        while self.alive:
+            try:
+                if self._answers():
+                    return
+            except Exception as error:  # noqa: BLE001 -- each client has its own for "not yet"
+                failure = error
+            if time.monotonic() > began + START_TIMEOUT_S:
+                raise ServerError(
+                    f"{self.name} did not answer within {START_TIMEOUT_S:.0f} s ({failure}); "
+                    f"its log ends:\n{self.tail()}"
+                )
+            pause(began)
+        raise ServerError(f"{self.name} {self._how_it_ended()} while starting; its log ends:\n{self.tail()}")
+
+    def _how_it_ended(self) -> str:
+        return "ended"
+
+
+class NativeServer(OneServer):
     """A server that is a process of this machine, with its data and log in one folder."""
 
     stop_signal: ClassVar[int] = signal.SIGTERM
@@ -126,10 +158,6 @@ class NativeServer(Server):
     @abstractmethod
     def _command(self) -> list[str]:
         """Return the command that runs the server in the foreground."""
-
-    @abstractmethod
-    def _answers(self) -> bool:
-        """Ask it over its own protocol whether it is ready. Any exception means no."""
 
     def _environment(self) -> dict[str, str]:
         return dict(os.environ)
@@ -161,32 +189,16 @@ class NativeServer(Server):
             death_signal=self.death_signal,
         )
         try:
-            self._wait_until_ready(self._process)
+            self._wait_until_ready()
         except BaseException:  # an interrupted start must not leave half a server behind
             self._process.kill()
             raise
 
-    def _wait_until_ready(self, process: ServerProcess) -> None:
-        began = time.monotonic()
-        failure: Exception | None = None
-        while process.running:
-            try:
-                if self._answers():
-                    return
-            except Exception as error:  # noqa: BLE001 -- each client has its own for "not yet"
-                failure = error
-            if time.monotonic() > began + START_TIMEOUT_S:
-                raise ServerError(
-                    f"{self.name} did not answer within {START_TIMEOUT_S:.0f} s ({failure}); "
-                    f"its log ends:\n{self.tail()}"
-                )
-            pause(began)
-        raise ServerError(
-            f"{self.name} ended with status {process.exit_status} while starting; its log ends:\n{self.tail()}"
-        )
+    def _how_it_ended(self) -> str:
+        assert self._process is not None, "it was started"
+        return f"ended with status {self._process.exit_status}"
 
     def tail(self) -> str:
-        """Return the end of the log."""
         if not self.log.exists():
             return "(empty)"
         with self.log.open("rb") as log:
