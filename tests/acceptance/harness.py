@@ -16,11 +16,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import bson
 import psutil
@@ -49,6 +50,38 @@ LIFE = 1_000_000  # `rev` begins at a multiple of it with each insert, above all
 
 Key = tuple[Any, ...]
 Row = dict[str, Any]
+
+
+class Actor(threading.Thread):
+    """Acts in the background until it is stopped; `stop` raises what went wrong. `with` starts and stops it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.failure: BaseException | None = None
+        self.stopping = threading.Event()
+
+    def act(self) -> None:
+        """Do it, until `stopping` is set."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        try:
+            self.act()
+        except BaseException as error:  # noqa: BLE001 -- `stop` raises it
+            self.failure = error
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop()
 
 
 # ── the source ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import random
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 import psycopg
 
-from acceptance.harness import IN_STEP_TIMEOUT_S, SHAPES, Pipeline, Run, Shape, Shop, Source, Stores
+from acceptance.harness import IN_STEP_TIMEOUT_S, SHAPES, Actor, Pipeline, Run, Shape, Shop, Source, Stores
 from delta_sync.errors import Transient
 from delta_sync.kafka import settings
 from delta_sync.kafka.names import group_id, topic_name
@@ -80,37 +79,25 @@ class KafkaPipeline(Pipeline):
         wait_until(applied, IN_STEP_TIMEOUT_S, f"applying what was written; {tails}")
 
 
-class Writing(threading.Thread):
+class Writing(Actor):
     """Changes random rows until it is stopped; when the source is away, it tries again."""
 
     def __init__(self, shop: Shop, rows: int, seed: int, pause_s: float) -> None:
-        super().__init__(name="writer")
+        super().__init__("writer")
         self._pause_s = pause_s
         self.transactions = 0
-        self.failure: BaseException | None = None
         self._shop = shop
         self._rows = rows
         self._random = random.Random(seed)
-        self._stopping = threading.Event()
 
-    def stop(self) -> None:
-        """End it, and raise what went wrong."""
-        self._stopping.set()
-        self.join()
-        if self.failure is not None:
-            raise self.failure
-
-    def run(self) -> None:
-        while not self._stopping.is_set():
+    def act(self) -> None:
+        while not self.stopping.is_set():
             try:
                 with self._shop.connect() as connection:
-                    while not self._stopping.wait(self._pause_s):
+                    while not self.stopping.wait(self._pause_s):
                         self._write(connection)
             except psycopg.OperationalError:
-                self._stopping.wait(0.2)
-            except BaseException as error:  # noqa: BLE001 -- `stop` raises it
-                self.failure = error
-                return
+                self.stopping.wait(0.2)
 
     def _write(self, connection: psycopg.Connection) -> None:
         with connection.transaction():

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import psycopg
 import pytest
 
-from acceptance.harness import SHAPES, Scene, Shape, Shop, Stores, all_sinks
+from acceptance.harness import SHAPES, Actor, Scene, Shape, Shop, Stores, all_sinks
 from delta_sync.errors import SinkBusy, SinkRefused
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Server
@@ -66,36 +66,26 @@ class HotKeys:
         return range(first, first + HOT_KEYS)
 
 
-class Actor(threading.Thread):
-    """A thread whose failure the test raises."""
-
-    failure: BaseException | None = None
-
-
 class Writer(Actor):
     """Changes random rows until it is stopped; when the source is away, it tries again."""
 
-    def __init__(self, shop: Shop, hot: HotKeys, number: int, stopping: threading.Event) -> None:
-        super().__init__(name=f"writer-{number}")
+    def __init__(self, shop: Shop, hot: HotKeys, number: int) -> None:
+        super().__init__(f"writer-{number}")
         self._hot = hot
         self.done: Counter[str] = Counter()
         self._shop = shop
         self._random = random.Random(f"{SEED} writer {number}")
-        self._stopping = stopping
         self._texts = 0
 
-    def run(self) -> None:
-        while not self._stopping.is_set():
+    def act(self) -> None:
+        while not self.stopping.is_set():
             try:
                 with self._shop.connect() as connection:
-                    while not self._stopping.wait(PAUSE_S):
+                    while not self.stopping.wait(PAUSE_S):
                         self._write(connection)
             except psycopg.OperationalError:
                 self.done["source away"] += 1
-                self._stopping.wait(0.2)
-            except BaseException as error:  # noqa: BLE001 -- the test raises it
-                self.failure = error
-                return
+                self.stopping.wait(0.2)
 
     def _write(self, connection: psycopg.Connection) -> None:
         """One transaction. What others do to the same rows may make it fail, as in life."""
@@ -114,7 +104,7 @@ class Writer(Actor):
                     self._count("slow")
                     for _ in range(SLOW_CHANGES):
                         self._change(connection)
-                    self._stopping.wait(SLOW_S)
+                    self.stopping.wait(SLOW_S)
                 if 0.2 < choose < 0.3:
                     raise Refrain
         except Refrain:
@@ -170,17 +160,14 @@ class Seen(NamedTuple):
 class Reader(Actor):
     """Looks at the hot keys in one sink all the time: nothing may go back, neither its version nor the row itself."""
 
-    def __init__(
-        self, stores: Stores, hot: HotKeys, sink: str, run_began_at: Callable[[], int], stopping: threading.Event
-    ) -> None:
-        super().__init__(name=f"reader-{sink}")
+    def __init__(self, stores: Stores, hot: HotKeys, sink: str, run_began_at: Callable[[], int]) -> None:
+        super().__init__(f"reader-{sink}")
         self._hot = hot
         self.complaints: list[str] = []
         self.looks = self.advances = self.older_rows = 0
         self._stores = stores
         self._sink = sink
         self._run_began_at = run_began_at
-        self._stopping = stopping
         self._seen: dict[tuple[str, int], Seen] = {}
         self._lock = threading.Lock()
 
@@ -189,24 +176,21 @@ class Reader(Actor):
         with self._lock:
             self._seen.clear()
 
-    def run(self) -> None:
-        try:
-            while not self._stopping.wait(PAUSE_S):
-                numbers = range(max(0, self._hot.now.start - HOT_KEYS), self._hot.now.stop)  # the sinks are behind
-                for shape in self._stores.shapes(self._sink):
-                    try:
-                        with self._lock:
-                            stored = self._stores.read(self._sink, shape, [shape.key(number) for number in numbers])
-                            for number, one in zip(numbers, stored, strict=True):
-                                if one is not None and one.document is not None:
-                                    self._look(shape, number, Seen(one.version, one.document["rev"]))
-                    except SinkBusy:
-                        self._stopping.wait(0.2)
-                    except SinkRefused:  # no such index: right before the pipeline has made it, and never after
-                        if any(name == shape.name for name, _ in self._seen):
-                            raise
-        except BaseException as error:  # noqa: BLE001 -- the test raises it
-            self.failure = error
+    def act(self) -> None:
+        while not self.stopping.wait(PAUSE_S):
+            numbers = range(max(0, self._hot.now.start - HOT_KEYS), self._hot.now.stop)  # the sinks are behind
+            for shape in self._stores.shapes(self._sink):
+                try:
+                    with self._lock:
+                        stored = self._stores.read(self._sink, shape, [shape.key(number) for number in numbers])
+                        for number, one in zip(numbers, stored, strict=True):
+                            if one is not None and one.document is not None:
+                                self._look(shape, number, Seen(one.version, one.document["rev"]))
+                except SinkBusy:
+                    self.stopping.wait(0.2)
+                except SinkRefused:  # no such index: right before the pipeline has made it, and never after
+                    if any(name == shape.name for name, _ in self._seen):
+                        raise
 
     def _look(self, shape: Shape, number: int, now: Seen) -> None:
         """Compare a document with what was there before, also with what was there before the row was deleted."""
@@ -303,32 +287,31 @@ def test_chaos(scene: Callable[..., Scene], request: pytest.FixtureRequest) -> N
     servers: dict[str, Server] = {sink: request.getfixturevalue(fixtures[sink]) for sink in sinks}
     source: Server = request.getfixturevalue("postgresql")
     hot = HotKeys()
-    writing, reading = threading.Event(), threading.Event()
-    writers = [Writer(it.shop, hot, number, writing) for number in range(WRITERS)]
+    writers = [Writer(it.shop, hot, number) for number in range(WRITERS)]
     runs = Runs(it)
-    readers = {sink: Reader(it.new_stores(), hot, sink, runs.began_at, reading) for sink in sinks}
+    readers = {sink: Reader(it.new_stores(), hot, sink, runs.began_at) for sink in sinks}
     began = time.monotonic()
     actors: list[Actor] = [*writers, *readers.values()]
     for actor in actors:
         actor.start()
     try:
         _do_harm(_faults(runs, source, servers, {sink: reader.forget for sink, reader in readers.items()}), runs, began)
-        writing.set()
+        for writer in writers:
+            writer.stopping.set()
         for writer in writers:
             writer.join()
         print(f"{time.monotonic() - began:.1f} s: writers stopped")
         it.pipeline.wait_until_confirmed(it.shop.insert_lsn(), runs.run)
         print(f"{time.monotonic() - began:.1f} s: confirmed")
     finally:
-        writing.set()
-        reading.set()
+        for actor in actors:
+            actor.stopping.set()
         for server in (source, *servers.values()):
             server.start()  # whatever failed, or nobody below would come to an end
         for actor in actors:
             actor.join()
     for actor in actors:
-        if actor.failure is not None:
-            raise actor.failure
+        actor.stop()
     done = sum((writer.done for writer in writers), Counter[str]())
     print(f"writers: {dict(done)}")
     for sink, reader in readers.items():

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg
 
-from acceptance.harness import Run, Stage
+from acceptance.harness import Actor, Run, Stage
 from delta_sync.changes import Write
 from delta_sync.dumps import ChunkCounts
 from delta_sync.spec import load_spec
@@ -45,38 +43,27 @@ INSERT INTO event SELECT i, 0, 'b' || i FROM generate_series(1, {ROWS}) AS i;
 """
 
 
-@contextlib.contextmanager
-def writing(it: Stage, rng: random.Random) -> Generator[None]:
-    """Update, delete and insert all the time."""
-    stopping = threading.Event()
-    failures: list[BaseException] = []
+class Writing(Actor):
+    """Updates and deletes all the time."""
 
-    def write() -> None:
-        try:
-            with it.source.connect() as connection:
-                while not stopping.wait(0.005):
-                    table = rng.choice(TABLES)
-                    row = f"SELECT ctid FROM {table} OFFSET {rng.randrange(ROWS // 2)} LIMIT 1"
-                    some = f"ctid = ({row})"
-                    if table == "event":
-                        some = f"id = {rng.randrange(ROWS)}"
-                    if rng.random() < 0.1:
-                        statement = f"DELETE FROM {table} WHERE {some}"
-                    else:
-                        statement = f"UPDATE {table} SET n = n + 1, body = md5(random()::text) WHERE {some}"
-                    connection.execute(statement.encode())
-        except BaseException as error:  # noqa: BLE001 -- raised below
-            failures.append(error)
+    def __init__(self, it: Stage, rng: random.Random) -> None:
+        super().__init__("writer")
+        self._source = it.source
+        self._random = rng
 
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
-        if failures:
-            raise failures[0]
+    def act(self) -> None:
+        rng = self._random
+        with self._source.connect() as connection:
+            while not self.stopping.wait(0.005):
+                table = rng.choice(TABLES)
+                some = f"ctid = (SELECT ctid FROM {table} OFFSET {rng.randrange(ROWS // 2)} LIMIT 1)"
+                if table == "event":
+                    some = f"id = {rng.randrange(ROWS)}"
+                if rng.random() < 0.1:
+                    statement = f"DELETE FROM {table} WHERE {some}"
+                else:
+                    statement = f"UPDATE {table} SET n = n + 1, body = md5(random()::text) WHERE {some}"
+                connection.execute(statement.encode())
 
 
 def dump(it: Stage, *arguments: str) -> Any:
@@ -133,7 +120,7 @@ def test_dumps_bring_every_row_whatever_is_killed_paused_or_damaged(stage: Calla
     rng = random.Random(SEED)
     it = stage(SETUP, TABLES, load={"chunk_rows": CHUNK_ROWS, "parallel": 2})
     run = it.run()
-    with writing(it, rng):
+    with Writing(it, rng):
         for _ in range(2):  # in the midst of the load, so that another goes on
             rows = rng.randrange(ROWS * len(TABLES) // 2)
             wait_until(

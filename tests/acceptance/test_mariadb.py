@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pymysql
 import pytest
 
-from acceptance.harness import Run
+from acceptance.harness import Actor, Run
 from acceptance.kafka_harness import child_of
 from acceptance.mariadb_harness import MariaPipeline, execute, maria_pipeline
 from delta_sync.kafka.topics import read_cluster, wanted_topics
@@ -50,38 +49,29 @@ def pipeline(
         yield made
 
 
-class Writing(threading.Thread):
+class Writing(Actor):
     """Changes random rows until it is stopped: all kinds of changes, several to a transaction, some rolled back."""
 
-    def __init__(self, pipeline: MariaPipeline, seed: int) -> None:
-        super().__init__(name="writer", daemon=True)
+    def __init__(self, pipeline: MariaPipeline) -> None:
+        super().__init__("writer")
         self.transactions = 0
-        self.failure: BaseException | None = None
         self._source = pipeline.source
+        seed = random.randrange(1 << 30)
+        print(f"seed {seed}")
         self._random = random.Random(seed)
-        self._stopping = threading.Event()
 
-    def stop(self) -> None:
-        self._stopping.set()
-        self.join()
-        if self.failure is not None:
-            raise self.failure
-
-    def run(self) -> None:
-        try:
-            with closing(self._source.session()) as session:
-                session.autocommit(False)
-                while not self._stopping.wait(WRITER_PAUSE_S):
-                    for _ in range(self._random.choice((1, 1, 3, 20))):
-                        with contextlib.suppress(pymysql.IntegrityError):  # a key that is taken
-                            execute(session, self._change())
-                    if self._random.random() < 0.15:
-                        session.rollback()
-                    else:
-                        session.commit()
-                    self.transactions += 1
-        except BaseException as error:  # noqa: BLE001 -- `stop` raises it
-            self.failure = error
+    def act(self) -> None:
+        with closing(self._source.session()) as session:
+            session.autocommit(False)
+            while not self.stopping.wait(WRITER_PAUSE_S):
+                for _ in range(self._random.choice((1, 1, 3, 20))):
+                    with contextlib.suppress(pymysql.IntegrityError):  # a key that is taken
+                        execute(session, self._change())
+                if self._random.random() < 0.15:
+                    session.rollback()
+                else:
+                    session.commit()
+                self.transactions += 1
 
     def _change(self) -> str:
         id_, other, word = self._random.randrange(ROWS), self._random.randrange(ROWS), self._random.random()
@@ -102,19 +92,6 @@ class Writing(threading.Thread):
                 f"DELETE FROM item WHERE {where}",
             ]
         )
-
-
-@contextlib.contextmanager
-def writing(pipeline: MariaPipeline) -> Iterator[Writing]:
-    """A writer, until the end of the block."""
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    writer = Writing(pipeline, seed)
-    writer.start()
-    try:
-        yield writer
-    finally:
-        writer.stop()
 
 
 def fill(session: Session) -> None:
@@ -140,7 +117,7 @@ def test_a_pipeline_from_mariadb(pipeline: MariaPipeline) -> None:
             return run
 
         fill(session)
-        with writing(pipeline):
+        with Writing(pipeline):
             sidecar, worker = start("sidecar"), start("worker")
             wait_until(lambda: bool(worker.events("load_started")) or not worker.running, BEGINS_S, "the load")
             assert worker.running, worker.tail()
@@ -154,7 +131,7 @@ def test_a_pipeline_from_mariadb(pipeline: MariaPipeline) -> None:
         check_types(pipeline)
 
         # ── columns are added and a table is emptied while the writer goes on ──
-        with writing(pipeline) as writer:
+        with Writing(pipeline) as writer:
             execute(session, "ALTER TABLE account ADD COLUMN extra varchar(20) DEFAULT 'none'")
             execute(session, "TRUNCATE TABLE item", "INSERT INTO item VALUES ('after', 1, '[2]', UUID())")
             wait_until(lambda: writer.transactions > SOME, LOADS_S, "some transactions")
@@ -164,7 +141,7 @@ def test_a_pipeline_from_mariadb(pipeline: MariaPipeline) -> None:
 
         # ── the log begins anew: the epoch rises, and what was deleted meanwhile goes ──
         execute(session, "RESET MASTER", "DELETE FROM account WHERE id % 2 = 0", "UPDATE account SET name = 'reset'")
-        with writing(pipeline):
+        with Writing(pipeline):
             wait_until(lambda: pipeline.loaded() and pipeline.epoch() == 2, LOADS_S, f"a new epoch; {sidecar.tail()}")
         (rise,) = sidecar.events("epoch_rises")
         assert "RESET MASTER" in rise["reason"]

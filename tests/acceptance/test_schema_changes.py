@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 
 import psycopg
 import pytest
 
-from acceptance.harness import Run, Source, Stage
+from acceptance.harness import Actor, Run, Source, Stage
 from delta_sync.testing.processes import wait_until
 
 HOT, ALL = 40, 400  # rows with an id below HOT are written all the time; the others never again after the first load
@@ -42,53 +41,33 @@ STEPS = {
 }
 
 
-class Writer(threading.Thread):
+class Writing(Actor):
     """Updates, deletes and inserts the hot rows, through whatever happens to the columns."""
 
     def __init__(self, source: Source) -> None:
-        super().__init__(name="writer")
+        super().__init__("writer")
         self.written = 0
-        self.failure: BaseException | None = None
         self._source = source
         self._random = random.Random(7)
-        self._stopping = threading.Event()
 
-    def run(self) -> None:
-        try:
-            with self._source.connect() as connection:
-                while not self._stopping.wait(PAUSE_S):
-                    table, id_ = self._random.choice(TABLES), self._random.randrange(HOT)
-                    choose = self._random.random()
-                    if choose < 0.1:
-                        connection.execute(f"DELETE FROM {table} WHERE id = {id_}".encode())
-                    elif choose < 0.3:
-                        connection.execute(
-                            f"INSERT INTO {table} (id, rev) VALUES ({id_}, 1) ON CONFLICT DO NOTHING".encode()
-                        )
-                    else:
-                        connection.execute(f"UPDATE {table} SET rev = rev + 1 WHERE id = {id_}".encode())
-                    self.written += 1
-        except psycopg.errors.UndefinedTable:
-            pass  # the test dropped it
-        except BaseException as error:  # noqa: BLE001 -- the test raises it
-            self.failure = error
+    def act(self) -> None:
+        with suppress(psycopg.errors.UndefinedTable), self._source.connect() as connection:  # the test dropped it
+            while not self.stopping.wait(PAUSE_S):
+                table, id_ = self._random.choice(TABLES), self._random.randrange(HOT)
+                choose = self._random.random()
+                if choose < 0.1:
+                    connection.execute(f"DELETE FROM {table} WHERE id = {id_}".encode())
+                elif choose < 0.3:
+                    connection.execute(
+                        f"INSERT INTO {table} (id, rev) VALUES ({id_}, 1) ON CONFLICT DO NOTHING".encode()
+                    )
+                else:
+                    connection.execute(f"UPDATE {table} SET rev = rev + 1 WHERE id = {id_}".encode())
+                self.written += 1
 
     def stop(self) -> None:
-        self._stopping.set()
-        self.join()
-        if self.failure is not None:
-            raise self.failure
+        super().stop()
         assert self.written > 0
-
-
-@contextmanager
-def writing(source: Source) -> Iterator[Writer]:
-    writer = Writer(source)
-    writer.start()
-    try:
-        yield writer
-    finally:
-        writer.stop()
 
 
 def in_step_but_for_hot_rows(it: Stage, run: Run, what: str) -> None:
@@ -111,7 +90,7 @@ def test_columns_change_under_a_running_pipeline(stage: Callable[..., Stage]) ->
     it = stage(SETUP, TABLES, ("cache", "docs", "search"))
     run = it.run()
     wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
-    with writing(it.source):
+    with Writing(it.source):
         for what, alter in STEPS.items():
             it.source.execute(*(f"ALTER TABLE {table} {alter}" for table in TABLES))
             in_step_but_for_hot_rows(it, run, what)
@@ -127,7 +106,7 @@ def test_columns_change_while_delta_is_stopped(stage: Callable[..., Stage]) -> N
     run = it.run()
     wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
     assert run.stop() == 0
-    with writing(it.source) as writer:
+    with Writing(it.source) as writer:
         for alter in STEPS.values():
             before = writer.written
             wait_until(lambda before=before: writer.written > before + 20, 60, "writing")  # type: ignore[misc]  # mypy: lambda with a default
@@ -143,7 +122,7 @@ def test_columns_change_while_delta_is_stopped(stage: Callable[..., Stage]) -> N
 def test_columns_change_while_a_table_is_loaded(stage: Callable[..., Stage]) -> None:
     """Chunks and rows by key are read with the columns that Delta knows, and those may be gone when it asks."""
     it = stage(SETUP, TABLES, load={"chunk_rows": 5})
-    with writing(it.source):
+    with Writing(it.source):
         run = it.run()
         wait_until(lambda: bool(run.events("load_started")), 120, f"the first load; {run.tail()}")
         for alter in STEPS.values():

@@ -11,9 +11,8 @@ import os
 import random
 import re
 import subprocess
-import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import psycopg
@@ -22,7 +21,7 @@ import pytest
 import redis
 import requests
 
-from acceptance.harness import SHAPES, Scene, Shape, Shop
+from acceptance.harness import SHAPES, Actor, Scene, Shape, Shop
 from delta_sync.changes import Write
 from delta_sync.sinks.base import VERSION_FIELD
 from delta_sync.tables import key_text
@@ -62,33 +61,21 @@ def it(scene: Callable[..., Scene]) -> Iterator[Scene]:
     assert run.stop() == 0, run.tail()
 
 
-@contextlib.contextmanager
-def writing(shop: Shop) -> Generator[Counter[str]]:
-    """Change busy keys all the time: insert, update, delete, give another key, in transactions of several changes."""
-    stopping = threading.Event()
-    done: Counter[str] = Counter()
-    failures: list[BaseException] = []
+class Writing(Actor):
+    """Changes busy keys all the time: insert, update, delete, give another key, in transactions of several changes."""
 
-    def write() -> None:
+    def __init__(self, shop: Shop) -> None:
+        super().__init__("writer")
+        self.done: Counter[str] = Counter()
+        self._shop = shop
+
+    def act(self) -> None:
         rng = random.Random(f"{SEED} writer")
-        try:
-            with shop.connect() as connection:
-                while not stopping.wait(WRITER_PAUSE_S):
-                    with contextlib.suppress(psycopg.errors.UniqueViolation), connection.transaction():
-                        for _ in range(rng.choice((1, 1, 2, 5))):
-                            done[change(shop, connection, rng)] += 1
-        except BaseException as error:  # noqa: BLE001 -- raised below
-            failures.append(error)
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        yield done
-    finally:
-        stopping.set()
-        thread.join()
-        if failures:
-            raise failures[0]
+        with self._shop.connect() as connection:
+            while not self.stopping.wait(WRITER_PAUSE_S):
+                with contextlib.suppress(psycopg.errors.UniqueViolation), connection.transaction():
+                    for _ in range(rng.choice((1, 1, 2, 5))):
+                        self.done[change(self._shop, connection, rng)] += 1
 
 
 def change(shop: Shop, connection: psycopg.Connection, rng: random.Random) -> str:
@@ -189,7 +176,7 @@ def wipe_versions(it: Scene) -> list[Damaged]:
 
 
 def test_what_was_damaged_is_found_and_mended_while_rows_change(it: Scene) -> None:
-    with writing(it.shop) as done:
+    with Writing(it.shop) as writer:
         for _ in range(TIMES_UNDER_LOAD):
             status, found, numbers = verify(it)
             assert (status, found, numbers["failed"]) == (0, [], 0), numbers
@@ -201,5 +188,5 @@ def test_what_was_damaged_is_found_and_mended_while_rows_change(it: Scene) -> No
         assert (status, numbers["repaired"], numbers["unverified"]) == (0, len(expected), []), numbers
         status, found, numbers = verify(it)
         assert (status, found) == (0, []), numbers
-        print(done)
-    assert sum(done.values()) > 100
+        print(writer.done)
+    assert sum(writer.done.values()) > 100

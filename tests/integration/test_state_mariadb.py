@@ -12,6 +12,7 @@ import pytest
 from delta_sync.errors import StateBusy, StateRefused
 from delta_sync.state import StateStore
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
+from dump_contract import DumpContract
 from state_contract import CLOCK_STEP, Location, ServerStateContract, letter
 
 
@@ -31,7 +32,7 @@ def execute(server: MariaDB, statement: str) -> None:
         cursor.execute(statement)
 
 
-class TestMariaDB(ServerStateContract):
+class TestMariaDB(ServerStateContract, DumpContract):
     @pytest.fixture
     def location(self, mariadb: MariaDB, tmp_path: Path) -> Location:
         return new_location(mariadb, tmp_path)

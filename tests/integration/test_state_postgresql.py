@@ -12,6 +12,7 @@ import pytest
 from delta_sync.errors import StateBusy, StateRefused
 from delta_sync.state import StateStore
 from delta_sync.testing.servers import PostgreSQL
+from dump_contract import DumpContract
 from state_contract import Location, ServerStateContract, letter
 
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
@@ -34,13 +35,13 @@ def new_location(server: PostgreSQL, folder: Path) -> Location:
     return Location(url, folder, url.replace("postgresql://", "postgresql+psycopg://"))
 
 
-class TestPostgreSQL18(ServerStateContract):
+class TestPostgreSQL18(ServerStateContract, DumpContract):
     @pytest.fixture
     def location(self, postgresql: PostgreSQL, tmp_path: Path) -> Location:
         return new_location(postgresql, tmp_path)
 
 
-class TestPostgreSQL15(ServerStateContract):
+class TestPostgreSQL15(ServerStateContract, DumpContract):
     @pytest.fixture
     def location(self, postgresql_15: PostgreSQL, tmp_path: Path) -> Location:
         return new_location(postgresql_15, tmp_path)

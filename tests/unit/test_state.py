@@ -18,6 +18,7 @@ from delta_sync import migrations
 from delta_sync.errors import StateBusy, StateRefused, UsageError
 from delta_sync.state import PipelineState, StateStore
 from delta_sync.state_tables import METADATA, REVISION
+from dump_contract import DumpContract
 from state_contract import Location, StateContract, letter
 
 
@@ -34,7 +35,7 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
-class TestSQLite(StateContract):
+class TestSQLite(StateContract, DumpContract):
     @pytest.fixture
     def location(self, file: Path) -> Location:
         file.parent.mkdir()
