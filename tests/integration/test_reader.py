@@ -62,3 +62,26 @@ def test_keys_are_walked_in_their_order(postgresql: PostgreSQL) -> None:
         finally:
             connection.execute("DROP TABLE walked")
             reader.close()
+
+
+def test_names_with_a_percent_sign_are_no_placeholders(postgresql: PostgreSQL) -> None:
+    reader = PostgresReader(source_of(postgresql), "test")
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        connection.execute("CREATE TYPE \"50%s\" AS ENUM ('a', 'b')")
+        connection.execute('CREATE TABLE "per%s" ("k%" "50%s" PRIMARY KEY, "v%%(x)s" text)')
+        connection.execute("INSERT INTO \"per%s\" VALUES ('a', '1%'), ('b', '2')")
+        try:
+            table = reader.tables(["public.per%s"])["public.per%s"]
+            expected = [(("a",), {"k%": "a", "v%%(x)s": "1%"}), (("b",), {"k%": "b", "v%%(x)s": "2"})]
+            read = [
+                reader.read_chunk(table, None, 10, 1 << 20, lambda _: True),
+                reader.read_keys(table, [("a",), ("b",)], lambda _: True),
+            ]
+            assert [chunk and sorted(chunk.rows, key=str) for chunk in read] == [expected] * 2
+            rest = reader.read_chunk(table, ("a",), 10, 1 << 20, lambda _: True, to=("b",), where="\"v%%(x)s\" <> '%'")
+            assert rest is not None
+            assert rest.rows == expected[1:]
+            assert [reader.key_behind(table, after, 1) for after in (None, ("a",), ("b",))] == [("a",), ("b",), None]
+        finally:
+            connection.execute('DROP TABLE "per%s"; DROP TYPE "50%s"')
+            reader.close()

@@ -59,7 +59,7 @@ def topics_missing(topics: Iterable[str]) -> CheckFailed:
     """Topics that are to be read are not there, or the user may not see them."""
     return _failed(
         f"topic {', '.join(sorted(topics))} is not there, or may not be seen",
-        "let the sidecar make it, or allow the user Describe on it",
+        "make it by `deltactl pipeline create`, or allow the user Describe on it",
     )
 
 

@@ -320,7 +320,7 @@ class PostgresReader(SourceReader):
     def check_condition(self, table: Table, where: str) -> None:
         """Have the source plan a query with the condition. Raises UsageError."""
         query = sql.SQL("EXPLAIN SELECT FROM {} AS t{} LIMIT %s").format(
-            _qualified(table), _within(table, None, None, where)
+            _fixed(_qualified(table)), _within(table, None, None, where)
         )
         with self._connected() as connection, _condition(where):
             connection.execute(query, [1])
@@ -341,9 +341,11 @@ class PostgresReader(SourceReader):
         None if the snapshot is not `usable`. It ends early when the values have `bytes_most` bytes; so no more than
         that and ROWS_AT_ONCE rows are in memory.
         """
-        order = sql.SQL(", ").join(map(sql.Identifier, table.key))
         query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} LIMIT %s").format(
-            codec.select_list(table), _qualified(table), _within(table, after, to, where), order
+            _fixed(codec.select_list(table)),
+            _fixed(_qualified(table)),
+            _within(table, after, to, where),
+            _key_columns(table),
         )
         parameters = [*(after or ()), *(to or ()), rows_most]
         rows: list[tuple[Key, Row]] = []
@@ -365,14 +367,14 @@ class PostgresReader(SourceReader):
         """Return the key of the row that is so many rows behind `after`; None beyond the last."""
         keys_alone = table._replace(columns=tuple(table.column(name) for name in table.key))
         query = sql.SQL("SELECT {} FROM {} AS t{} ORDER BY {} OFFSET {} LIMIT 1").format(
-            codec.select_list(keys_alone),
-            _qualified(table),
+            _fixed(codec.select_list(keys_alone)),
+            _fixed(_qualified(table)),
             _within(table, after, None, None),
-            sql.SQL(", ").join(map(sql.Identifier, table.key)),
+            _key_columns(table),
             sql.Literal(rows - 1),
         )
         with self._connected() as connection:
-            row = connection.execute(query, after).fetchone()
+            row = connection.execute(query, after or ()).fetchone()
         return None if row is None else _row_maker(keys_alone)(row)[0]
 
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
@@ -381,10 +383,10 @@ class PostgresReader(SourceReader):
         A row that is gone is absent. When the values have KEYS_BYTES bytes the rest is left out, and `last_key` set.
         """
         query = sql.SQL("SELECT {} FROM {} AS t JOIN {} USING ({})").format(
-            codec.select_list(table),
-            _qualified(table),
+            _fixed(codec.select_list(table)),
+            _fixed(_qualified(table)),
             _key_rows(table),
-            sql.SQL(", ").join(map(sql.Identifier, table.key)),
+            _key_columns(table),
         )
         with self._snapshot() as (connection, snapshot, seen_to):
             if not usable(snapshot):
@@ -490,7 +492,7 @@ def _within(table: Table, after: Key | None, to: Key | None, where: str | None) 
 
     Queries with it always have parameters, so that the server takes them for one statement, whatever `where` says.
     """
-    key = sql.SQL(", ").join(map(sql.Identifier, table.key))
+    key = _key_columns(table)
     values = sql.SQL(", ").join(_parameter(table.column(name)) for name in table.key)
     conditions: list[sql.Composable] = []
     if after is not None:
@@ -523,14 +525,13 @@ def _parameter(column: Column) -> sql.Composable:
 
 def _type(column: Column) -> sql.Composable:
     """The column's type, which the catalogue wrote, so it is quoted already."""
-    return sql.SQL(column.type)  # pyright: ignore[reportArgumentType] -- the catalogue's text, not a user's
+    return _fixed(sql.SQL(column.type))  # pyright: ignore[reportArgumentType] -- the catalogue's text, not a user's
 
 
 def _key_rows(table: Table) -> sql.Composable:
     """The keys, passed as one array per key column, as a relation with the key's column names."""
     types = [sql.SQL("%s::{}[]").format(_type(table.column(name))) for name in table.key]
-    names = sql.SQL(", ").join(map(sql.Identifier, table.key))
-    return sql.SQL("unnest({}) AS k({})").format(sql.SQL(", ").join(types), names)
+    return sql.SQL("unnest({}) AS k({})").format(sql.SQL(", ").join(types), _key_columns(table))
 
 
 def _row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
@@ -541,6 +542,15 @@ def _row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
         return tuple(values[place] for place in places), dict(zip(names, values, strict=True))
 
     return to_row
+
+
+def _key_columns(table: Table) -> sql.Composable:
+    return _fixed(sql.SQL(", ").join(map(sql.Identifier, table.key)))
+
+
+def _fixed(part: sql.Composable) -> sql.Composable:
+    """A part of a query with parameters that has none itself: a percent sign in it is of a name, and no placeholder."""
+    return sql.SQL(part.as_string(None).replace("%", "%%"))  # pyright: ignore[reportArgumentType] -- quoted before
 
 
 def _qualified(table: Table) -> sql.Identifier:
