@@ -19,7 +19,7 @@ import psutil
 import psycopg
 
 from delta_sync.capture import Batch
-from delta_sync.spec import PipelineSpec, spec_from
+from delta_sync.spec import PipelineSpec, dump_spec, spec_from
 from delta_sync.testing.servers import PostgreSQL, Redis
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,6 +69,15 @@ def servers() -> Generator[tuple[PostgreSQL, Redis]]:
         with psycopg.connect(source.url, autocommit=True) as connection:
             connection.execute(SCHEMA.format(table="movie"))
         yield source, cache
+
+
+def write_pipeline(scratch_name: str, spec: PipelineSpec) -> Path:
+    """Write the pipeline's folder, and return it."""
+    folder = Path(scratch_name) / spec.name
+    folder.mkdir()
+    (folder / "processor.py").write_text(PROCESSOR)
+    (folder / "pipeline.yaml").write_text(dump_spec(spec))
+    return folder
 
 
 def source_spec(source: PostgreSQL) -> dict[str, str]:

@@ -20,13 +20,13 @@ from typing import Any
 
 import psycopg
 import requests
-from common import PROCESSOR, bench_spec, cpu_s, fill, report, scratch, servers
+from common import bench_spec, cpu_s, fill, report, scratch, servers, write_pipeline
 
 from delta_debezium.engine import EmbeddedCapture
 from delta_debezium.render import engine_properties
 from delta_sync.secrets import resolve
 from delta_sync.sources.postgresql.reader import PostgresReader
-from delta_sync.spec import PipelineSpec, dump_spec
+from delta_sync.spec import PipelineSpec
 from delta_sync.state import PipelineState, StateStore, TableLoad
 from delta_sync.tables import Table
 from delta_sync.testing.processes import free_port
@@ -92,11 +92,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with scratch() as scratch_name, servers() as (source, cache):
-        folder = Path(scratch_name) / "bench"
-        folder.mkdir()
         spec = bench_spec(source, cache)
-        (folder / "processor.py").write_text(PROCESSOR)
-        (folder / "pipeline.yaml").write_text(dump_spec(spec))
+        folder = write_pipeline(scratch_name, spec)
         reader = PostgresReader(spec.source, "bench")
         table = reader.tables(["public.movie"])["public.movie"]
         reader.publish(spec.publication, [table])

@@ -240,7 +240,7 @@ def participants(only: str) -> dict[str, Callable[[Stage], Consumer]]:
     found: dict[str, Callable[[Stage], Consumer]] = {}
     for client in CLIENTS:
         found[f"worker {client}"] = lambda stage, client=client: worker(stage, client)  # type: ignore[misc]  # bound now
-        found[f"plain {client}"] = lambda stage, client=client: plain(stage, client)  # type: ignore[misc]
+        found[f"plain {client}"] = lambda stage, client=client: plain(stage, client)  # type: ignore[misc]  # ditto
     for label, place, call in (("Quix Streams", QUIX, quix), ("Kafka Connect", CONNECT, connect)):
         if place.exists():
             found[label] = call

@@ -28,10 +28,9 @@ from typing import Any
 import psutil
 import psycopg
 import redis
-from common import PROCESSOR, bench_spec, cpu_s, fill, report, scratch, servers
+from common import bench_spec, cpu_s, fill, report, scratch, servers, write_pipeline
 
 from delta_sync.kafka.topics import create_topics, wanted_topics
-from delta_sync.spec import dump_spec
 
 ROWS = 20_000
 WARM_UP_S = 5.0
@@ -154,15 +153,12 @@ def main() -> None:
     with contextlib.ExitStack() as exits:
         scratch_name = exits.enter_context(scratch())
         source, cache = exits.enter_context(servers())
-        folder = Path(scratch_name) / "bench"
-        folder.mkdir()
         options: dict[str, Any] = dict(option.split("=", 1) for option in arguments.option)
         kafka = kafka_options(exits) if arguments.transport == "kafka" else {}
         spec = bench_spec(source, cache, **kafka, **({"connector": options} if options else {}))
         if spec.kafka is not None:  # `deltactl pipeline create` would have made them
             create_topics(spec.kafka, wanted_topics(spec))
-        (folder / "processor.py").write_text(PROCESSOR)
-        (folder / "pipeline.yaml").write_text(dump_spec(spec))
+        write_pipeline(scratch_name, spec)
         fill(source, ROWS, updates=False)
         observer = Observer(cache.url)
         observer.start()

@@ -15,8 +15,8 @@ import orjson
 import redis
 from plain_consumer import COLUMNS, Decoder
 from quixstreams import Application  # type: ignore[import-not-found]  # of the other environment
-from quixstreams.models.serializers import Deserializer  # type: ignore[import-not-found]
-from quixstreams.sinks import BatchingSink, SinkBatch  # type: ignore[import-not-found]
+from quixstreams.models.serializers import Deserializer  # type: ignore[import-not-found]  # ditto
+from quixstreams.sinks import BatchingSink, SinkBatch  # type: ignore[import-not-found]  # ditto
 
 
 class Envelope(Deserializer):  # type: ignore[misc]  # untyped here

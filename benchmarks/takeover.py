@@ -23,11 +23,10 @@ from pathlib import Path
 import psutil
 import psycopg
 import redis
-from common import PROCESSOR, bench_spec, fill, report, scratch, servers
+from common import bench_spec, fill, report, scratch, servers, write_pipeline
 from latency import kafka_options
 
 from delta_sync.kafka.topics import create_topics, wanted_topics
-from delta_sync.spec import dump_spec
 from delta_sync.testing.processes import wait_until
 
 ROWS = 1000
@@ -105,10 +104,7 @@ def main() -> None:
         spec = bench_spec(source, cache, **kafka_options(exits))
         assert spec.kafka is not None
         create_topics(spec.kafka, wanted_topics(spec))
-        folder = Path(scratch_name) / "bench"
-        folder.mkdir()
-        (folder / "processor.py").write_text(PROCESSOR)
-        (folder / "pipeline.yaml").write_text(dump_spec(spec))
+        write_pipeline(scratch_name, spec)
         fill(source, ROWS, updates=False)
         client = redis.Redis.from_url(cache.url)
         processes = Processes(Path(scratch_name))

@@ -15,11 +15,9 @@ import signal
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-from common import PROCESSOR, bench_spec, cpu_s, fill, report, scratch, servers
+from common import bench_spec, cpu_s, fill, report, scratch, servers, write_pipeline
 
-from delta_sync.spec import dump_spec
 from delta_sync.state import StateStore, TableLoad
 from delta_sync.testing.processes import wait_until
 
@@ -33,11 +31,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with scratch() as scratch_name, servers() as (source, cache):
-        folder = Path(scratch_name) / "bench"
-        folder.mkdir()
         spec = bench_spec(source, cache)
-        (folder / "processor.py").write_text(PROCESSOR)
-        (folder / "pipeline.yaml").write_text(dump_spec(spec))
+        folder = write_pipeline(scratch_name, spec)
         fill(source, arguments.rows, updates=False)
         command = [sys.executable, "-m", "deltactl.main", "--dir", str(folder.parent)]
         run = subprocess.Popen([*command, "run", folder.name], stderr=(folder / "run.log").open("wb"))

@@ -47,8 +47,8 @@ VALUES: list[tuple[str, str, Any, bool]] = [
     ("time(1)", "'838:59:58.9'", "838:59:58.9", True),
     ("time", "'24:00:00'", "24:00:00", True),
     ("datetime", "'1000-01-01 00:00:00'", dt.datetime(1000, 1, 1), True),  # noqa: DTZ001 -- without a zone
-    ("datetime(6)", "'2024-02-29 23:59:59.999999'", dt.datetime(2024, 2, 29, 23, 59, 59, 999_999), True),  # noqa: DTZ001
-    ("datetime(1)", "'2024-02-29 23:59:59.9'", dt.datetime(2024, 2, 29, 23, 59, 59, 900_000), True),  # noqa: DTZ001
+    ("datetime(6)", "'2024-02-29 23:59:59.999999'", dt.datetime(2024, 2, 29, 23, 59, 59, 999_999), True),  # noqa: DTZ001 -- ditto
+    ("datetime(1)", "'2024-02-29 23:59:59.9'", dt.datetime(2024, 2, 29, 23, 59, 59, 900_000), True),  # noqa: DTZ001 -- ditto
     ("datetime", "'0000-00-00 00:00:00'", None, True),
     ("timestamp(3) null", "'2024-02-29 23:59:59.999'", dt.datetime(2024, 2, 29, 23, 59, 59, 999_000, UTC), True),
     ("timestamp null", "'0000-00-00 00:00:00'", None, True),

@@ -71,10 +71,10 @@ def _texts(value: object) -> Iterator[str]:
             yield value
         case Mapping():
             for child in value.values():  # pyright: ignore[reportUnknownVariableType] -- of JSON
-                yield from _texts(child)  # pyright: ignore[reportUnknownArgumentType]
+                yield from _texts(child)  # pyright: ignore[reportUnknownArgumentType] -- YAML's, anything
         case list():
             for child in value:  # pyright: ignore[reportUnknownVariableType] -- of JSON
-                yield from _texts(child)  # pyright: ignore[reportUnknownArgumentType]
+                yield from _texts(child)  # pyright: ignore[reportUnknownArgumentType] -- YAML's, anything
         case _:
             pass
 

@@ -137,7 +137,7 @@ def wanted(path: str) -> bool:
 def main() -> None:
     """Fetch what is missing, and say where it is."""
     found = distribution(lambda text: print(text, file=sys.stderr))  # noqa: T201 -- of a command
-    print(found.home)  # noqa: T201
+    print(found.home)  # noqa: T201 -- ditto
 
 
 if __name__ == "__main__":

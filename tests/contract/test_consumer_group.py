@@ -604,7 +604,7 @@ def test_a_member_that_pauses_in_the_midst_goes_on_with_the_next_record(world: W
             member.poll()
         assert len(member.records) == before
         member.group.resume()
-        turns(member, until=lambda: len(member.records) > before or len(member.seen(0)) == 5000)  # noqa: B023
+        turns(member, until=lambda: len(member.records) > before or len(member.seen(0)) == 5000)  # noqa: B023 -- called at once
     turns(member, until=lambda: len(member.seen(0)) >= 5000)
     assert member.seen(0) == list(range(5000))
 

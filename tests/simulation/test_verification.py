@@ -500,7 +500,7 @@ def test_a_log_that_stands_still_settles_nothing() -> None:
     world = World(1)
     world.rest()
     world.change((20,), gone=False, n=1000)
-    world.apply = lambda: None  # type: ignore[method-assign]
+    world.apply = lambda: None  # type: ignore[method-assign]  # nothing comes any more
     heard, tally, _ = verify(world)
     assert (heard.findings, tally.unsettled) == ([], 1)
     assert [one.key for one in heard.rest] == ["20"]

@@ -110,7 +110,7 @@ def test_a_truncate_deletes_everything() -> None:
 
 def test_several_rows_come_in_one_batch() -> None:
     asked: list[list[Any]] = []
-    movies = rated(lambda keys: asked.append(keys) or {})  # type: ignore[func-returns-value]
+    movies = rated(lambda keys: asked.append(keys) or {})  # type: ignore[func-returns-value]  # None, so `or`
     movies.insert(MOVIE, {"id": 1, "title": "a"}, {"id": 2, "title": "b"})
     assert asked == [[1, 2]]
     movies.delete(MOVIE, {"id": 1}, {"id": 2})
@@ -264,7 +264,7 @@ def test_a_look_up_that_fails_for_a_key_makes_a_dead_letter() -> None:
 def test_a_look_up_runs_in_the_tests_own_thread_and_none_is_left_behind() -> None:
     threads: set[threading.Thread] = set()
     before = set(threading.enumerate())
-    movies = rated(lambda keys: threads.add(threading.current_thread()) or {})  # type: ignore[func-returns-value]
+    movies = rated(lambda keys: threads.add(threading.current_thread()) or {})  # type: ignore[func-returns-value]  # None, so `or`
     movies.insert(MOVIE, *({"id": number, "title": ""} for number in range(2000)))
     movies.stir(runs=2)
     assert threads == {threading.current_thread()}
@@ -656,7 +656,7 @@ def test_stirring_reorders_and_repeats_so_that_a_sink_without_versions_is_found(
 
 def test_stirring_calls_with_batches_of_many_sizes_and_with_loads() -> None:
     sizes = set[int]()
-    movies = rated(lambda keys: sizes.add(len(keys)) or {})  # type: ignore[func-returns-value]
+    movies = rated(lambda keys: sizes.add(len(keys)) or {})  # type: ignore[func-returns-value]  # None, so `or`
     movies.insert(MOVIE, *({"id": number, "title": ""} for number in range(20)))
     sizes.clear()
     movies.stir()

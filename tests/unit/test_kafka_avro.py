@@ -505,7 +505,7 @@ def test_random_rows_are_what_plain_fastavro_reads() -> None:
             assert value is not None
             stream = BytesIO(value)
             stream.seek(5)
-            expected: Any = what_matters(schemaless_reader(stream, plain, None))  # type: ignore[arg-type]
+            expected: Any = what_matters(schemaless_reader(stream, plain, None))  # type: ignore[arg-type]  # a schema is any JSON
             for image in ("before", "after"):
                 if expected[image] is not None:
                     expected[image] = {
