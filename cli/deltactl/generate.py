@@ -8,13 +8,13 @@ import keyword
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from delta_sync.errors import UsageError
 from delta_sync.secrets import has_reference, is_reference, is_secret_parameter
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.tables import Column, Table
-from delta_sync.urls import check_url
+from delta_sync.urls import check_url, parts_of
 
 LINE_LENGTH = 88  # what formatters take unless told otherwise: ours must not be the first diff
 
@@ -58,7 +58,7 @@ def without_secrets(url: str, variable: str, what: str = "The URL") -> tuple[str
     """
     check_url(url, what)
     masked, references = _mask(url)
-    parts = urlsplit(masked)
+    parts = parts_of(masked)
     password = parts.password
     secrets: dict[str, str] = {}
     netloc, query = parts.netloc, parts.query
@@ -91,7 +91,7 @@ def source_from_url(url: str, variable: str) -> tuple[dict[str, str], dict[str, 
     """
     clean, secrets = without_secrets(url, variable, "--source")
     masked, references = _mask(clean)
-    parts = urlsplit(masked)
+    parts = parts_of(masked)
     authority, password = parts.netloc, parts.password
     source: dict[str, str] = {}
     if password:

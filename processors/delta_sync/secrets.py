@@ -11,9 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from delta_sync.errors import UsageError
+from delta_sync.urls import parts_of
 
 _REFERENCE = re.compile(r"\$\{(env|file):([^}]*)\}")
 REFERENCE_PATTERN = r"^(\$\{(env|file):[^}]*\})+$"  # of references alone, as JSON Schema's editors understand it
@@ -123,11 +124,7 @@ _URL_PASSWORD = re.compile(r"""(\b[a-z][a-z0-9+.-]*://[^\s/@:]*:)(?!\$\{)(?:[^\s
 
 def literal_password(url: str) -> str | None:
     """Return the password that a URL spells out, percent-decoded; None if it has none or only a reference."""
-    masked = _REFERENCE.sub("", url)
-    try:
-        password = urlsplit(masked).password
-    except ValueError:
-        return None
+    password = parts_of(_REFERENCE.sub("", url)).password
     return unquote(password) if password else None
 
 

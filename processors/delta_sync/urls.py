@@ -8,7 +8,21 @@ from urllib.parse import SplitResult, urlsplit
 from delta_sync.errors import UsageError
 
 _REFERENCE = re.compile(r"\$\{(?:env|file):[^}]*\}")
-_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_PARTS = re.compile(  # RFC 3986, appendix B
+    r"(?:([A-Za-z][A-Za-z0-9+.-]*):)?(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(?:#(.*))?", re.DOTALL
+)
+_NOT_ENCODED = re.compile(r"%(?![0-9A-Fa-f]{2})|[\[\]]")  # in a user name or a password
+
+
+def parts_of(url: str) -> SplitResult:
+    """Return the parts of any text that may be a URL.
+
+    Not by `urlsplit`, which since some patch releases of 2025 refuses an IPv6 address among several hosts.
+    """
+    match = _PARTS.fullmatch(url)
+    assert match is not None, "every part may be empty"
+    scheme, netloc, path, query, fragment = (part or "" for part in match.groups())
+    return SplitResult(scheme.lower(), netloc, path, query, fragment)
 
 
 def check_url(url: str, what: str) -> None:
@@ -21,7 +35,7 @@ def check_url(url: str, what: str) -> None:
     """
     plain = _REFERENCE.sub("1", url)  # a digit, because it may stand for a port; a path in it would end the authority
     try:
-        authority = urlsplit(plain).netloc
+        authority = parts_of(plain).netloc
         user, _, hosts = authority.rpartition("@")
         for host in hosts.split(","):  # some stores take several
             _ = urlsplit(f"//{host}").port
@@ -29,7 +43,7 @@ def check_url(url: str, what: str) -> None:
         readable = False
     else:
         rest = plain.partition("://")[2].removeprefix(authority)
-        readable = not (authority and "@" in rest) and _BAD_PERCENT.search(user) is None
+        readable = not (authority and "@" in rest) and _NOT_ENCODED.search(user) is None
     if not readable:
         raise UsageError(
             f"{what} cannot be read: a port must be a number, and special characters in a user name or a password"
@@ -43,4 +57,4 @@ def split_url(url: str, what: str) -> SplitResult:
     The port is known to be a number when the URL names one host; ask for it only then.
     """
     check_url(url, what)
-    return urlsplit(url)
+    return parts_of(url)

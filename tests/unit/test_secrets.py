@@ -10,7 +10,8 @@ import yaml
 from click.testing import CliRunner
 
 from delta_sync.errors import UsageError
-from delta_sync.secrets import hidden, redact
+from delta_sync.secrets import hidden, literal_password, redact
+from delta_sync.sinks import store_of
 from delta_sync.spec import spec_from
 from delta_sync.urls import check_url, split_url
 from deltactl.generate import without_secrets
@@ -71,6 +72,14 @@ def test_no_error_quotes_a_password_that_is_not_encoded(
 )
 def test_what_can_be_read_is_let_through(url: str) -> None:
     check_url(url, "it")
+
+
+def test_a_password_before_several_hosts_is_found() -> None:
+    """Whatever Python's own parser says of an IPv6 address among them: patch releases differ."""
+    url = "mongodb://me:Top%2FPart@one:27017,[::1]:27017/shop?replicaSet=rs"
+    assert literal_password(url) == "Top/Part"
+    assert store_of(url) == "mongodb://one:27017,[::1]:27017/shop"
+    assert without_secrets(url, "M") == (url.replace("Top%2FPart", "${env:M_PASSWORD}"), {"M_PASSWORD": "Top/Part"})
 
 
 def test_the_cause_of_an_unreadable_url_is_in_no_trace() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 from pydantic import ValidationError
 
@@ -19,6 +19,7 @@ from delta_sync.secrets import resolve, resolve_url
 from delta_sync.sinks.base import Sink, Target
 from delta_sync.spec import PipelineSpec, SinkSpec, validation_sentences
 from delta_sync.tables import Table
+from delta_sync.urls import parts_of
 
 GROUP = "delta_sync.sinks"
 
@@ -146,5 +147,5 @@ def refuse_shared_places(targets: Sequence[tuple[AnySink, Target]]) -> None:
 
 def store_of(url: str) -> str:
     """Return which store a URL is for, without who logs in and how."""
-    parts = urlsplit(url)
+    parts = parts_of(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2].lower(), parts.path.rstrip("/"), "", ""))

@@ -35,7 +35,7 @@ import threading
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 import bson
 from bson.binary import UuidRepresentation
@@ -61,7 +61,7 @@ from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import DeltaError, Problem, SinkBusy, SinkRefused, Unstorable, UsageError
 from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.tables import Kind, Table, key_text
-from delta_sync.urls import split_url
+from delta_sync.urls import parts_of, split_url
 from delta_sync.values import Document, Interval, decimal_text, scalar_text
 
 TOMBSTONES = ".delta_tombstones"  # what a target's companion collection is called, after the target's own name
@@ -134,7 +134,7 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
         self._now = now
         self._database, self._collection = parse_path(name, url)
         self._write_concern = WriteConcern(options.write_concern, WRITE_CONCERN_TIMEOUT_MS, options.journal)
-        self._hosts = urlsplit(url).netloc.rpartition("@")[2]  # for messages: without user and password
+        self._hosts = parts_of(url).netloc.rpartition("@")[2]  # for messages: without user and password
         self._connecting = threading.Lock()
         self._client: MongoClient[dict[str, Any]] | None = None
 
@@ -598,7 +598,7 @@ def client_options(url: str, options: MongoOptions) -> dict[str, Any]:
         "username": options.username,
         "password": options.password,
     }
-    given = {option.lower() for option, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)}
+    given = {option.lower() for option, _ in parse_qsl(parts_of(url).query, keep_blank_values=True)}
     return {name: value for name, value in wanted.items() if value is not None and name.lower() not in given}
 
 
