@@ -72,6 +72,13 @@ class Decoded(NamedTuple):
     events: int
     misfits: frozenset[str]  # tables of which an event has other columns than the catalogue had
 
+    def reads_rows_of(self, other: Decoded) -> bool:
+        """Tell whether a row that is to be read by its key is read for the other batches, too."""
+        return any(
+            not {item.key for item in lacking}.isdisjoint(item.key for item in other.lacking.get(table, ()))
+            for table, lacking in self.lacking.items()
+        )
+
 
 ReadAhead = Callable[[Key, int], bool]
 """Whether a row was read by its key after the change of it with this version: then the sink may show a newer one."""

@@ -577,13 +577,7 @@ def _read_before(job: Job, generation: int, decoded: Decoded) -> bool:
     """
     if job.batch is None or job.decoded is None:
         return False
-    if job.batch.generation != generation:
-        return True
-    for table, lacking in decoded.lacking.items():
-        before = {item.key for item in job.decoded.lacking.get(table, ())}
-        if any(item.key in before for item in lacking):
-            return True
-    return False
+    return job.batch.generation != generation or decoded.reads_rows_of(job.decoded)
 
 
 def _undecodable(item: Undecodable) -> Failure:

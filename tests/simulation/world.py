@@ -18,7 +18,7 @@ from typing import cast
 import orjson
 
 from delta_sync.changes import Change, Key
-from delta_sync.decoding import Stretch, decode
+from delta_sync.decoding import Decoded, Stretch, decode
 from delta_sync.delta_event import DeltaEvent, Origin, decode_event, encode_event
 from delta_sync.load import SharedSamples
 from delta_sync.pipeline import Pipeline
@@ -127,8 +127,7 @@ class Job:
     letters: list[bytes]
     end: int = 0  # of a batch: the place in the log behind it
     generation: int = 0
-    heartbeat_lsn: int | None = None
-    read: frozenset[Key] = frozenset()  # by their keys
+    decoded: Decoded | None = None
     done: bool = False
 
     def step(self) -> None:
@@ -416,9 +415,9 @@ class Process:
         lacking = decoded.lacking.get("public.item", [])
         if lacking:
             if not self.world.faults.read_again_beside_the_first:
-                keys = {item.key for item in lacking}
                 for job in self.jobs:
-                    while (job.generation != self.generation or not keys.isdisjoint(job.read)) and not job.done:
+                    again = job.decoded is not None and decoded.reads_rows_of(job.decoded)
+                    while (job.generation != self.generation or again) and not job.done:
                         job.step()
             changes += [
                 Change("public.item", item.key, version, row)
@@ -430,8 +429,7 @@ class Process:
             )  # it removes rows that were read ahead of it, until the log has them
         steps, failures = self.world.writes_of(changes, decoded.truncates.get("public.item"))
         self.world.tell(f"batch {self.next}–{end}: {[*changes]} {decoded.truncates or ''}")
-        read = frozenset(item.key for item in lacking)
-        self.jobs.append(Job(steps, letters_of(failures, "log"), end, self.generation, decoded.heartbeat_lsn, read))
+        self.jobs.append(Job(steps, letters_of(failures, "log"), end, self.generation, decoded))
         self.next = end
         if self.world.faults.confirm_before_apply:
             self._confirm(self.jobs[-1])
@@ -445,9 +443,9 @@ class Process:
             job = self.jobs.pop(0)
             self.world.letters += job.letters
             self._confirm(job)
-            if job.heartbeat_lsn is not None:
-                self.passed_lsn = max(self.passed_lsn, job.heartbeat_lsn)
-                self.rereader.ahead.passed(version_of(EPOCH, job.heartbeat_lsn))
+            if job.decoded is not None and job.decoded.heartbeat_lsn is not None:
+                self.passed_lsn = max(self.passed_lsn, job.decoded.heartbeat_lsn)
+                self.rereader.ahead.passed(version_of(EPOCH, job.decoded.heartbeat_lsn))
         for job in [job for job in self.load_jobs if job.done]:
             self.world.letters += job.letters
             self.load_jobs.remove(job)

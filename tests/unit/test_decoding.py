@@ -231,3 +231,17 @@ def test_a_row_that_was_read_ahead_is_read_again() -> None:
     assert [item.xid for item in found.lacking[MOVIE]] == [1010, 1012]
     assert [item.key for item in found.changes[MOVIE]] == [(2,), (4,)]
     assert not decode(events, CODECS, "beat", {"public.other": lambda *_: True}).lacking
+
+
+def test_batches_that_read_the_same_row_are_told_from_those_that_do_not() -> None:
+    again = {MOVIE: lambda key, version: True}
+    first, same, other = (
+        decode([stretch(*events)], CODECS, "beat", again)
+        for events in ([insert(10, 1), insert(11, 2)], [insert(20, 2), insert(21, 3)], [insert(30, 4)])
+    )
+    plain = decode([stretch(insert(40, 1, length=1))], CODECS, "beat")
+    assert same.reads_rows_of(first)
+    assert first.reads_rows_of(same)
+    assert not other.reads_rows_of(first)
+    assert not plain.reads_rows_of(first)
+    assert not first.reads_rows_of(plain)
