@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import redis
 
 from acceptance.harness import Pipeline, Scene, Shop, Source, Stage
 from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis
@@ -26,7 +27,7 @@ def scene(postgresql: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path
             name = _database(postgresql, exits)
             shop = Shop(postgresql.url_of(name), name)
             shop.create(rows)
-            urls = {sink: _url(request, sink, name) for sink in sinks}
+            urls = {sink: _url(request, sink, name, exits) for sink in sinks}
             pipeline = Pipeline(shop, tmp_path, urls, name, **options)
             if "docs" in sinks:
                 # MongoDB's stand-in loses its way among ids that are documents, after some deletes ("No document with
@@ -61,7 +62,7 @@ def stage(postgresql: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path
             before_create(name)
             source = Source(server.url_of(name), schema or name)
             source.execute(f"CREATE SCHEMA IF NOT EXISTS {source.schema}", setup)
-            urls = {sink: _url(request, sink, name) for sink in sinks}
+            urls = {sink: _url(request, sink, name, exits) for sink in sinks}
             pipeline = Pipeline(source, tmp_path, urls, name, tables, **options)
             if processor is not None:
                 pipeline.write_processor(processor)
@@ -94,17 +95,23 @@ def _database(postgresql: PostgreSQL, exits: contextlib.ExitStack) -> str:
     return name
 
 
-def _url(request: pytest.FixtureRequest, sink: str, name: str) -> str:
+def _url(request: pytest.FixtureRequest, sink: str, name: str, exits: contextlib.ExitStack) -> str:
     match sink:
-        case "cache":
-            redis: Redis = request.getfixturevalue("redis_server")
-            return redis.url
-        case "hash":  # where no other sink of the same pipeline is
-            redis = request.getfixturevalue("redis_server")
-            return redis.url.rstrip("/").removesuffix("/0") + "/1"
+        case "cache" | "hash":
+            server: Redis = request.getfixturevalue("redis_server")
+            exits.callback(_empty, server)
+            # In another database, where no other sink of the same pipeline is.
+            return server.url if sink == "cache" else server.url.rstrip("/").removesuffix("/0") + "/1"
         case "docs":
             mongodb: MongoStandIn = request.getfixturevalue("mongodb")
             return f"{mongodb.url}{name}"
         case _:
             search: OpenSearch = request.getfixturevalue("opensearch")
             return search.url
+
+
+def _empty(server: Redis) -> None:
+    """Forget what a test wrote: a run whose state is new reads all keys, and 200,000 tombstones cost each of them."""
+    server.start()
+    with redis.Redis.from_url(server.url) as client:
+        client.flushall()
