@@ -290,6 +290,7 @@ class PostgreSQL(NativeServer):
             self._may_copy = True
         else:
             self._may_copy = False
+        self._restored = False  # from a backup, by `copy`
         self._installed_bin_dir = bin_dir.absolute()
         self._data = self.directory / "data"
 
@@ -354,6 +355,7 @@ class PostgreSQL(NativeServer):
         self._make_folder()
         program, follow = str(self.bin_dir / "pg_basebackup"), ["-R"] if standby else []
         self._run(program, "-d", other.url, "-D", str(self._data), "-c", "fast", *follow)
+        self._restored = not standby
         if not standby:  # with it the server restores, and without what is to come after: it ends with the backup
             signal_file = self._data / "recovery.signal"
             signal_file.touch()
@@ -386,8 +388,9 @@ class PostgreSQL(NativeServer):
 
     def _answers(self) -> bool:
         with psycopg.connect(self.url, connect_timeout=int(ANSWER_TIMEOUT_S)) as connection:
-            connection.execute("select 1")
-        return True
+            # What was restored answers before it is a server of its own, and refuses writes until then.
+            found = connection.execute("SELECT pg_is_in_recovery()").fetchone()
+            return found == (False,) or not self._restored
 
 
 def others_reach(folder: Path) -> bool:
