@@ -47,7 +47,7 @@ LEFT_OUT = (
     *("*credential*", "debezium-server"),
 )
 # What fetches Debezium Server into a sidecar's image, which is kept for as long as these stay as they are.
-FETCHING = ("delta_debezium.distribution", "delta_sync.maven", "delta_sync.errors")
+FETCHING = ("delta_debezium.distribution", "delta_debezium.quick_start", "delta_sync.maven", "delta_sync.errors")
 _IMAGE = re.compile(r"(?P<name>[a-z0-9][a-z0-9._/:-]*):(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})")
 
 

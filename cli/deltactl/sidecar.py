@@ -43,6 +43,7 @@ def sidecar(
     Example:
       deltactl sidecar movies --port 9465
     """
+    from delta_debezium import quick_start
     from delta_debezium.distribution import distribution as find_distribution
     from delta_debezium.sidecar import FOLDER, Sidecar
 
@@ -51,12 +52,14 @@ def sidecar(
     logs.configure(log_format)
     folder = app.home(name)
     member = member_name()
+    distribution = find_distribution(click.echo)
+    quick_start.record(distribution, click.echo)
     running = Sidecar(
         folder=folder,
         work_dir=(work_dir or folder / FOLDER / member).absolute(),
         spec=spec,
         member=member,
-        distribution=find_distribution(click.echo),
+        distribution=distribution,
         new_slot=new_slot,
         reload=reload,
     )

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import structlog
 
-from delta_debezium.distribution import Distribution
+from delta_debezium.distribution import HEAP_MB, Distribution
 from delta_sync import child_exec
 from delta_sync.capture import CaptureDied
 from delta_sync.secrets import redact
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-HEAP_MB = 384  # thirty rows of 14 MB in a row went through it; with a larger kafka.max_message_bytes give it more
 LOG_BYTES = 32 << 20  # of the log, and as much of what came before: days of warnings
 LAST_LINES_CHARS = 500  # of what is not in the server's format
 LAST_WORDS_BYTES = 64 << 10  # of the log: a Java stack with its causes has some thousand
@@ -106,20 +105,9 @@ class DebeziumServer:
             )
 
     def _command(self) -> list[str]:
-        # With its second compiler, unlike the engine: a start takes some seconds longer, an event half the CPU time.
-        return [
-            self._distribution.java,
-            f"-Xmx{self._heap_mb}m",
-            "-XX:+UseSerialGC",  # one core's worth of work: fewer threads, less memory
-            "-XX:+ExitOnOutOfMemoryError",  # a JVM that lost a thread to it would hang
-            "--add-opens=java.base/java.lang=ALL-UNNAMED",  # Quarkus
-            "--enable-native-access=ALL-UNNAMED",  # lz4
-            "-Duser.language=en",  # Debezium lower-cases names by the locale, and Turkish has another i
-            "-Duser.timezone=UTC",  # a range of timestamps arrives as text, in the session's time zone
-            "-cp",
-            self._distribution.class_path,
-            "io.debezium.server.Main",
-        ]
+        cache = self._distribution.start_cache
+        quick = [f"-XX:AOTCache={cache}"] if cache is not None and cache.exists() else []
+        return self._distribution.command(self._heap_mb, *quick)
 
     def bound_log(self) -> None:
         """Begin the log anew when it is large, the old one behind `.1`; call it now and then.

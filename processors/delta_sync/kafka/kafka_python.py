@@ -255,13 +255,18 @@ class _Consumer(_kafka.KafkaConsumer):  # type: ignore[misc]  # it has no types
 
 
 class _Coordinator(_coordinators.ConsumerCoordinator):  # type: ignore[misc]  # it has no types
-    """The client's side of the group protocol. When a join has ended while nobody polled, 3.0.12 begins another one
-    instead of taking it up, which makes all others join again: short polls go on with that for ever."""
+    """The client's side of the group protocol. A join that has ended while nobody polled is to be taken up by the next
+    poll. 3.0.12 begins another one instead, which makes all others join again, and short polls go on with that for
+    ever; or, if the join was for other partitions or topics, it forgets that it has to join, and stays as it was."""
 
     def ensure_coordinator_ready(self, timeout_ms: float | None = None) -> bool:
         """Find the coordinator. An attempt that is cut short begins from the start: short polls would never find it."""
         client: Any = super()
         return bool(client.ensure_coordinator_ready(None if timeout_ms is None else max(timeout_ms, COORDINATOR_MS)))
+
+    def need_rejoin(self) -> bool:
+        client: Any = super()
+        return self._join_task is not None or bool(client.need_rejoin())
 
     @property
     def _join_task(self) -> _Join | None:
