@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from delta_debezium import engine, server, sidecar
+from delta_debezium import distribution, engine, sidecar
 from delta_sync import running, worker
 from delta_sync.errors import UsageError
 from delta_sync.secrets import references
@@ -226,7 +226,7 @@ def _probe(path: str, failures: int) -> Manifest:
 
 def _resources(role: str) -> Manifest:
     """No limit of CPU: it would slow a load down while the node has nothing else to do."""
-    heap_mb = {"worker": 0, "sidecar": server.HEAP_MB + JVM_MB, "run": engine.HEAP_MB + JVM_MB}[role]
+    heap_mb = {"worker": 0, "sidecar": distribution.HEAP_MB + JVM_MB, "run": engine.HEAP_MB + JVM_MB}[role]
     memory_mb = heap_mb + PYTHON_MB
     return {
         "requests": {"cpu": "250m", "memory": f"{memory_mb}Mi"},

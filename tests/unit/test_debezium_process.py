@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from delta_debezium import quick_start
 from delta_debezium.distribution import Distribution, distribution, wanted
 from delta_debezium.server import DebeziumServer, reason
 from delta_sync.errors import CheckFailed
@@ -171,6 +172,42 @@ def test_last_words_hold_no_secret(tmp_path: Path) -> None:
     one.start("", {})
     wait_until(lambda: not one.alive, SOON_S, "its end")
     assert one.last_words() == "Debezium Server ended: the password is ***"
+
+
+# ── quick starts ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def with_java(home: Path, version: str, script: str) -> Distribution:
+    """An installation in `home`, and a Java of this version that is a script."""
+    (home / "java" / "bin").mkdir(parents=True)
+    (home / "java" / "release").write_text(f'JAVA_VERSION="{version}"\n')
+    return Distribution(home, program(home / "java" / "bin", script))
+
+
+RECORDS = """echo "$1" >> asked
+grep -q PostgresConnector config/application.properties && : > "${1#-XX:AOTCacheOutput=}" """
+
+
+def test_a_start_is_recorded_once_and_the_next_ones_use_it(tmp_path: Path) -> None:
+    found = with_java(tmp_path, "25.0.2", RECORDS)
+    reports: list[str] = []
+    for _ in range(2):
+        quick_start.record(found, reports.append)
+    assert len(reports) == 1
+    assert found.start_cache is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["java", found.start_cache.name]
+    one = DebeziumServer(tmp_path / "server", found)
+    one.start("", {})
+    wait_until(lambda: not one.alive, SOON_S, "its end")
+    assert (tmp_path / "server" / "asked").read_text() == f"-XX:AOTCache={found.start_cache}\n"
+
+
+@pytest.mark.parametrize(("version", "script"), [("25.0.2", "exit 1"), ("21.0.9", RECORDS)])
+def test_a_start_that_cannot_be_recorded_is_as_it_was(tmp_path: Path, version: str, script: str) -> None:
+    found = with_java(tmp_path, version, script)
+    quick_start.record(found, lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["java"]
+    assert found.start_cache is None or not found.start_cache.exists()
 
 
 # ── where it is ──────────────────────────────────────────────────────────────────────────────────────────────────
