@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 from filelock import FileLock
@@ -27,6 +28,7 @@ from delta_sync.testing.processes import ServerError
 SERVERS = {"kafka": "kafka.Kafka", "mongodb": "MongoLauncher", "opensearch": "OpenSearchLauncher"}
 ARCHIVES = {"apicurio": "io.apicurio:apicurio-registry-app:3.3.3:tar.gz:all"}  # 158 MB
 CLASS_FILE_RELEASE = "21"  # what OpenSearch 3 needs; any later JRE runs it
+LAYOUT = b"launcher in a jar"  # of such a folder: another one is made anew
 MAVEN_TIMEOUT_S = 1200  # 74 MB over a slow line, for the largest of them
 RECORDING_TIMEOUT_S = 300.0  # it takes some five seconds of CPU time, on a machine that may have other things to do
 
@@ -64,15 +66,14 @@ def java_command(server: str, *options: str, main_class: str | None = None) -> l
 
 def class_path(server: str) -> str:
     """Return the class path of a server."""
-    place = _place(server)
-    return f"{place}/*{os.pathsep}{place}/classes"
+    return f"{_place(server)}/*"
 
 
 def _place(server: str) -> Path:
     """Return a server's folder. It is complete or absent, and a changed pom has another folder."""
     pom, launcher = _SOURCES / f"{server}.xml", _SOURCES / f"{SERVERS[server]}.java"
     source = launcher.read_bytes() if launcher.exists() else b""
-    digest = hashlib.sha256(pom.read_bytes() + source).hexdigest()[:12]
+    digest = hashlib.sha256(pom.read_bytes() + source + LAYOUT).hexdigest()[:12]
     place = cache_dir() / f"{server}-{digest}"
     if not place.exists():
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -107,8 +108,14 @@ def _fetch(pom: Path, target: Path) -> None:
 def _compile(launcher: Path, place: Path) -> None:
     compiler = next(place.glob("ecj-*.jar"))
     jars = os.pathsep.join(str(jar) for jar in place.glob("*.jar"))
-    options = ["-proc:none", "-nowarn", f"-{CLASS_FILE_RELEASE}", "-cp", jars, "-d", str(place / "classes")]
+    classes = place / "classes"
+    options = ["-proc:none", "-nowarn", f"-{CLASS_FILE_RELEASE}", "-cp", jars, "-d", str(classes)]
     _run([java(), "-jar", str(compiler), *options, str(launcher)], f"compiling {launcher.name}")
+    # In a jar: a JVM writes no AOT cache for a class path with folders that hold something.
+    with zipfile.ZipFile(place / f"{launcher.stem}.jar", "w") as jar:
+        for file in classes.iterdir():
+            jar.write(file, file.name)
+    shutil.rmtree(classes)
 
 
 def _run(command: list[str], what: str) -> None:
@@ -121,8 +128,9 @@ def main() -> None:
     """Fetch and compile what is missing, and record the starts that are not recorded yet."""
     from delta_sync.testing.kafka import Kafka  # they import this module
     from delta_sync.testing.registry import Apicurio
+    from delta_sync.testing.servers import MongoStandIn, OpenSearch
 
-    for kind in (Kafka, Apicurio):  # the others end without writing a cache
+    for kind in (Kafka, Apicurio, OpenSearch, MongoStandIn):
         place = archive(kind.name) if kind.name in ARCHIVES else _place(kind.name)
         if not aot.cache_of(place).exists():
             with aot.recorded(place), kind() as server:
