@@ -508,7 +508,7 @@ class MongoStandIn(NativeServer):
 
     name = "mongodb"
 
-    def __init__(self, directory: Path | None = None, *, port: int | None = None, heap_mb: int = 256) -> None:
+    def __init__(self, directory: Path | None = None, *, port: int | None = None, heap_mb: int = 768) -> None:
         super().__init__(directory, port=port or free_port())
         self._heap_mb = heap_mb
 

@@ -5,6 +5,7 @@ import de.bwaldvogel.mongo.bson.Document;
 import de.bwaldvogel.mongo.wire.message.MongoMessage;
 import io.netty.channel.Channel;
 import java.util.List;
+import org.h2.mvstore.MVStore;
 import java.util.concurrent.CountDownLatch;
 
 /** MongoDB's wire protocol on 127.0.0.1. Arguments: port, data file. */
@@ -12,10 +13,14 @@ public class MongoLauncher {
     /**
      * H2 writes once a second by itself, which would lose acknowledged writes when the server is killed. And one
      * command at a time: two that delete the same documents fail here ("No document with key"), which MongoDB's do not.
+     * And everything stays in the cache: what H2 reads from the file again is no longer found by an _id that is a
+     * document, as these are compared by their serialized bytes, which differ by where such an object comes from.
      */
     static class DurableBackend extends H2Backend {
+        static final int CACHE_MB = 512;
+
         DurableBackend(String file) {
-            super(file);
+            super(new MVStore.Builder().fileName(file).cacheSize(CACHE_MB).open());
         }
 
         @Override
