@@ -5,8 +5,8 @@ import de.bwaldvogel.mongo.bson.Document;
 import de.bwaldvogel.mongo.wire.message.MongoMessage;
 import io.netty.channel.Channel;
 import java.util.List;
-import org.h2.mvstore.MVStore;
 import java.util.concurrent.CountDownLatch;
+import org.h2.mvstore.MVStore;
 
 /** MongoDB's wire protocol on 127.0.0.1. Arguments: port, data file. */
 public class MongoLauncher {
