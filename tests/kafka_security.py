@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ssl
 import subprocess
 import threading
 from collections.abc import Collection
@@ -108,18 +109,27 @@ def _property(text: str) -> str:
 class GuardedRegistry:
     """A registry behind a proxy that asks for credentials, as companies have it."""
 
-    def __init__(self, port: int, user: str, password: str, token: str) -> None:
-        """`port` is that of the registry itself, on 127.0.0.1."""
+    def __init__(self, port: int, user: str, password: str, token: str, authority: Authority | None = None) -> None:
+        """`port` is that of the registry itself, on 127.0.0.1; without an `authority` it has no TLS."""
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
         self.schemes_seen: set[str] = set()
         accepted = {f"Basic {basic}", f"Bearer {token}"}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(port, accepted, self.schemes_seen))
         self._server.daemon_threads = True
+        self._scheme = "https" if authority else "http"
+        if authority is not None:
+            self._encrypt(authority)
         self._thread = threading.Thread(target=self._server.serve_forever, name="registry proxy", daemon=True)
+
+    def _encrypt(self, authority: Authority) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*authority.issue("registry", "IP:127.0.0.1"))
+        # The handshake is made by the thread that serves a connection, or a client that trusts another stops all.
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/apis/ccompat/v7"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}/apis/ccompat/v7"
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -50,9 +50,10 @@ def secrets_of(spec: PipelineSpec) -> list[Secret]:
     can have.
     """
     found = {reference: None for text in _texts(spec.model_dump(mode="json")) for reference in references(text)}
-    security = spec.kafka.security if spec.kafka is not None else None
-    if security is not None:
-        paths = (security.ca_file, security.certificate_file, security.key_file)
+    if (kafka := spec.kafka) is not None:
+        paths = [kafka.registry.ca_file]
+        if (security := kafka.security) is not None:
+            paths += [security.ca_file, security.certificate_file, security.key_file]
         found |= {("file", path): None for path in paths if path is not None}
     secrets = [Secret(_key(kind, name), kind, name) for kind, name in sorted(found)]
     by_key: dict[str, Secret] = {}

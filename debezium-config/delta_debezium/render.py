@@ -224,10 +224,18 @@ def _registry_options(registry: RegistrySpec) -> dict[str, str]:
             # connector ends when the registry is away for longer, though an id never changes its meaning.
             "background-refresh-enabled": "true",
         }
+        if registry.ca_file is not None:
+            options |= {"tls.truststore.type": "PEM", "tls.truststore.location": registry.ca_file}
         if registry.username is not None and registry.password is not None:
             options |= {"auth.username": registry.username, "auth.password": registry.password}
         return {f"apicurio.registry.{name}": value for name, value in options.items()}
     options = {"schema.registry.url": registry.url, "auto.register.schemas": "true"}
+    if registry.ca_file is not None:
+        raise UsageError(
+            "kafka.registry: ca_file is for Apicurio without a token; Confluent's converter, which is used otherwise, "
+            "reads no PEM. Leave it out, and give the authority to Java (in the sidecar's environment, "
+            "JAVA_TOOL_OPTIONS=-Djavax.net.ssl.trustStore=FILE) and to the workers (REQUESTS_CA_BUNDLE=FILE)."
+        )
     if registry.token is not None:
         options |= {"bearer.auth.credentials.source": "STATIC_TOKEN", "bearer.auth.token": registry.token}
     elif registry.username is not None:

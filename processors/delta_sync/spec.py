@@ -211,6 +211,11 @@ class RegistrySpec(_Model):
     username: str | None = Field(default=None, description="For basic authentication.")
     password: str | None = Field(default=None, description="A reference: ${env:NAME} or ${file:/path}.")
     token: str | None = Field(default=None, description="For bearer authentication, instead; a reference.")
+    ca_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="For https: authorities to trust, in PEM; default: the well-known ones.",
+    )
 
     @field_validator("password", "token")
     @classmethod
@@ -221,6 +226,8 @@ class RegistrySpec(_Model):
     def _consistent(self) -> RegistrySpec:
         if not self.url.lower().startswith(("http://", "https://")):
             raise ValueError("url must begin with http:// or https://")
+        if self.ca_file is not None and self.url.lower().startswith("http://"):
+            raise ValueError("ca_file is for a url that begins with https://")
         _must_be_readable(self.url, "url")
         found = spelt_out(self.url)
         if found is not None:

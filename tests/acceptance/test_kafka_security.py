@@ -37,10 +37,11 @@ _numbers = itertools.count(1)
 
 
 class World(NamedTuple):
-    """The broker, the registry, and files with what clients need."""
+    """The broker, the registry with TLS and without, and files with what clients need."""
 
     broker: SecureKafka
     registry: GuardedRegistry
+    plain_registry: GuardedRegistry
     files: dict[str, str]
 
     def secret(self, name: str) -> str:
@@ -76,16 +77,17 @@ def world(registry: Apicurio, tmp_path_factory: pytest.TempPathFactory) -> Itera
     files |= {"other ca": others.certificate, "stranger": stranger, "stranger's key": stranger_key}
     with (
         SecureKafka(ours) as broker,
-        GuardedRegistry(registry.port, "me", REGISTRY_PASSWORD, TOKEN) as guarded,
+        GuardedRegistry(registry.port, "me", REGISTRY_PASSWORD, TOKEN, ours) as guarded,
+        GuardedRegistry(registry.port, "me", REGISTRY_PASSWORD, TOKEN) as plain,
     ):
         broker.add_user()
-        yield World(broker, guarded, {name: str(file) for name, file in files.items()})
+        yield World(broker, guarded, plain, {name: str(file) for name, file in files.items()})
 
 
 def kafka_spec(world: World, url: str, security: dict[str, Any] | None, **more: Any) -> KafkaSpec:
     return KafkaSpec(
         bootstrap_servers=url,
-        registry=RegistrySpec(url=world.registry.url),
+        registry=RegistrySpec(url=world.registry.url, ca_file=world.files["ca"]),
         security=None if security is None else SecuritySpec(**security),
         **more,
     )
@@ -179,6 +181,8 @@ REGISTRIES: dict[str, tuple[dict[str, str], str]] = {
     "nobody": ({}, "answers 401"),
     "wrong password": ({"username": "me", "password": "wrong"}, "answers 401"),
     "wrong token": ({"token": "wrong"}, "answers 401"),
+    "other authority": ({"ca_file": "other ca"}, "does not hold"),
+    "no such file": ({"ca_file": "/nowhere/ca.pem"}, "/nowhere/ca.pem cannot be read"),
 }
 
 
@@ -186,10 +190,11 @@ REGISTRIES: dict[str, tuple[dict[str, str], str]] = {
 def test_the_registrys_credentials_are_checked(world: World, who: str) -> None:
     given, expected = REGISTRIES[who]
     spec = kafka_spec(world, world.broker.url, None, replication_factor=1, min_insync_replicas=1, allow_unsafe=True)
-    secret = {name: value if name == "username" else world.secret(value) for name, value in given.items()}
-    registry = RegistrySpec(url=world.registry.url, **secret)
+    secret = {name: world.secret(value) for name, value in given.items() if name in ("password", "token")}
+    ca_file = world.files.get(given.get("ca_file", "ca"), given.get("ca_file"))
+    registry = RegistrySpec(url=world.registry.url, username=given.get("username"), ca_file=ca_file, **secret)
     said = check(world, spec.model_copy(update={"registry": registry}), of_registry=True)
-    assert [problem.where for problem in said] == (["schema registry"] if expected else [])
+    assert [problem.where for problem in said] == (["schema registry"] if expected else []), said
     assert all(expected in problem.what and "kafka.registry" in problem.fix for problem in said)
 
 
@@ -224,28 +229,29 @@ def stage(
 
 def test_a_pipeline_with_logins_and_certificates(stage: KafkaStage, world: World) -> None:
     """Debezium Server and a worker of each client; then it is stopped and goes on by other credentials."""
-    basic = {"username": "me", "password": world.secret("registry")}
+    secure, plain = world.registry, world.plain_registry
+    basic = {"url": secure.url, "ca_file": world.files["ca"], "username": "me", "password": world.secret("registry")}
+    bearer = {"url": plain.url, "token": world.secret("token")}
     ways = (
-        ("SCRAM-SHA-512", basic, "kafka-python", "Basic"),
-        ("mTLS", {"token": world.secret("token")}, "confluent-kafka", "Bearer"),
+        ("SCRAM-SHA-512", basic, "kafka-python", (secure, "Basic")),
+        ("mTLS", bearer, "confluent-kafka", (plain, "Bearer")),
     )
-    for way, registry, client, scheme in ways:
+    for way, registry, client, (asked, scheme) in ways:
         url, security = world.by(way)
-        configure(stage, client=client, bootstrap_servers=url, security=security, registry=registry, world=world)
-        world.registry.schemes_seen.clear()
+        configure(stage, client=client, bootstrap_servers=url, security=security, registry=registry)
         sidecar, worker = stage.start("sidecar"), stage.start("worker")
         writer = stage.writing(ROWS, SEED)
         print(f"{way}: {stage.comes_through(way, sidecar, worker):.1f} s")
         writer.stop()
         stage.in_step(sidecar, worker)
-        assert world.registry.schemes_seen == {scheme}
+        assert asked.schemes_seen == {scheme}
         assert worker.stop() == 0
         assert sidecar.stop() == 0
     assert stage.pipeline.dead_letters() == []
     assert len(SHAPES) == len(stage.pipeline.tables)
 
     url, security = world.by("SCRAM-SHA-512", password=world.secret("wrong"))
-    configure(stage, bootstrap_servers=url, security=security, registry=basic, world=world)
+    configure(stage, bootstrap_servers=url, security=security, registry=basic)
     checked = stage.pipeline.deltactl("pipeline", "check", stage.pipeline.name)
     assert checked.returncode == 1, checked
     assert "refuses user delta by SCRAM-SHA-512" in checked.stdout + checked.stderr
@@ -256,10 +262,10 @@ def test_a_pipeline_with_logins_and_certificates(stage: KafkaStage, world: World
                 assert secret.encode() not in text, file
 
 
-def configure(stage: KafkaStage, *, registry: dict[str, str], world: World, **kafka: Any) -> None:
+def configure(stage: KafkaStage, *, registry: dict[str, str], **kafka: Any) -> None:
     """Change how the pipeline reaches Kafka and the registry, as an editor does."""
     file = stage.pipeline.home / "pipeline.yaml"
     head, _, text = file.read_text().partition("\n")
     written = yaml.safe_load(text)
-    written["kafka"] |= {**kafka, "registry": {"url": world.registry.url, **registry}}
+    written["kafka"] |= {**kafka, "registry": registry}
     file.write_text(head + "\n" + yaml.safe_dump(written, sort_keys=False))

@@ -233,7 +233,7 @@ def test_what_fetches_debezium_into_an_image_needs_no_more_of_delta(tmp_path: Pa
     for path, content in sources(FETCHING).items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(content)
-    text = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import delta_debezium.distribution as d;"
+    text = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import delta_debezium.quick_start as d;"
     text += " print(d.__file__, *(name for name in sys.modules if name.startswith('delta')))"
     run = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=True)
     place, *modules = run.stdout.split()

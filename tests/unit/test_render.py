@@ -392,8 +392,12 @@ def test_the_clients_certificate_and_key_are_read_when_the_server_starts(tmp_pat
     ("registry", "expected"),
     [
         (
-            {"url": "https://registry:8443/base/apis/ccompat/v7/"},
-            {"apicurio.registry.url": "https://registry:8443/base/apis/registry/v3"},
+            {"url": "https://registry:8443/base/apis/ccompat/v7/", "ca_file": "/ca.pem"},
+            {
+                "apicurio.registry.url": "https://registry:8443/base/apis/registry/v3",
+                "apicurio.registry.tls.truststore.type": "PEM",
+                "apicurio.registry.tls.truststore.location": "/ca.pem",
+            },
         ),
         (
             {"url": "http://registry/apis/ccompat/v8", "username": "me", "password": "${env:REGISTRY}"},
@@ -412,9 +416,9 @@ def test_the_clients_certificate_and_key_are_read_when_the_server_starts(tmp_pat
             },
         ),
         (
-            {"url": "http://registry/apis/ccompat/v7", "token": "${env:REGISTRY}"},
+            {"url": "https://registry/apis/ccompat/v7", "token": "${env:REGISTRY}"},
             {
-                "schema.registry.url": "http://registry/apis/ccompat/v7",
+                "schema.registry.url": "https://registry/apis/ccompat/v7",
                 "bearer.auth.credentials.source": "STATIC_TOKEN",
                 "bearer.auth.token": "${DELTA_SECRET_1}",
             },
@@ -432,6 +436,11 @@ def test_the_registry_is_spoken_to_in_its_own_way(registry: dict[str, str], expe
     }
     assert rest == expected
     assert ("apicurio.registry.dereference-schema" in options) == ("apicurio.registry.url" in options)
+
+
+def test_an_authority_is_for_the_converter_that_can_read_it() -> None:
+    with pytest.raises(UsageError, match="ca_file is for Apicurio without a token"):
+        server_options(registry={"url": "https://registry:8081", "ca_file": "/ca.pem"})
 
 
 def test_the_server_is_for_what_pipelines_run_on() -> None:

@@ -14,6 +14,7 @@ import requests
 from requests.auth import AuthBase, HTTPBasicAuth
 
 from delta_sync.errors import CheckFailed, Problem, RegistryBusy, SchemaUnfit, SchemaUnknown
+from delta_sync.kafka.refusals import is_about_certificates
 from delta_sync.secrets import redact, resolve, resolve_url
 from delta_sync.spec import RegistrySpec
 
@@ -22,6 +23,7 @@ Schema = dict[str, Any]  # an Avro schema of a record, as JSON has it
 TIMEOUT_S = 10.0  # to connect, and between two pieces of a reply: a schema is some kilobytes, so this is not load
 WHERE = "schema registry"
 
+_CA_FILE = "correct kafka.registry.ca_file, which is to name the authority of its certificate"
 _BUSY = frozenset({408, 425, 429})  # of 4xx; every 5xx is, too
 
 
@@ -35,6 +37,7 @@ class SchemaRegistry:
         self._url = resolve_url(spec.url).rstrip("/")
         self._who = f"the schema registry at {urlsplit(self._url).netloc.rpartition('@')[2]}"
         self._timeout_s = timeout_s
+        self._ca_file = spec.ca_file
         self._session = requests.Session()
         self._session.headers["Accept"] = "application/vnd.schemaregistry.v1+json, application/json"
         if spec.token is not None:
@@ -89,10 +92,18 @@ class SchemaRegistry:
     def _get(self, path: str) -> requests.Response:
         """Return a reply with status 200 or 404."""
         try:
-            reply = self._session.get(f"{self._url}{path}", timeout=self._timeout_s)
+            reply = self._session.get(f"{self._url}{path}", timeout=self._timeout_s, verify=self._ca_file)
         except (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects) as error:
             raise CheckFailed([self._not_a_registry(redact(str(error)))]) from error
-        except requests.RequestException as error:
+        except requests.exceptions.SSLError as error:
+            if not is_about_certificates(str(error)):
+                raise RegistryBusy(f"{self._who} cannot be reached: {redact(str(error))}") from error
+            reason: object = getattr(error.args[0], "reason", error)  # without what was asked
+            what = f"the certificate of {self._who} does not hold: {redact(str(reason))}"
+            raise CheckFailed([Problem(WHERE, what, _CA_FILE)]) from error
+        except OSError as error:
+            if not isinstance(error, requests.RequestException):  # requests' own, for a file that is not there
+                raise CheckFailed([Problem(WHERE, f"{self._ca_file} cannot be read as ca_file", _CA_FILE)]) from error
             raise RegistryBusy(f"{self._who} cannot be reached: {redact(str(error))}") from error
         status = reply.status_code
         if status in (401, 403):
