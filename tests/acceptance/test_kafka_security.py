@@ -239,6 +239,7 @@ def test_a_pipeline_with_logins_and_certificates(stage: KafkaStage, world: World
     for way, registry, client, (asked, scheme) in ways:
         url, security = world.by(way)
         configure(stage, client=client, bootstrap_servers=url, security=security, registry=registry)
+        asked.schemes_seen.clear()
         sidecar, worker = stage.start("sidecar"), stage.start("worker")
         writer = stage.writing(ROWS, SEED)
         print(f"{way}: {stage.comes_through(way, sidecar, worker):.1f} s")
