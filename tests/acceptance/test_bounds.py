@@ -19,9 +19,9 @@ import pytest
 from acceptance.harness import Run, Stage
 from delta_sync.testing.processes import wait_until
 
-ROWS = int(os.environ.get("DELTA_BOUNDS_ROWS", "200000"))
+ROWS = int(os.environ.get("DELTA_BOUNDS_ROWS", "120000"))
 LARGE_BYTES = 5_000_000
-LARGE_ROWS = int(os.environ.get("DELTA_BOUNDS_DOCUMENTS", "12"))
+LARGE_ROWS = int(os.environ.get("DELTA_BOUNDS_DOCUMENTS", "8"))
 IN_STEP_S = 500.0  # no test may depend on speed
 SAMPLE_S = 0.1
 

@@ -54,7 +54,7 @@ class Writing(Actor):
     def act(self) -> None:
         rng = self._random
         with self._source.connect() as connection:
-            while not self.stopping.wait(0.005):
+            while not self.stopping.wait(0.01):
                 table = rng.choice(TABLES)
                 some = f"ctid = (SELECT ctid FROM {table} OFFSET {rng.randrange(ROWS // 2)} LIMIT 1)"
                 if table == "event":

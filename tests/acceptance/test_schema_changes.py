@@ -15,7 +15,7 @@ from delta_sync.testing.processes import wait_until
 HOT, ALL = 40, 400  # rows with an id below HOT are written all the time; the others never again after the first load
 NOTICED_S = 90.0  # far above the five seconds in which a change of columns is noticed without any event
 EXIT_TIMEOUT_S = 60.0
-PAUSE_S = 0.02
+PAUSE_S = 0.05  # the machine has other things to do
 
 # `thing` is decoded from its events; of `keyed` every row is read by its key, because of the generated column.
 SETUP = f"""

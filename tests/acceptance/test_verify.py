@@ -34,7 +34,7 @@ QUIET = range(60)  # keys (as numbers) that no writer touches: what is damaged t
 BUSY = range(60, 220)
 HOT = range(60, 64)  # of these; so that some rows have just changed whenever they are looked at
 TIMES_UNDER_LOAD = int(os.environ.get("DELTA_VERIFY_TIMES", "1"))
-WRITER_PAUSE_S = 0.01  # the machine has other things to do
+WRITER_PAUSE_S = 0.03  # the machine has other things to do
 SINKS = ("cache", "docs", "search")
 ACCOUNT, ITEM, PAGE, NOTE = SHAPES
 
