@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from delta_sync.applied_log import AppliedLog, pipeline_runs
 from delta_sync.errors import CheckFailed, EpochRose, Problem, UsageError
+from delta_sync.generations import GenerationStore, meant, open_generations
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.progress import LogPosition
 from delta_sync.repairing import DirectRepair
-from delta_sync.sinks import open_sinks
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
@@ -57,17 +57,15 @@ def open_verification(
     Raises UsageError (unknown tables, sinks or fields; it never ran), CheckFailed (a table is not loaded, the source is
     another one), and what state store and source raise.
     """
-    for option, given, known in (("--table", wanted.tables, spec.tables), ("--sink", wanted.sinks, spec.sinks)):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise UsageError(f"{option}: pipeline {spec.name} has no {unknown[0]!r}; it has {', '.join(known)}.")
+    _refuse_unknown("--table", wanted.tables, spec, spec.tables)
     pipeline = load_processor(folder, spec)
     with ExitStack() as closing:
         state = StateStore.open(spec.state, folder, create=False)
         if state is None:
             raise UsageError(f"Pipeline {spec.name} never ran here, so there is nothing to verify.")
         closing.enter_context(state)
-        sinks = open_sinks(spec)
+        sinks = open_generations(spec, GenerationStore(state, spec.name).all())
+        _refuse_unknown("--sink", wanted.sinks, spec, dict.fromkeys([*spec.sinks, *sinks]))
         for sink in sinks.values():
             closing.callback(sink.close)
         known_state = state.pipeline(spec.name)
@@ -120,7 +118,7 @@ def open_verification(
         subjects: list[Subject] = []
         for name, table in tables.items():
             targets = targets_of_table(pipeline, sinks, table, spec)
-            chosen = {sink: target for sink, target in targets.items() if not wanted.sinks or sink in wanted.sinks}
+            chosen = {sink: target for sink, target in targets.items() if meant(wanted.sinks or None, sink)}
             covered_from = loads[name].covered_from
             assert covered_from is not None, "it is loaded"
             if chosen:
@@ -151,6 +149,12 @@ def open_verification(
             stopping=stopping,
         )
         yield Opened(verifier, subjects)
+
+
+def _refuse_unknown(option: str, given: Collection[str], spec: PipelineSpec, known: Collection[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UsageError(f"{option}: pipeline {spec.name} has no {unknown[0]!r}; it has {', '.join(known)}.")
 
 
 def _applied_to(spec: PipelineSpec, reader: SourceReader, closing: ExitStack) -> Callable[[], int | None]:
