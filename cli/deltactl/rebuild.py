@@ -238,10 +238,10 @@ def why_not_switch(total: Tally, unread: Sequence[str], unverified: int) -> str 
     if unread:
         return f"table {unread[0]} was not verified"
     for count, what in (
-        (total.differences, "differ"),
-        (total.failed, "fail in the processor"),
-        (total.unsettled, "could not be told"),
-        (unverified, "could not be verified"),
+        (total.differences, "not as it has to be"),
+        (total.failed, "that the processor could not make"),
+        (total.unsettled, "that kept changing, or whose changes never came"),
+        (unverified, "that could not be verified"),
     ):
         if count:
             return f"{count} document{'s' * (count != 1)} {what}"

@@ -16,6 +16,7 @@ from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.progress import LogPosition
 from delta_sync.repairing import DirectRepair
+from delta_sync.sinks import base_name
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
@@ -58,6 +59,7 @@ def open_verification(
     another one), and what state store and source raise.
     """
     _refuse_unknown("--table", wanted.tables, spec, spec.tables)
+    _refuse_unknown("--sink", [base_name(sink) for sink in wanted.sinks], spec, spec.sinks)
     pipeline = load_processor(folder, spec)
     with ExitStack() as closing:
         state = StateStore.open(spec.state, folder, create=False)

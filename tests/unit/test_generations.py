@@ -125,7 +125,7 @@ def test_only_a_verification_that_found_nothing_allows_the_switch() -> None:
     assert why_not_switch(Tally(), ["public.movie"], 0) == "table public.movie was not verified"
     missing = Tally()
     missing.found["missing"] = 1
-    assert why_not_switch(missing, [], 0) == "1 document differ"
+    assert why_not_switch(missing, [], 0) == "1 document not as it has to be"
     assert why_not_switch(Tally(failed=2), [], 0) is not None
     assert why_not_switch(Tally(unsettled=1), [], 0) is not None
     assert why_not_switch(Tally(), [], 3) is not None

@@ -196,9 +196,8 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
         led = self._link.ask("GET", self._pointer(target))
         if led:
             raise SinkRefused(
-                f"Readers of {target.place} are led to keys that begin with {led.decode()!r} (by"
-                f" {self._pointer(target).decode()}), and the state store knows nothing of it; give the pipeline back its"
-                " state, or delete that key and run it with --reload"
+                f"{self._pointer(target).decode()} leads readers to keys that begin with {led.decode()!r}, and the"
+                " state store knows nothing of it; give the pipeline its state back, or delete that key and --reload"
             )
 
     def _pointer(self, target: Target) -> bytes:
