@@ -115,7 +115,6 @@ def rebuild(app: App, name: str, sink: str, back: bool, drop_old: bool, cancel: 
         elif drop_old or cancel:
             confirm(f"{_plan(row, after)} Do it?", yes=yes)
             site.rows.change(row, after)
-            _cancel_dumps(site, after)
         else:
             if after != row:
                 _begin(site, row, after)
@@ -238,13 +237,14 @@ def why_not_switch(total: Tally, unread: Sequence[str], unverified: int) -> str 
     if unread:
         return f"table {unread[0]} was not verified"
     for count, what in (
-        (total.differences, "not as it has to be"),
-        (total.failed, "that the processor could not make"),
-        (total.unsettled, "that kept changing, or whose changes never came"),
-        (unverified, "that could not be verified"),
+        (total.differences, "differences from the source"),
+        (total.failed, "rows that fail in processor.py"),
+        (total.dead, "keys with dead letters (deltactl dead list), which it may lack and the old one have"),
+        (total.unsettled, "keys that kept changing, or whose changes never came"),
+        (unverified, "places that could not be looked at"),
     ):
         if count:
-            return f"{count} document{'s' * (count != 1)} {what}"
+            return f"there are {what}: {count}"
     return None
 
 
@@ -257,14 +257,6 @@ def _switch(site: Site, row: Generations, after: Generations) -> None:
             sink.lead_readers(targets)
 
     follow(lambda: site.row().serving, lead)
-
-
-def _cancel_dumps(site: Site, row: Generations) -> None:
-    assert row.other is not None, "it is dropped"
-    for dump in site.dumps.all(unfinished=True):
-        if dump.sinks == (row.name(row.other),):
-            with contextlib.suppress(UsageError):  # it has just ended
-                site.dumps.order(dump.id, "cancel")
 
 
 # ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -32,6 +32,7 @@ from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import load_fingerprint, targets_of_table
 from delta_sync.state import StateStore, TableLoad
+from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.transport import Transport
 from delta_sync.versions import dump_version
@@ -244,7 +245,9 @@ class Running:
             for name in spec.tables:
                 for sink, target in worker.targets(name).items():
                     writers[sink].sweep([target])
-            tended = self._until_reached(lambda: self._tended(generations, rows, pipeline, sinks, source.tables))
+            tended = self._until_reached(
+                lambda: self._tended(generations, DumpStore(state, spec.name), rows, pipeline, sinks, source.tables)
+            )
             if tended is None:
                 return
             self._worker = worker
@@ -318,6 +321,7 @@ class Running:
     def _tended(
         self,
         generations: GenerationStore,
+        dumps: DumpStore,
         rows: Mapping[str, Generations],
         pipeline: Pipeline,
         sinks: Mapping[str, AnySink],
@@ -350,6 +354,7 @@ class Running:
             follow(lambda name=name: generations.all()[name].serving, lead)  # type: ignore[misc]  # a default binds it now
             if row.state == "dropping":
                 assert row.other is not None, "it is dropped"
+                self._cancel_dumps(dumps, row.name(row.other))
                 doomed = open_sink(name, self._spec.sinks[name], self._spec.tombstone_ttl, row.other)
                 try:
                     documents = sum(doomed.drop(target) for target in targets(doomed))
@@ -358,6 +363,12 @@ class Running:
                 generations.change(row, row.gone())
                 log.info("generation_dropped", sink=doomed.name, documents=documents)
         return True
+
+    def _cancel_dumps(self, dumps: DumpStore, sink: str) -> None:
+        """Cancel the dumps into a generation that nobody writes to any more: they would never end."""
+        for dump in dumps.all(unfinished=True):
+            if dump.sinks == (sink,):
+                dumps.order(dump.id, "cancel")
 
     def _keep_house(
         self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker, keeper: LeaseKeeper | None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from delta_sync.applied_log import AppliedLog, pipeline_runs
 from delta_sync.errors import CheckFailed, EpochRose, Problem, UsageError
-from delta_sync.generations import GenerationStore, meant, open_generations
+from delta_sync.generations import GenerationStore, meant, open_generations, written
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.progress import LogPosition
@@ -66,7 +66,11 @@ def open_verification(
         if state is None:
             raise UsageError(f"Pipeline {spec.name} never ran here, so there is nothing to verify.")
         closing.enter_context(state)
-        sinks = open_generations(spec, GenerationStore(state, spec.name).all())
+        generations = GenerationStore(state, spec.name)
+        rows = generations.all()
+        sinks = open_generations(spec, rows)
+        # What is being built lacks rows, of course; whoever wants to know how many names it.
+        built = {row.name(row.other) for row in rows.values() if row.other and row.state == "building"}
         _refuse_unknown("--sink", wanted.sinks, spec, dict.fromkeys([*spec.sinks, *sinks]))
         for sink in sinks.values():
             closing.callback(sink.close)
@@ -99,6 +103,8 @@ def open_verification(
             now = state.pipeline(spec.name)
             if now is None or now.epoch != epoch:
                 raise EpochRose("The pipeline has begun a new epoch meanwhile; verify it again when it has loaded.")
+            if not written(rows).items() <= written(generations.all()).items():
+                raise EpochRose("A sink has got or lost a generation meanwhile; verify it again.")
 
         def waits(name: str) -> Callable[[str | None], None]:
             return lambda reason: listener.waits(None if reason is None else f"look-up {name}: {reason}")
@@ -120,7 +126,11 @@ def open_verification(
         subjects: list[Subject] = []
         for name, table in tables.items():
             targets = targets_of_table(pipeline, sinks, table, spec)
-            chosen = {sink: target for sink, target in targets.items() if meant(wanted.sinks or None, sink)}
+            chosen = {
+                sink: target
+                for sink, target in targets.items()
+                if sink in wanted.sinks or (sink not in built and meant(wanted.sinks or None, sink))
+            }
             covered_from = loads[name].covered_from
             assert covered_from is not None, "it is loaded"
             if chosen:

@@ -152,3 +152,8 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
         for table, found in documents(it, "g2:").items():
             assert found == dict(connection.execute(f"SELECT id, n FROM {table}".encode()).fetchall())
     assert run.stop() == 0, run.tail()
+    deleted = it.pipeline.deltactl("pipeline", "delete", it.pipeline.name, "--documents", "--yes")
+    assert deleted.returncode == 0, deleted.stderr
+    client: Any = redis.Redis
+    with client.from_url(it.stores.sinks["cache"].url) as client:
+        assert client.keys() == [], "neither documents, nor tombstones, nor pointers"
