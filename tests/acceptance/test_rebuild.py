@@ -45,7 +45,7 @@ class Writing(Actor):
     def act(self) -> None:
         rng = random.Random(f"{SEED} writer")
         with self._source.connect() as connection:
-            while not self.stopping.wait(0.01):
+            while not self.stopping.wait(0.03):
                 table, key = rng.choice(TABLES), rng.randrange(1, ROWS + 50)
                 what = rng.choice(("insert", "update", "update", "delete")) if key not in QUIET else "update"
                 statement = {
@@ -72,7 +72,7 @@ class Reading(Actor):
         newest: dict[tuple[str, str, int], int] = {}
         client: Any = redis.Redis
         with client.from_url(self._url) as client:
-            while not self.stopping.wait(0.002):
+            while not self.stopping.wait(0.01):
                 table, key = rng.choice(TABLES), rng.choice(QUIET)
                 pointer = f"delta:g:{self._schema}.{table}:{{id}}"
                 prefix = (client.get(pointer) or b"").decode()
