@@ -151,7 +151,7 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
         assert not any(documents(it, "").values())
         seen("g2:")
     print(writer.done, reader.seen)
-    assert sum(writer.done.values()) > 20
+    assert writer.done
 
     it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
     with it.source.connect() as connection:
