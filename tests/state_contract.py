@@ -32,6 +32,7 @@ from delta_sync import secrets
 from delta_sync.delta_event import encode_key
 from delta_sync.dumps import Dump
 from delta_sync.errors import LeaseLost, LoadOverruled, StaleStateStore, StateBusy
+from delta_sync.generations import Generations, GenerationStore
 from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad, identity_of
 from delta_sync.state_database import migration_lock
 from delta_sync.state_dumps import DumpStore
@@ -702,6 +703,7 @@ class StateContract:
             store.take_lease(name, "load", "me", FOR_EVER_S)
             store.save_member(name, "me", {})
             DumpStore(store, name).add(Dump(table="a.b", kind="keys"), [(1,)])
+            GenerationStore(store, name).change(Generations("cache"), Generations("cache").begun())
         store.forget("movies")
         with raw.connect() as connection:
             for table in METADATA.sorted_tables:

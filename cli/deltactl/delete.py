@@ -12,7 +12,8 @@ import psycopg
 from psycopg import sql
 
 from delta_sync.errors import CheckFailed, PipelineRunning, Problem, SinkRefused, SourceBusy, Transient, UsageError
-from delta_sync.sinks import AnySink, open_sinks, targets_of
+from delta_sync.generations import GenerationStore, open_generations
+from delta_sync.sinks import AnySink, targets_of
 from delta_sync.sinks.base import Target
 from delta_sync.sources import open_inspector
 from delta_sync.sources.postgresql.connection import connect
@@ -66,7 +67,7 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
         connection = _connect_for_delete(spec) if has_slot and not keep_source else None
         try:
             store = StateStore.open(spec.state, folder, create=False)
-            targets = _targets_for_delete(spec, keep_source=keep_source) if documents else []
+            targets = _targets_for_delete(spec, store, keep_source=keep_source) if documents else []
             slot, publication = (None, None) if connection is None else _source_objects(connection, spec)
             topics = _topics_of(spec)
             doomed = {
@@ -123,12 +124,17 @@ def _connect_for_delete(spec: PipelineSpec) -> psycopg.Connection:
         raise SourceBusy(f"{error}, {hint}") from error
 
 
-def _targets_for_delete(spec: PipelineSpec, *, keep_source: bool) -> list[tuple[AnySink, list[Target]]]:
+def _targets_for_delete(
+    spec: PipelineSpec, store: StateStore | None, *, keep_source: bool
+) -> list[tuple[AnySink, list[Target]]]:
     if keep_source:
         raise UsageError("--documents needs the source, which says what the tables' keys are; leave out --keep-source.")
     with open_inspector(spec.source) as inspector:
         tables = inspector.tables(list(spec.tables))
-    return targets_of(open_sinks(spec).values(), tables.values(), spec)
+    rows = {} if store is None else GenerationStore(store, spec.name).all()
+    # One that is about to be dropped, too
+    rows = {name: row._replace(state="kept") if row.other else row for name, row in rows.items()}
+    return targets_of(open_generations(spec, rows).values(), tables.values(), spec)
 
 
 def _refuse_unreachable(targets: Sequence[tuple[AnySink, Sequence[Target]]]) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from delta_sync.generations import GenerationStore
 from delta_sync.secrets import redact
 from delta_sync.state import StateStore
 from deltactl.app import App, name_argument, pass_app, print_json, say, shared_options
@@ -48,12 +49,17 @@ def status(app: App, name: str, watch: bool) -> None:
         if store is None:
             return current(name, None, None, 0, running=running, now=_now())
         with store:
-            if spec.transport == "kafka":
-                members = members_of(store.members(name), store.database_now())
-                return combined(name, members, store.loads(name), store.count_dead_letters(name))
-            found = store.status(name)
-            document, saved_at = found if found is not None else (None, None)
-            return current(name, document, saved_at, store.count_dead_letters(name), running=running, now=_now())
+            rows = GenerationStore(store, name).all()
+            rebuilt = {"generations": {sink: row._asdict() for sink, row in rows.items()}} if rows else {}
+            return {**found_in(store, running=running), **rebuilt}
+
+    def found_in(store: StateStore, *, running: bool) -> dict[str, Any]:
+        if spec.transport == "kafka":
+            members = members_of(store.members(name), store.database_now())
+            return combined(name, members, store.loads(name), store.count_dead_letters(name))
+        found = store.status(name)
+        document, saved_at = found if found is not None else (None, None)
+        return current(name, document, saved_at, store.count_dead_letters(name), running=running, now=_now())
 
     if not watch:
         if app.json:
@@ -130,6 +136,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines.append(("dead letters", f"{found['dead_letters']:,}{hint}"))
     sinks: Mapping[str, Mapping[str, Any]] = found.get("sinks") or {}
     lines += [(f"sink {sink}", _sink(numbers)) for sink, numbers in sinks.items()]
+    generations: Mapping[str, Mapping[str, Any]] = found.get("generations") or {}
+    lines += [(f"readers of {sink}", _generation(row)) for sink, row in generations.items()]
     loads: Mapping[str, Mapping[str, Any]] = found.get("loads") or {}
     lines += [(f"load {table}", _load(load)) for table, load in loads.items()]
     lines += [(f"{member['role']}", _member(member)) for member in found.get("members") or ()]
@@ -144,6 +152,15 @@ def _sink(numbers: Mapping[str, Any]) -> str:
     if numbers.get("writes_per_s") is not None:
         text += f", {numbers['writes_per_s']:.0f}/s"
     return text + (f": {numbers['reason']}" if numbers.get("reason") else "")
+
+
+def _generation(row: Mapping[str, Any]) -> str:
+    """Return which generation of a sink readers see, and what the other is, as `delta_sync.generations` has it."""
+    text = f"see generation {row['serving']}"
+    return text + (f"; {row['other']} is {_STATES.get(row['state'], row['state'])}" if row["other"] else "")
+
+
+_STATES = {"building": "being built", "kept": "kept for a way back", "dropping": "being removed"}
 
 
 def _load(load: Mapping[str, Any]) -> str:

@@ -149,5 +149,9 @@ class EpochRose(DeltaError):
     """A new epoch has begun in another process, or has to begin: what runs in the old one ends, and begins anew."""
 
 
+class GenerationsChanged(EpochRose):
+    """A sink gets another generation, or loses one: what runs ends, and begins anew with those that are to be."""
+
+
 class StaleStateStore(DeltaError):
     """The state store was written by a newer Delta."""

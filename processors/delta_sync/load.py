@@ -111,7 +111,8 @@ class Loader(threading.Thread):
 
     Each of `readers` is for one thread that reads chunks; `reader` is for planning and for heartbeats. `finished` is
     called when a dump that removes what it did not meet has met everything. Where several processes carry out dumps,
-    `keeper` has the lease of the one that plans; `owner` is another one in each.
+    `keeper` has the lease of the one that plans; `owner` is another one in each. `fills` tells whether this process
+    writes to the sinks that a dump is for: one into a new generation begins in the run that has it.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Loader(threading.Thread):
         failed: Callable[[BaseException], None],
         stopping: threading.Event,
         keeper: LeaseKeeper | None = None,
+        fills: Callable[[Dump], bool] = lambda _: True,
     ) -> None:
         super().__init__(name="load", daemon=True)
         self._pipeline = pipeline
@@ -156,6 +158,7 @@ class Loader(threading.Thread):
         self._failed = failed
         self._stopping = stopping
         self._keeper = keeper
+        self._fills = fills
         self._asking = threading.Lock()  # of `reader`, which is used by two threads
         self._news = threading.Condition()
         self._reloads: dict[str, Reload] = {}
@@ -254,7 +257,7 @@ class Loader(threading.Thread):
         loads = self._loads_to_begin()
         dumps = self._dumps.all(unfinished=True)
         tables = self._tables()
-        pending = [dump for dump in dumps if dump.state == "pending" and dump.table in tables]
+        pending = [dump for dump in dumps if dump.state == "pending" and dump.table in tables and self._fills(dump)]
         if loads or pending:
             begun = {load.table for load in loads if load.covered_from is None}
             for load in loads:
@@ -377,6 +380,7 @@ class Loader(threading.Thread):
             dump.epoch == self._epoch
             and dump.table in self._tables()
             and dump.fingerprint == self._fingerprint(dump.table)
+            and self._fills(dump)
         )
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from delta_sync.delta_event import decode_event
 from delta_sync.errors import SinkRefused, Transient, UsageError
+from delta_sync.generations import GenerationStore, meant, open_generations
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.processing import Stage, process
-from delta_sync.sinks import AnySink, open_sinks, target_for
+from delta_sync.sinks import AnySink, target_for
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.tables import Table
@@ -58,7 +59,7 @@ def replay(
     that are left stay as they are.
     """
     pipeline = load_processor(folder, spec)
-    sinks = open_sinks(spec)
+    sinks = open_generations(spec, GenerationStore(state, spec.name).all())
     too_long = threading.Event()
     timer = threading.Timer(LOOKUP_BUDGET_S, too_long.set)
     timer.daemon = True
@@ -104,10 +105,11 @@ def _replay(
     if processed.failures:
         first = processed.failures[0]
         return Failed(first.stage, first.error, first.trace)
-    for name in [letter.sink] if letter.sink else (declared.to or tuple(sinks)):
-        if name not in sinks:
+    wanted = [letter.sink] if letter.sink else declared.to or None
+    for name in wanted or ():
+        if not any(meant([name], sink) for sink in sinks):
             raise UsageError(f"There is no sink {name} any more; discard dead letter {letter.id}.")
-        sink = sinks[name]
+    for sink in [sink for name, sink in sinks.items() if meant(wanted, name)]:
         for outcome in sink.apply(target_for(sink, table, spec), processed.writes):
             if outcome.kind == "rejected":
                 return Failed("apply", outcome.reason, "")

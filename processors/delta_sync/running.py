@@ -16,7 +16,8 @@ import structlog
 
 from delta_sync.applying import SinkWriter
 from delta_sync.dumps import Dump
-from delta_sync.errors import EpochRose, StateBusy, Transient
+from delta_sync.errors import EpochRose, GenerationsChanged, StateBusy, Transient
+from delta_sync.generations import Generations, GenerationStore, follow, meant, open_generations, written
 from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
@@ -24,12 +25,14 @@ from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, News, Progress
 from delta_sync.rereads import Rereader
 from delta_sync.secrets import redact
-from delta_sync.sinks import AnySink, open_sinks
+from delta_sync.sinks import AnySink, base_name, open_sink, open_sinks
+from delta_sync.sinks.base import Target
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import load_fingerprint, targets_of_table
 from delta_sync.state import StateStore, TableLoad
+from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.transport import Transport
 from delta_sync.versions import dump_version
@@ -90,7 +93,6 @@ class Running:
         """
         spec = self._spec
         pipeline = load_processor(self._folder, spec)
-        sinks = open_sinks(spec)
         settle_memory()
         opened = self._until_reached(lambda: StateStore.open(spec.state, self._folder))
         if opened is None:
@@ -101,7 +103,7 @@ class Running:
             self._ended = ended
             reporter.start()
             try:
-                self._run(pipeline, sinks, state)
+                self._run(pipeline, state)
                 self.progress.end("stopped", "it was asked to stop")
             except EpochRose as error:
                 log.warning("run_begins_anew", reason=str(error))
@@ -115,8 +117,15 @@ class Running:
                 reporter.join(STOP_BUDGET_S)
                 self._save_status(state)
 
-    def _run(self, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore) -> None:
+    def _run(self, pipeline: Pipeline, state: StateStore) -> None:
         spec, transport = self._spec, self._transport
+        generations = GenerationStore(state, spec.name)
+        rows = self._until_reached(generations.all)
+        if rows is None:
+            return
+        sinks = open_generations(spec, rows)
+        # By these a load knows what it was made for, which is not to change when a sink gets another generation.
+        plain = {**open_sinks(spec), **{name: sink for name, sink in sinks.items() if sink.number is None}}
         watch_reader = open_reader(spec.source, f"delta {spec.name} watch", ANSWER_S)
         check_reader = open_reader(spec.source, f"delta {spec.name} check", ANSWER_S)
         load_reader, key_reader = (open_reader(spec.source, f"delta {spec.name} {use}") for use in ("load", "read"))
@@ -131,7 +140,7 @@ class Running:
         samples = SharedSamples(watch_reader.new_samples)
         self.progress.bytes_between = watch_reader.bytes_between
         try:
-            source = self._until_reached(lambda: transport.prepare(pipeline, key_reader, state, sinks))
+            source = self._until_reached(lambda: transport.prepare(pipeline, key_reader, state, plain))
             if source is None:
                 return
             columns = dict(source.columns)
@@ -139,6 +148,15 @@ class Running:
 
             def runtime(table: Table) -> TableRuntime:
                 return TableRuntime(key_reader.table_codec(table), targets_of_table(pipeline, sinks, table, spec))
+
+            def fingerprint_of(name: str) -> str:
+                table = worker.tables[name]
+                return load_fingerprint(columns[name], targets_of_table(pipeline, plain, table, spec), plain)
+
+            def check(reader: SourceReader) -> None:
+                transport.check(reader, state)
+                if written(generations.all()) != written(rows):
+                    raise GenerationsChanged("A sink gets another generation, or loses one.")
 
             def refresh(wanted: list[str]) -> Mapping[str, TableRuntime]:
                 """Read tables again; those that changed are loaded again, because old documents have old columns.
@@ -149,8 +167,7 @@ class Running:
                 current = key_reader.fingerprints(list(columns))
                 for name in columns.keys() - current.keys():
                     columns[name] = GONE
-                    fingerprint = load_fingerprint(GONE, worker.targets(name), sinks)
-                    load = TableLoad(name, fingerprint=fingerprint, reason="it was gone", epoch=source.epoch)
+                    load = TableLoad(name, fingerprint=fingerprint_of(name), reason="it was gone", epoch=source.epoch)
                     state.begin_load(spec.name, load)
                 changed = [name for name in wanted if current.get(name, GONE) not in (GONE, columns[name])]
                 tables = key_reader.tables(changed) if changed else {}
@@ -202,7 +219,8 @@ class Running:
                 options=spec.load,
                 heartbeat_prefix=spec.heartbeat_prefix,
                 tables=lambda: {n: table for n, table in worker.tables.items() if columns[n] != GONE},
-                fingerprint=lambda name: load_fingerprint(columns[name], worker.targets(name), sinks),
+                fingerprint=fingerprint_of,
+                fills=lambda dump: dump.sinks is None or all(any(meant([n], s) for s in sinks) for n in dump.sinks),
                 hand_over=worker.hand_over,
                 finished=lambda dump: self._remove_unmet(dump, sinks, worker, state),
                 failed=worker.fail,
@@ -220,13 +238,18 @@ class Running:
                 fingerprints=lambda: columns,
                 schema_changed=worker.schema_changed,
                 stopping=self._stopping,
-                check=lambda: transport.check(check_reader, state),
+                check=lambda: check(check_reader),
                 failed=worker.fail,
             )
             worker.use({name: runtime(table) for name, table in source.tables.items()})
             for name in spec.tables:
                 for sink, target in worker.targets(name).items():
                     writers[sink].sweep([target])
+            tended = self._until_reached(
+                lambda: self._tended(generations, DumpStore(state, spec.name), rows, pipeline, sinks, source.tables)
+            )
+            if tended is None:
+                return
             self._worker = worker
             housekeeping = threading.Thread(
                 target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
@@ -248,6 +271,8 @@ class Running:
             self._giving_up.set()
             for writer in writers.values():
                 writer.close()
+            for name in plain.keys() - writers.keys():
+                plain[name].close()
             for lookup in lookups.values():
                 lookup.close()
             for reader in readers:
@@ -280,15 +305,70 @@ class Running:
         assert dump.epoch is not None, "it has begun"
         assert dump.covered_from is not None, "it has begun"
         beginning = dump_version(dump.epoch, dump.covered_from)
-        failed = state.count_failed_since(self._spec.name, dump.table, beginning)
+        # What is below the beginning in a generation that is built anew came before, while it was empty; it must not
+        # have what a tombstone outranks in another one, such as a dead letter's change that is replayed.
+        new = dump.sinks is not None and all(base_name(name) != name for name in dump.sinks)
+        failed = 0 if new else state.count_failed_since(self._spec.name, dump.table, beginning)
         if failed:
             fix = "correct the cause, replay them, then run it with --reload"
             log.warning("unmet_kept", table=dump.table, dead_letters=failed, fix=fix)
             return
         for sink, target in worker.targets(dump.table).items():
-            if dump.sinks is None or sink in dump.sinks:
+            if meant(dump.sinks, sink):
                 removed = sinks[sink].truncate(target, beginning)
                 log.info("unmet_removed", table=dump.table, sink=sink, documents=removed)
+
+    def _tended(
+        self,
+        generations: GenerationStore,
+        dumps: DumpStore,
+        rows: Mapping[str, Generations],
+        pipeline: Pipeline,
+        sinks: Mapping[str, AnySink],
+        tables: Mapping[str, Table],
+    ) -> bool:
+        """Lead readers to what is meant to serve, in case somebody died over it; remove what is given up.
+
+        The log's changes go nowhere yet, and there is no other run: so nobody writes to what is removed. Returns True.
+        """
+        now = generations.all()
+        if written(now) != written(rows):
+            raise GenerationsChanged("A sink gets another generation, or loses one.")
+        for name, row in now.items():
+            if name not in self._spec.sinks:
+                continue
+            generation = {number: sinks.get(row.name(number)) for number in row.written}
+
+            def targets(sink: AnySink) -> list[Target]:
+                of_tables = (
+                    targets_of_table(pipeline, {sink.name: sink}, table, self._spec) for table in tables.values()
+                )
+                return [target for some in of_tables for target in some.values()]
+
+            def lead(number: int, of: Mapping[int, AnySink | None] = generation) -> None:
+                sink = of.get(number)
+                if sink is None:
+                    raise GenerationsChanged("A sink has got another generation meanwhile.")
+                sink.lead_readers(targets(sink))
+
+            follow(lambda name=name: generations.all()[name].serving, lead)  # type: ignore[misc]  # a default binds it now
+            if row.state == "dropping":
+                assert row.other is not None, "it is dropped"
+                self._cancel_dumps(dumps, row.name(row.other))
+                doomed = open_sink(name, self._spec.sinks[name], self._spec.tombstone_ttl, row.other)
+                try:
+                    documents = sum(doomed.drop(target) for target in targets(doomed))
+                finally:
+                    doomed.close()
+                generations.change(row, row.gone())
+                log.info("generation_dropped", sink=doomed.name, documents=documents)
+        return True
+
+    def _cancel_dumps(self, dumps: DumpStore, sink: str) -> None:
+        """Cancel the dumps into a generation that nobody writes to any more: they would never end."""
+        for dump in dumps.all(unfinished=True):
+            if dump.sinks == (sink,):
+                dumps.order(dump.id, "cancel")
 
     def _keep_house(
         self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker, keeper: LeaseKeeper | None

@@ -10,7 +10,7 @@ import structlog
 from delta_sync.errors import EpochRose, SlotMissing, UsageError
 from delta_sync.load import FIRST_LOAD
 from delta_sync.pipeline import Pipeline, check_columns
-from delta_sync.sinks import AnySink, store_of, target_for
+from delta_sync.sinks import AnySink, base_name, store_of, target_for
 from delta_sync.sinks.base import Target
 from delta_sync.sources.postgresql.checks import new_slot_command
 from delta_sync.sources.reader import CapturePosition, Confirmed, SourceIdentity, SourceReader
@@ -122,8 +122,9 @@ def read_tables(spec: PipelineSpec, reader: SourceReader) -> dict[str, Table]:
 def targets_of_table(
     pipeline: Pipeline, sinks: Mapping[str, AnySink], table: Table, spec: PipelineSpec
 ) -> dict[str, Target]:
-    """Return where a table's documents go, by sink."""
-    return {name: target_for(sinks[name], table, spec) for name in pipeline.tables[table.id].to or sinks}
+    """Return where a table's documents go, by sink, in every generation of it that is there."""
+    to = pipeline.tables[table.id].to
+    return {name: target_for(sink, table, spec) for name, sink in sinks.items() if not to or base_name(name) in to}
 
 
 def load_fingerprint(columns: str, targets: Mapping[str, Target], sinks: Mapping[str, AnySink]) -> str:

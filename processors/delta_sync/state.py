@@ -42,6 +42,7 @@ from delta_sync.state_tables import (
     CHUNKS,
     DEAD_LETTERS,
     DUMPS,
+    GENERATIONS,
     LEASES,
     LOADS,
     MEMBERS,
@@ -246,7 +247,7 @@ class StateStore:
         """Delete all that is stored of a pipeline."""
         with self._transaction(write=True) as connection:
             # Leases first, as in a write with a lease: in another order the two could wait for each other.
-            for table in (LEASES, DUMPS, CHUNKS, LOADS, DEAD_LETTERS, STATUSES, MEMBERS):
+            for table in (LEASES, DUMPS, CHUNKS, LOADS, DEAD_LETTERS, STATUSES, MEMBERS, GENERATIONS):
                 connection.execute(sa.delete(table).where(table.c.pipeline == name))
             connection.execute(sa.delete(PIPELINES).where(PIPELINES.c.name == name))
 

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0005"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0006"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -189,5 +189,18 @@ CHUNKS = sa.Table(
     sa.Column("expires_at", Instant, nullable=False),  # by the database's clock
     sa.PrimaryKeyConstraint("dump", "number", name="pk_delta_chunk"),
     sa.Index("ix_delta_chunk_pipeline", "pipeline", "owner"),
+    **_OPTIONS,
+)
+
+GENERATIONS = sa.Table(
+    "delta_generation",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("sink", _name(255)),
+    sa.Column("serving", sa.Integer, nullable=False),  # what readers are led to
+    sa.Column("other", sa.Integer),  # what is beside it
+    sa.Column("state", _name(16), nullable=False),  # of the other; "": there is none
+    sa.Column("newest", sa.Integer, nullable=False),  # numbers are never given twice
+    sa.PrimaryKeyConstraint("pipeline", "sink", name="pk_delta_generation"),
     **_OPTIONS,
 )

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from delta_sync.applied_log import AppliedLog, pipeline_runs
 from delta_sync.errors import CheckFailed, EpochRose, Problem, UsageError
+from delta_sync.generations import GenerationStore, meant, open_generations, written
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.progress import LogPosition
 from delta_sync.repairing import DirectRepair
-from delta_sync.sinks import open_sinks
+from delta_sync.sinks import base_name
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
@@ -57,17 +58,20 @@ def open_verification(
     Raises UsageError (unknown tables, sinks or fields; it never ran), CheckFailed (a table is not loaded, the source is
     another one), and what state store and source raise.
     """
-    for option, given, known in (("--table", wanted.tables, spec.tables), ("--sink", wanted.sinks, spec.sinks)):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise UsageError(f"{option}: pipeline {spec.name} has no {unknown[0]!r}; it has {', '.join(known)}.")
+    _refuse_unknown("--table", wanted.tables, spec, spec.tables)
+    _refuse_unknown("--sink", [base_name(sink) for sink in wanted.sinks], spec, spec.sinks)
     pipeline = load_processor(folder, spec)
     with ExitStack() as closing:
         state = StateStore.open(spec.state, folder, create=False)
         if state is None:
             raise UsageError(f"Pipeline {spec.name} never ran here, so there is nothing to verify.")
         closing.enter_context(state)
-        sinks = open_sinks(spec)
+        generations = GenerationStore(state, spec.name)
+        rows = generations.all()
+        sinks = open_generations(spec, rows)
+        # What is being built lacks rows, of course; whoever wants to know how many names it.
+        built = {row.name(row.other) for row in rows.values() if row.other and row.state == "building"}
+        _refuse_unknown("--sink", wanted.sinks, spec, dict.fromkeys([*spec.sinks, *sinks]))
         for sink in sinks.values():
             closing.callback(sink.close)
         known_state = state.pipeline(spec.name)
@@ -99,6 +103,8 @@ def open_verification(
             now = state.pipeline(spec.name)
             if now is None or now.epoch != epoch:
                 raise EpochRose("The pipeline has begun a new epoch meanwhile; verify it again when it has loaded.")
+            if not written(rows).items() <= written(generations.all()).items():
+                raise EpochRose("A sink has got or lost a generation meanwhile; verify it again.")
 
         def waits(name: str) -> Callable[[str | None], None]:
             return lambda reason: listener.waits(None if reason is None else f"look-up {name}: {reason}")
@@ -120,7 +126,11 @@ def open_verification(
         subjects: list[Subject] = []
         for name, table in tables.items():
             targets = targets_of_table(pipeline, sinks, table, spec)
-            chosen = {sink: target for sink, target in targets.items() if not wanted.sinks or sink in wanted.sinks}
+            chosen = {
+                sink: target
+                for sink, target in targets.items()
+                if sink in wanted.sinks or (sink not in built and meant(wanted.sinks or None, sink))
+            }
             covered_from = loads[name].covered_from
             assert covered_from is not None, "it is loaded"
             if chosen:
@@ -151,6 +161,12 @@ def open_verification(
             stopping=stopping,
         )
         yield Opened(verifier, subjects)
+
+
+def _refuse_unknown(option: str, given: Collection[str], spec: PipelineSpec, known: Collection[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UsageError(f"{option}: pipeline {spec.name} has no {unknown[0]!r}; it has {', '.join(known)}.")
 
 
 def _applied_to(spec: PipelineSpec, reader: SourceReader, closing: ExitStack) -> Callable[[], int | None]:

@@ -35,6 +35,7 @@ from delta_sync.errors import (
     TooManyDeadLetters,
     Transient,
 )
+from delta_sync.generations import meant
 from delta_sync.load import Slice
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline
@@ -381,7 +382,7 @@ class Worker:
             failures += processed.failures
             self._progress.writes += len(processed.writes)
             for sink, target in runtime.targets.items():
-                if only is not None and sink not in only:
+                if not meant(only, sink):
                     continue
                 part = Part(target, processed.writes, processed.changes, truncates.get(name))
                 if part.writes or part.truncate is not None:

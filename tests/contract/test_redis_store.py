@@ -308,6 +308,37 @@ def test_a_replica_is_refused_after_a_while(store: redis.Redis, redis_server: Re
     sink.close()
 
 
+# ── generations ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_generations_share_nothing_but_the_readers_pointer(
+    store: redis.Redis, open_sink: Callable[..., RedisSink]
+) -> None:
+    sink, first, second = open_sink(), open_sink(), open_sink(prefix="")
+    first.number, second.number = 1, 2
+    old, new = target_of(first), target_of(second)
+    assert target_of(sink)[1:] == old[1:], "the first is where it always was"
+    apply(sink, target_of(sink), (1,), 5, {"n": "old"})
+    second.prepare(new)
+    assert apply(second, new, (1,), 3, {"n": "new"}) == APPLIED
+    second.truncate(new, 2)
+    assert second.newest_version(new) == 3
+    assert [scanned(one, of) for one, of in ((first, old), (second, new))] == [{"movie:1": 5}, {"g2:movie:1": 3}]
+    assert store.get("delta:g:movie:{id}") is None
+    second.lead_readers([new])
+    assert store.get("delta:g:movie:{id}") == "g2:"
+    with pytest.raises(SinkRefused, match="leads readers to keys that begin with 'g2:'"):
+        sink.prepare(target_of(sink))  # it lost its state, and would write where nobody looks
+    first.prepare(old)
+    first.lead_readers([old])
+    assert store.get("delta:g:movie:{id}") == ""
+    second.lead_readers([new])
+    assert first.drop(old) == 1
+    assert store.get("delta:g:movie:{id}") == "g2:"
+    assert second.drop(new) == 1
+    assert store.dbsize() == 0
+
+
 # ── who may do what ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -504,6 +504,70 @@ def test_an_alias_of_others_is_a_problem(sink: SearchSink, store: Store) -> None
     store.ask("DELETE", "/others")
 
 
+# ── generations ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def generation(url: str, number: int) -> tuple[SearchSink, Target]:
+    sink = open_sink(url)
+    sink.number = number
+    return sink, sink.target(MOVIE, SearchTargetOptions())
+
+
+def test_a_new_generation_is_built_beside_the_old_one_and_takes_over_in_one_step(
+    opensearch: OpenSearch, sink: SearchSink, target: Target, store: Store
+) -> None:
+    apply(sink, target, (1,), 5, {"n": "old"})
+    apply(sink, target, (3,), 5, {"n": "old"})
+    (first, old), (second, new) = generation(opensearch.url, 1), generation(opensearch.url, 2)
+    try:
+        for one, of in ((first, old), (second, new)):
+            one.prepare(of)
+            one.prepare(of)  # a run begins anew
+        first.truncate(old, 4)
+        assert [stored and stored.version for stored in first.read(old, [(1,), (2,)])] == [5, None]
+        assert second.newest_version(new) == 0, "the floor is its own, too"
+        # Both are written to; readers see the one alone.
+        for number in (1, 2, 3):
+            apply(second, new, (number,), 6, {"n": "new"})
+        apply(second, new, (3,), 7, None)
+        apply(first, old, (3,), 7, None)
+        assert store.found(INDEX, EVERYTHING) == {"1"}
+        second.lead_readers([new])
+        second.lead_readers([new])  # again, by whoever was killed
+        assert store.found(INDEX, EVERYTHING) == {"1", "2"}, "and no tombstone"
+        assert list(store.ask("GET", f"/_alias/{INDEX}")) == [f"{INDEX}-2"]
+        apply(first, old, (4,), 8, {"n": "old"})
+        assert store.found(INDEX, EVERYTHING) == {"1", "2"}
+        first.lead_readers([old])
+        assert store.found(INDEX, EVERYTHING) == {"1", "4"}
+        second.lead_readers([new])
+        assert first.drop(old) == 2
+        assert store.found(INDEX, EVERYTHING) == {"1", "2"}
+        assert apply(second, new, (2,), 6, {"n": "newer"}) == APPLIED
+        # Without its state the pipeline writes where readers look.
+        assert sink.check([target]) == []
+        sink.prepare(target)
+        assert apply(sink, target, (1,), 9, {"n": "newest"}) == APPLIED
+    finally:
+        for one, of in ((first, old), (second, new)):
+            one.drop(of)
+            one.close()
+
+
+def test_readers_are_not_led_away_from_what_others_made(opensearch: OpenSearch, store: Store) -> None:
+    second, new = generation(opensearch.url, 2)
+    second.prepare(new)
+    store.ask("PUT", "/theirs", {"aliases": {INDEX: {}}})
+    try:
+        with pytest.raises(SinkRefused, match="did not create"):
+            second.lead_readers([new])
+        assert list(store.ask("GET", f"/_alias/{INDEX}")) == ["theirs"]
+    finally:
+        store.ask("DELETE", "/theirs")
+        second.drop(new)
+        second.close()
+
+
 class Canned(http.server.BaseHTTPRequestHandler):
     """Answers every request alike: for what a store of ours cannot be brought to say."""
 

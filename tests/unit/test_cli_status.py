@@ -146,6 +146,18 @@ def test_a_load_may_find_more_rows_than_was_estimated() -> None:
     assert "(99 %)" in as_text(now_of(document={**STATUS, "loads": loads}))
 
 
+def test_status_tells_what_readers_of_a_rebuilt_sink_see() -> None:
+    rows = {
+        "cache": {"sink": "cache", "serving": 1, "other": 2, "state": "building", "newest": 2},
+        "search": {"sink": "search", "serving": 3, "other": None, "state": "", "newest": 3},
+    }
+    lines = as_text({**now_of(), "generations": rows}).splitlines()
+    assert [" ".join(line.split()) for line in lines if line.startswith("readers")] == [
+        "readers of cache see generation 1; 2 is being built",
+        "readers of search see generation 3",
+    ]
+
+
 def test_status_creates_nothing(folder: Path) -> None:
     result = deltactl("status", "movies")
     assert result.exit_code == 0

@@ -140,6 +140,7 @@ class Bench:
         self.stopping = Stopping()
         self.slices: list[Slice] = []
         self.finished: list[str] = []
+        self.sinks = {"cache"}
         self.columns = "columns"
         self.make_dumps: type[DumpStore] = DumpStore
         self.threads = 1  # what is read in which order is told by one
@@ -208,6 +209,7 @@ class Bench:
             finished=lambda done: self.finish(done),
             failed=self.fail,
             stopping=self.stopping,
+            fills=lambda dump: dump.sinks is None or self.sinks.issuperset(dump.sinks),
         )
 
     @property
@@ -581,6 +583,25 @@ def test_a_chunk_that_is_too_large_is_split(loaded: Bench) -> None:
     assert sorted(change.key[0] for change in loaded.changes) == list(range(8))
     assert {slice_.sinks for slice_ in loaded.slices} == {frozenset(["cache"])}
     assert loaded.finished == [MOVIE]
+
+
+def test_a_dump_into_a_new_generation_is_left_to_a_run_that_writes_to_it(loaded: Bench) -> None:
+    id_ = loaded.dumps.add(Dump(table=MOVIE, kind="table", sinks=("cache.2",)))
+    old = loaded.loader()
+    old.look()
+    found = loaded.dumps.get(id_)
+    assert found is not None
+    assert (found.state, found.covered_from) == ("pending", None), "what it covers would begin before both are written"
+    loaded.sinks.add("cache.2")
+    new = loaded.loader()
+    new.look()  # killed, and a run of before is back
+    loaded.sinks.remove("cache.2")
+    old.look()
+    assert not old.read_chunk(cast("PostgresReader", loaded.reader)), "its rows would go nowhere"
+    loaded.sinks.add("cache.2")
+    new.run()
+    assert sorted(change.key[0] for change in loaded.changes) == list(range(8))
+    assert {slice_.sinks for slice_ in loaded.slices} == {frozenset(["cache.2"])}
 
 
 def test_a_condition_that_fails_ends_its_dump_and_nothing_else(loaded: Bench) -> None:

@@ -77,8 +77,10 @@ def sink_class(name: str, url: str) -> type[AnySink]:
     return installed().classes[kind_of(name, url)]
 
 
-def open_sink(name: str, spec: SinkSpec, tombstone_ttl_s: float) -> AnySink:
+def open_sink(name: str, spec: SinkSpec, tombstone_ttl_s: float, number: int | None = None) -> AnySink:
     """Return the sink that a specification describes, its secrets resolved. Connects to nothing.
+
+    With the number of a generation it is called `name.number`.
 
     Raises UsageError: unknown scheme, options that are not the sink's, a reference that cannot be resolved.
     """
@@ -90,7 +92,15 @@ def open_sink(name: str, spec: SinkSpec, tombstone_ttl_s: float) -> AnySink:
         raise UsageError(
             validation_sentences(error, f"sinks.{name}", cls.options_model)
         ) from None  # its own text quotes values
-    return cls(name, resolve_url(spec.url), validated, round(tombstone_ttl_s))
+    full = name if number is None else f"{name}.{number}"
+    sink = cls(full, resolve_url(spec.url), validated, round(tombstone_ttl_s))
+    sink.number = number
+    return sink
+
+
+def base_name(name: str) -> str:
+    """Return what `pipeline.yaml` calls a sink: without the number of its generation."""
+    return name.partition(".")[0]
 
 
 def open_sinks(spec: PipelineSpec) -> dict[str, AnySink]:
@@ -100,7 +110,7 @@ def open_sinks(spec: PipelineSpec) -> dict[str, AnySink]:
 
 def target_for(sink: AnySink, table: Table, spec: PipelineSpec) -> Target:
     """Return where a table's documents go in a sink. Raises UsageError when its options do not fit."""
-    given = spec.tables[table.id].sinks.get(sink.name, {}) if table.id in spec.tables else {}
+    given = spec.tables[table.id].sinks.get(base_name(sink.name), {}) if table.id in spec.tables else {}
     try:
         options = sink.target_model.model_validate(given)
     except ValidationError as error:

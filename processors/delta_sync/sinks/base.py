@@ -68,6 +68,16 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
     schemes: ClassVar[tuple[str, ...]]  # of the URLs it is for: ("redis", "rediss")
     options_model: ClassVar[type[Options]] = Options
     target_model: ClassVar[type[TargetOptions]] = TargetOptions
+    generations: ClassVar[bool] = (
+        False  # whether `deltactl pipeline rebuild` is for it: see `number` and `lead_readers`
+    )
+
+    number: int | None = None
+    """The generation that this sink is of; None: it was never rebuilt.
+
+    Set before `target` is called, which then gives that generation's place. 1 is the place that None has, to which
+    readers may no longer be led; the others have places of their own. Generations share nothing but the readers' name.
+    """
 
     def __init__(self, name: str, url: str, options: OptionsT, tombstone_ttl_s: int) -> None:
         """`url` has its secrets resolved. A delete's version is kept for `tombstone_ttl_s` seconds."""
@@ -171,6 +181,13 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
         For repair alone, of versions that no change can have had: nothing of this pipeline could ever beat them. No
         version is left behind, so whoever calls it reads the row afterwards, and writes what it has read.
         """
+
+    def lead_readers(self, targets: Sequence[Target]) -> None:
+        """Lead readers to these targets, which are all of this sink's generation, in one step. Idempotent.
+
+        Called after `prepare`, for a sink with a `number`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no generations, of the targets {targets!r:.100}")
 
     @abstractmethod
     def drop(self, target: Target) -> int:

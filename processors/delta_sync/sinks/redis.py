@@ -46,8 +46,10 @@ from delta_sync.sinks.redis_keys import (
     KeyTemplate,
     default_template,
     floor_key,
+    generation_prefix,
     key_of_tombstone,
     parse_template,
+    pointer_key,
     raised_key,
     slot_of,
     tombstone_key,
@@ -122,6 +124,7 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
     schemes = ("redis", "rediss")
     options_model = RedisOptions
     target_model = RedisTargetOptions
+    generations = True
 
     def __init__(
         self,
@@ -143,10 +146,11 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
 
     def target(self, table: Table, options: RedisTargetOptions) -> Target:
         """Return the table's keys. `overlapping` tells whether those of two targets could be the same."""
+        prefix = generation_prefix(self.number) + self.options.prefix
         if options.key is None:
-            template = default_template(table, self.options.prefix)
+            template = default_template(table, prefix)
         else:
-            template = parse_template(options.key, table, self.options.prefix)
+            template = parse_template(options.key, table, prefix)
         ttl_s = options.ttl or self.options.ttl
         ttl_ms = 0 if ttl_s is None else max(1, round(ttl_s * 1000))
         return Target(table, template.text(table), _Place(template, ttl_ms))
@@ -186,7 +190,26 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
                 break
 
     def prepare(self, target: Target) -> None:
-        """Do nothing: keys need no preparation."""
+        """Create nothing: keys need no preparation. Refuse to write what readers would not see."""
+        if self.number is not None:
+            return
+        led = self._link.ask("GET", self._pointer(target))
+        if led:
+            raise SinkRefused(
+                f"{self._pointer(target).decode()} leads readers to keys that begin with {led.decode()!r}, and the"
+                " state store knows nothing of it; give the pipeline its state back, or delete that key and --reload"
+            )
+
+    def _pointer(self, target: Target) -> bytes:
+        return pointer_key(target.place.removeprefix(generation_prefix(self.number)))
+
+    def lead_readers(self, targets: Sequence[Target]) -> None:
+        """Set the pointers, by which readers know what their keys begin with; all at once, in a cluster one by one."""
+        prefix = generation_prefix(self.number).encode()
+        pairs = [(self._pointer(target), prefix) for target in targets]
+        for some in [[pair] for pair in pairs] if self._link.is_cluster else [pairs]:
+            if some:
+                self._link.ask("MSET", *(part for pair in some for part in pair))
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -305,6 +328,9 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
         for tombstones in self._scan_tombstones(target):
             self._link.delete(tombstones)
         self._link.delete([floor_key(target.place), raised_key(target.place)])
+        pointer = self._pointer(target)
+        if self.number is not None and self._link.ask("GET", pointer) == generation_prefix(self.number).encode():
+            self._link.delete([pointer])
         return documents
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────

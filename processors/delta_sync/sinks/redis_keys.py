@@ -18,6 +18,7 @@ OWN_PREFIX = "delta:"  # of the keys that are no documents
 TOMBSTONES = b"delta:t:"
 FLOORS = b"delta:f:"
 RAISED = b"delta:r:"
+POINTERS = b"delta:g:"
 SLOTS = 16384  # Redis Cluster's
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
@@ -166,6 +167,19 @@ def floor_key(place: str) -> bytes:
 def raised_key(place: str) -> bytes:
     """Return the key that holds when a target's floor was raised: in the floor's slot, for both have a hash tag."""
     return RAISED + place.encode()
+
+
+def pointer_key(place: str) -> bytes:
+    """Return the key that holds what the keys of the generation that readers are to see begin with.
+
+    `place` is the template without a generation's prefix, as `pipeline.yaml` or the default has it.
+    """
+    return POINTERS + place.encode()
+
+
+def generation_prefix(number: int | None) -> str:
+    """Return what the keys of a generation begin with, before the sink's own prefix; nothing for the first."""
+    return "" if number is None or number == 1 else f"g{number}:"
 
 
 def hash_tag(key: bytes) -> bytes:

@@ -12,6 +12,9 @@ For a target called `movies` there are
   floor needs no tombstone, so it is deleted for good. Because no request concerns both indices, an upsert looks at the
   floor when its document is written, and `sweep` removes what a process that died in between left there.
 
+Once a sink is rebuilt, each generation has an alias of its own to write through: `movies.g1` for `movies-1`, and the
+second `movies.g2` for `movies-2`, with `movies.g2-delta`. `movies` is led from one index to another.
+
 Documents are JSON, as `delta_sync.values.to_json` writes it: numbers keep all their digits in `_source`, whatever the
 index makes of them.
 """
@@ -46,7 +49,7 @@ FLOORS = "-delta"  # what the index of a target's floor is called, after the tar
 FLOOR_ID = "floor"
 
 MAX_ID_BYTES = 512  # the stores' limit; one longer id fails a whole bulk
-MAX_INDEX_BYTES = 255 - len(FLOORS)  # the stores' limit for the name of an index
+MAX_INDEX_BYTES = 255 - len(FLOORS) - 8  # the stores' limit for a name; and room for a generation's number
 MAX_VERSION = (1 << 63) - 1  # the stores' limit
 BULK_BYTES = 8 << 20  # more gains nothing, and a node may have several in memory at once
 PAGE = 2_000  # documents of one search or get: below the stores' limit of 10,000
@@ -108,14 +111,21 @@ class Place(NamedTuple):
     alias: str
     mappings: dict[str, Any]
     settings: dict[str, Any]
+    readers: str | None = None  # the alias that users search, where it is another: that of all generations
+    number: int = 1
+
+    @property
+    def name(self) -> str:
+        """What all of the target's names begin with."""
+        return self.readers or self.alias
 
     @property
     def first_index(self) -> str:
-        return f"{self.alias}-1"
+        return f"{self.name}-{self.number}"
 
     @property
     def floors(self) -> str:
-        return self.alias + FLOORS
+        return (self.name if self.number == 1 else self.alias) + FLOORS
 
 
 class Product(NamedTuple):
@@ -149,6 +159,7 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
     )
     options_model: ClassVar[type[Options]] = SearchOptions
     target_model: ClassVar[type[TargetOptions]] = SearchTargetOptions
+    generations: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -185,7 +196,10 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
             settings["index.number_of_shards"] = options.shards
         if options.replicas is not None:
             settings["index.number_of_replicas"] = options.replicas
-        return Target(table, alias, Place(alias, mappings, settings))
+        if self.number is None:
+            return Target(table, alias, Place(alias, mappings, settings))
+        own_alias = f"{alias}.g{self.number}"
+        return Target(table, own_alias, Place(own_alias, mappings, settings, alias, self.number))
 
     def check(self, targets: Sequence[Target]) -> list[Problem]:
         where = f"sink {self.name}"
@@ -204,7 +218,7 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
         if not indices and self._request("GET", f"/{place.alias}/_settings").status == 200:
             what = f"{place.alias} is an index, where Delta needs the name for an alias"
             return [Problem(where, what, "set `index` to another name, or delete that index")]
-        foreign = [index for index in indices if not is_own_index(place.alias, index)]
+        foreign = [index for index in indices if not is_own_index(place.name, index)]
         if foreign:
             what = f"{place.alias} is an alias of {', '.join(foreign)}, which Delta did not create"
             return [Problem(where, what, "set `index` to another name")]
@@ -226,12 +240,29 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
         if product.name == "elasticsearch" and product.version >= (8, 14):
             # Beyond the limit of fields a document is kept, and its further fields are not searched.
             settings.setdefault("index.mapping.total_fields.ignore_dynamic_beyond_limit", True)
-        alias = {"filter": {"bool": {"must_not": [{"term": {DELETED: True}}]}}, "is_write_index": True}
-        body = {"settings": settings, "mappings": place.mappings, "aliases": {place.alias: alias}}
+        body = {"settings": settings, "mappings": place.mappings, "aliases": {place.alias: _ALIAS}}
         if not self._create(place.first_index, body):
             # It was there without the alias, or another worker has just created both.
-            action = {"add": {"index": place.first_index, "alias": place.alias, **alias}}
+            action = {"add": {"index": place.first_index, "alias": place.alias, **_ALIAS}}
             self._expect(self._request("POST", "/_aliases", {"actions": [action]}))
+
+    def lead_readers(self, targets: Sequence[Target]) -> None:
+        """Move the readers' aliases of all targets in one request, which the store carries out in one step."""
+        actions: list[dict[str, Any]] = []
+        for target in targets:
+            place: Place = target.settings
+            assert place.readers is not None, "it is of a generation"
+            index = self._existing_index(place)
+            there = self._indices_of(place.readers)
+            if list(there) == [index]:
+                continue
+            problems = self._problems_of(f"sink {self.name}", place._replace(alias=place.readers))
+            if problems:
+                raise SinkRefused(str(problems[0]))
+            actions += [{"remove": {"index": old, "alias": place.readers}} for old in there if old != index]
+            actions.append({"add": {"index": index, "alias": place.readers, **_ALIAS}})
+        if actions:
+            self._expect(self._request("POST", "/_aliases", {"actions": actions}))
 
     def _create(self, index: str, body: Mapping[str, Any]) -> bool:
         """Create an index unless it is there; return whether it was created."""
@@ -512,7 +543,7 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
 
     def drop(self, target: Target) -> int:
         place: Place = target.settings
-        own = [index for index in self._indices_of(place.alias) if is_own_index(place.alias, index)]
+        own = [index for index in self._indices_of(place.alias) if is_own_index(place.name, index)]
         found = 0
         if own:
             self._expect(self._request("POST", f"/{place.alias}/_refresh"))
@@ -630,6 +661,7 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
 # ── decisions ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _IS_DELETED: Mapping[str, Any] = {"term": {DELETED: True}}
+_ALIAS: Mapping[str, Any] = {"filter": {"bool": {"must_not": [_IS_DELETED]}}, "is_write_index": True}
 _TOO_LARGE = "the document is larger than the store takes (http.max_content_length, 100 MB by default)"
 
 # Fields of the stores' own: some of them refuse a document that has one, others take it and cannot search it.
