@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from delta_sync.errors import DeltaError, UsageError
+from delta_sync.shaping import Shape, compiled
 from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
 from delta_sync.tables import Kind, Table
 from delta_sync.values import Document
@@ -75,6 +76,7 @@ class TableProcessor(NamedTuple):
     function: ProcessorFunction
     to: tuple[str, ...]
     enrich: Mapping[str, Enrichment]
+    shape: Shape | None = None  # what `pipeline.yaml` says is done to a row before the function sees it
 
 
 class Pipeline:
@@ -240,7 +242,10 @@ def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
         _check_against(spec, pipeline.name, table, processor.to, _where(processor.function))
     for table in spec.tables:
         if table not in pipeline.tables:
-            raise UsageError(f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one.")
+            raise UsageError(
+                f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one, or give"
+                " the table a `shape` (shape: {} is the row as it is)."
+            )
 
 
 def check_columns(pipeline: Pipeline, tables: Mapping[str, Table]) -> None:
@@ -262,6 +267,8 @@ def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:
     Raises UsageError: it is missing, does not import, or does not fit the specification.
     """
     path = folder / PROCESSOR_FILE
+    if not path.is_file() and spec.shapes.keys() == spec.tables.keys():
+        return with_shapes(Pipeline(spec.name), spec)
     if not path.is_file():
         raise UsageError(f"There is no {path}; `deltactl pipeline create` writes one.")
     module_name = f"delta_processor_{spec.name}"
@@ -280,8 +287,27 @@ def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:
     found = [value for value in vars(module).values() if isinstance(value, Pipeline)]
     if len(found) != 1:
         raise UsageError(f"{path} must define one Pipeline, and defines {len(found)}.")
-    check_complete(found[0], spec)
-    return found[0]
+    made = with_shapes(found[0], spec)
+    check_complete(made, spec)
+    return made
+
+
+def with_shapes(pipeline: Pipeline, spec: PipelineSpec) -> Pipeline:
+    """Return the pipeline with the tables' shapes; one that has a shape and no function is a document by that alone.
+
+    The shape is done first, so a function is called with what is left of the row. Look-ups are asked by the source's
+    columns all the same. The pipeline that was declared stays as it is.
+    """
+    made = Pipeline(pipeline.name)
+    made.lookups, made.tables = pipeline.lookups, dict(pipeline.tables)
+    for name, shape in spec.shapes.items():
+        declared = pipeline.tables.get(name) or TableProcessor(name, _as_it_is, (), {})
+        made.tables[name] = declared._replace(shape=compiled(shape))
+    return made
+
+
+def _as_it_is(row: Document) -> Document:
+    return row
 
 
 def _line_in(error: BaseException, path: Path) -> str:

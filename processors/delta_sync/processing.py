@@ -43,7 +43,7 @@ def process(
         changes, arguments = _enrich(processor, changes, lookups, failures)
     else:
         arguments = None
-    function = processor.function
+    function, shape = processor.function, processor.shape
     # What a NamedTuple's own does, without its call of a Python function.
     new = cast("Callable[..., Write]", tuple.__new__)  # pyright: ignore[reportUnknownMemberType] -- typeshed's is generic
     done: list[Change] = []
@@ -55,7 +55,11 @@ def process(
         else:
             try:
                 # A copy: the row itself must stay as it was, for a dead letter.
-                document = function(row.copy()) if arguments is None else function(row.copy(), **arguments[index])
+                given = row.copy() if shape is None else shape(row)
+                if given is None:
+                    document = None
+                else:
+                    document = function(given) if arguments is None else function(given, **arguments[index])
             except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
                 failures.append(failure(change, "process", error))
                 continue

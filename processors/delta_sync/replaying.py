@@ -17,6 +17,7 @@ from delta_sync.errors import SinkRefused, Transient, UsageError
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.processing import Stage, process
+from delta_sync.shaping import masked_again
 from delta_sync.sinks import AnySink, open_sinks, target_for
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
@@ -100,7 +101,7 @@ def _replay(
         return Failed(letter.stage, f"The pipeline no longer has table {letter.table}.", "")
     if change is None or not change.key:
         return Failed(letter.stage, UNDECODED, letter.trace)
-    processed = process(table, declared, [change], lookups)
+    processed = process(table, declared, [masked_again(table, change)], lookups)
     if processed.failures:
         first = processed.failures[0]
         return Failed(first.stage, first.error, first.trace)

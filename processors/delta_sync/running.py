@@ -117,10 +117,10 @@ class Running:
 
     def _run(self, pipeline: Pipeline, sinks: Mapping[str, AnySink], state: StateStore) -> None:
         spec, transport = self._spec, self._transport
-        watch_reader = open_reader(spec.source, f"delta {spec.name} watch", ANSWER_S)
-        check_reader = open_reader(spec.source, f"delta {spec.name} check", ANSWER_S)
-        load_reader, key_reader = (open_reader(spec.source, f"delta {spec.name} {use}") for use in ("load", "read"))
-        chunk_readers = [open_reader(spec.source, f"delta {spec.name} dump") for _ in range(spec.load.parallel)]
+        watch_reader = open_reader(spec, f"delta {spec.name} watch", ANSWER_S)
+        check_reader = open_reader(spec, f"delta {spec.name} check", ANSWER_S)
+        load_reader, key_reader = (open_reader(spec, f"delta {spec.name} {use}") for use in ("load", "read"))
+        chunk_readers = [open_reader(spec, f"delta {spec.name} dump") for _ in range(spec.load.parallel)]
         readers = self._readers = [watch_reader, check_reader, load_reader, key_reader, *chunk_readers]
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}

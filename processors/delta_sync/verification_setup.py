@@ -75,7 +75,7 @@ def open_verification(
             raise UsageError(f"Pipeline {spec.name} never ran, so there is nothing to verify.")
 
         def opened(use: str, answer_s: float | None = None) -> SourceReader:
-            reader = open_reader(spec.source, f"delta {spec.name} verify {use}", answer_s)
+            reader = open_reader(spec, f"delta {spec.name} verify {use}", answer_s)
             closing.callback(reader.close)
             return reader
 

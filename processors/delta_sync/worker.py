@@ -42,6 +42,7 @@ from delta_sync.processing import Failure, failure, process
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.rereads import AheadOfLog
 from delta_sync.secrets import redact
+from delta_sync.shaping import without_values
 from delta_sync.sinks.base import Target
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore, identity_of
@@ -281,7 +282,7 @@ class Worker:
             self._progress.batch_changes.add(decoded.events)
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
-        failures = [_undecodable(item) for item in decoded.undecodable]
+        failures = [_undecodable(item, codecs) for item in decoded.undecodable]
         if decoded.lacking and any(_read_before(job, batches[-1].generation, decoded) for job in self._jobs):
             # A key that is read twice may get the same version both times, by a claim that has not moved; so the first
             # row is to be in the sinks before the second is read, or it could overwrite a newer one.
@@ -580,9 +581,15 @@ def _read_before(job: Job, generation: int, decoded: Decoded) -> bool:
     return job.batch.generation != generation or decoded.reads_rows_of(job.decoded)
 
 
-def _undecodable(item: Undecodable) -> Failure:
-    """A change of which not even the key can be read; what there is of the event stands in the error."""
-    error = DeltaError(f"{item.error} The event was {item.event!r:.2000}")
+def _undecodable(item: Undecodable, codecs: Mapping[str, TableCodec]) -> Failure:
+    """A change of which not even the key can be read; what there is of the event stands in the error.
+
+    Not of a table with masks: nobody knows what is in which column of an event that cannot be read.
+    """
+    table = codecs[item.table].table if item.table in codecs else None
+    event = without_values(table, item.event)
+    reason = str(item.error) if event is item.event else "The event cannot be read; columns of its table are masked."
+    error = DeltaError(f"{reason} The event was {event!r:.2000}")
     return failure(Change(item.table, item.key, item.version, None), "decode", error)
 
 
