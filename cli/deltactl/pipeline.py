@@ -42,10 +42,11 @@ from deltactl.schema import schema
         "create": "deltactl.create:create",
         "delete": "deltactl.delete:delete",
         "package": "deltactl.package:package",
+        "test": "deltactl.trial:test",
     },
 )
 def pipeline() -> None:
-    """Create, look at, package and delete pipelines."""
+    """Create, look at, try, package and delete pipelines."""
 
 
 @pipeline.command("list")
