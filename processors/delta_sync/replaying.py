@@ -64,7 +64,9 @@ def replay(
     timer = threading.Timer(LOOKUP_BUDGET_S, too_long.set)
     timer.daemon = True
     timer.start()
-    lookups = {name: LookupCaller(lookup, too_long, time.monotonic) for name, lookup in pipeline.lookups.items()}
+    lookups = {
+        name: LookupCaller(lookup, too_long, time.monotonic, insist=True) for name, lookup in pipeline.lookups.items()
+    }
     done: list[Replayed] = []
     try:
         for letter in letters:

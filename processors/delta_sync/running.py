@@ -20,6 +20,7 @@ from delta_sync.errors import EpochRose, StateBusy, Transient
 from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
+from delta_sync.mending import Mender
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, News, Progress
 from delta_sync.rereads import Rereader
@@ -30,6 +31,7 @@ from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import load_fingerprint, targets_of_table
 from delta_sync.state import StateStore, TableLoad
+from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.transport import Transport
 from delta_sync.versions import dump_version
@@ -128,6 +130,8 @@ class Running:
             name: LookupCaller(lookup, self._stopping, time.monotonic, self._lookup_waits(name))
             for name, lookup in pipeline.lookups.items()
         }
+        self.progress.lookups = {name: caller.numbers for name, caller in lookups.items()}
+        mender = Mender(DumpStore(state, spec.name), lookups, self._stopping)
         samples = SharedSamples(watch_reader.new_samples)
         self.progress.bytes_between = watch_reader.bytes_between
         try:
@@ -185,6 +189,7 @@ class Running:
                 refresh=lambda names: self._until_reached(lambda: refresh(list(names))) or {},
                 columns_changed=reload,
                 gone=lambda name: columns[name] == GONE,
+                remember=mender.remember,
                 check_slot=lambda: transport.check(key_reader, state),
                 stopping=self._stopping,
                 giving_up=self._giving_up,
@@ -231,7 +236,14 @@ class Running:
             housekeeping = threading.Thread(
                 target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
             )
-            threads = [watch, loader, housekeeping, *transport.background(self.progress, self._stopping)]
+            optional = any(not lookup.required for lookup in pipeline.lookups.values())
+            threads = [
+                watch,
+                loader,
+                housekeeping,
+                *([mender] if optional else []),
+                *transport.background(self.progress, self._stopping),
+            ]
             for thread in threads:
                 thread.start()
             try:

@@ -179,7 +179,9 @@ def try_changes(
     timer = threading.Timer(LOOKUP_BUDGET_S, too_long.set)
     timer.daemon = True
     timer.start()
-    lookups = {name: LookupCaller(lookup, too_long, time.monotonic) for name, lookup in pipeline.lookups.items()}
+    lookups = {
+        name: LookupCaller(lookup, too_long, time.monotonic, insist=True) for name, lookup in pipeline.lookups.items()
+    }
     tried: list[Tried] = []
     try:
         for name, some in changes.items():

@@ -104,7 +104,7 @@ def open_verification(
             return lambda reason: listener.waits(None if reason is None else f"look-up {name}: {reason}")
 
         lookups = {
-            name: LookupCaller(lookup, stopping, time.monotonic, waits(name))
+            name: LookupCaller(lookup, stopping, time.monotonic, waits(name), insist=True)
             for name, lookup in pipeline.lookups.items()
         }
         for lookup in lookups.values():

@@ -37,6 +37,7 @@ from delta_sync.errors import (
 )
 from delta_sync.load import Slice
 from delta_sync.lookups import LookupCaller
+from delta_sync.mending import Left
 from delta_sync.pipeline import Pipeline
 from delta_sync.processing import Failure, failure, process
 from delta_sync.progress import LogPosition, Progress
@@ -78,6 +79,7 @@ class Job(NamedTuple):
 
     results: list[Future[list[Applied]]]
     failures: list[Failure]
+    left: list[Left]
     batch: Batch | None = None
     decoded: Decoded | None = None
     slice: Slice | None = None
@@ -93,8 +95,9 @@ class Worker:
     `stretches` makes Debezium's events of what the capture delivers. `reread` reads rows by key (`rereads.Rereader`),
     and notes in `ahead` which these were. `refresh` is asked about tables whose columns may have changed and returns
     those of which that is so, with their new codecs and targets; `columns_changed` is called with them once they are
-    in use. `gone` tells whether a table was not there when `refresh` was asked last. `check_slot` is called before each
-    start of the capture, because a connector that finds no slot creates one, and the changes between the two are lost.
+    in use. `remember` keeps, durably, which documents were written without an optional look-up's answer. `gone`
+    tells whether a table was not there when `refresh` was asked last. `check_slot` is called before each start of
+    the capture, because a connector that finds no slot creates one, and the changes between the two are lost.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class Worker:
         stopping: threading.Event,
         giving_up: threading.Event,
         gone: Callable[[str], bool] = lambda _: False,
+        remember: Callable[[Sequence[Left]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -139,6 +143,7 @@ class Worker:
         self._stopping = stopping
         self._giving_up = giving_up
         self._gone = gone
+        self._remember = remember
         self._clock = clock
         self._wall_clock = wall_clock
         self._tables: dict[str, TableRuntime] = {}
@@ -289,12 +294,13 @@ class Worker:
             self._wait_for([result for job in self._jobs for result in job.results])
         changes = dict(decoded.changes)
         began = self._clock()
+        left: list[Left] = []
         for table, lacking in decoded.lacking.items():
-            changes[table] = [*changes.get(table, []), *self._read_all(table, lacking, failures)]
+            changes[table] = [*changes.get(table, []), *self._read_all(table, lacking, failures, left)]
         if decoded.lacking:
             self._progress.stages["reread"].add(self._clock() - began)
-        results = self._submit(changes, decoded.truncates, failures)
-        self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded))
+        results = self._submit(changes, decoded.truncates, failures, left)
+        self._jobs.append(Job(results, failures, left, batch=batches[-1], decoded=decoded))
         if not results:
             self.wake()
 
@@ -319,12 +325,15 @@ class Worker:
 
     def _begin_slice(self, slice_: Slice) -> None:
         failures: list[Failure] = []
-        results = self._submit({slice_.table: slice_.changes}, {}, failures, slice_.sinks)
-        self._load_jobs.append(Job(results, failures, slice=slice_))
+        left: list[Left] = []
+        results = self._submit({slice_.table: slice_.changes}, {}, failures, left, slice_.sinks)
+        self._load_jobs.append(Job(results, failures, left, slice=slice_))
         if not results:
             self.wake()
 
-    def _read_all(self, table: str, lacking: Sequence[Lacking], failures: list[Failure]) -> list[Change]:
+    def _read_all(
+        self, table: str, lacking: Sequence[Lacking], failures: list[Failure], left: list[Left]
+    ) -> list[Change]:
         """Return the changes whose events lack a value, with the rows read by key.
 
         Large rows are not all held at once: what could be read is brought into the sinks before the next is read, and
@@ -336,7 +345,7 @@ class Worker:
                 return found
             read = {change.key for change in found}
             lacking = [item for item in lacking if item.key not in read]
-            results = self._submit({table: found}, {}, failures)
+            results = self._submit({table: found}, {}, failures, left)
             self._wait_for(results)
             failures += _rejections(results)
 
@@ -371,6 +380,7 @@ class Worker:
         changes: Mapping[str, Sequence[Change]],
         truncates: Mapping[str, int],
         failures: list[Failure],
+        left: list[Left],
         only: Collection[str] | None = None,
     ) -> list[Future[list[Applied]]]:
         """Process the changes of all tables and hand the writes to the sinks, to each its part (or `only` to some)."""
@@ -380,6 +390,7 @@ class Worker:
             runtime = self._tables[name]
             processed = process(runtime.codec.table, self._pipeline.tables[name], changes.get(name, ()), self._lookups)
             failures += processed.failures
+            left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]
             self._progress.writes += len(processed.writes)
             for sink, target in runtime.targets.items():
                 if only is not None and sink not in only:
@@ -435,8 +446,10 @@ class Worker:
             job.slice.done.set_result(None)
 
     def _settle(self, job: Job) -> None:
-        """Collect what became of a job, and keep its failures as dead letters. Raises what a sink raised."""
+        """Collect what became of a job, and keep its failures, and what it left. Raises what a sink raised."""
         failures = [*job.failures, *_rejections(job.results)]
+        if job.left:
+            self._keep_trying(lambda: self._remember(job.left))
         if failures:
             self._bury(failures, "load" if job.slice is not None else "log")
 

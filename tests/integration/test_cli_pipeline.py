@@ -461,7 +461,13 @@ def test_a_dry_run_of_the_pipeline_shows_documents_and_writes_nothing(
             "public.movie 9 in cache: removed",
             '  - title: "gone"',
         ]
-        event: dict[str, Any] = {"table": "public.movie", "op": "upsert", "version": 4, "key": [1], "row": {"id": 1, "title": "Older"}}
+        event: dict[str, Any] = {
+            "table": "public.movie",
+            "op": "upsert",
+            "version": 4,
+            "key": [1],
+            "row": {"id": 1, "title": "Older"},
+        }
         lines = [event, {**event, "key": [4], "row": {**event["row"], "id": 4}, "version": 9}]
         (tmp_path / "events").write_text("\n".join(json.dumps(line) for line in lines))
         found = deltactl("pipeline", "test", "movies", "--events", str(tmp_path / "events"), "--json")
