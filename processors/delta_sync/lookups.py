@@ -253,6 +253,9 @@ class LookupCaller:
                 raise ProcessorError(
                     f"Look-up {self._lookup.name} returned a {type(answers).__name__}, not a mapping by key."
                 )
+            lacking = sum(key not in answers for key in keys) if self._lookup.complete else 0
+            if lacking:
+                raise LookupBusy(f"it answered for {len(keys) - lacking} of {len(keys)} keys")
             outcome = "answered"
         except Exception as error:
             outcome = "busy" if is_transient(error) else "failed"

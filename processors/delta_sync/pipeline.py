@@ -50,10 +50,11 @@ class Lookup:
         deadline_s: float | None,
         trip_after: int,
         pause_s: float,
-        name: str | None = None,
+        complete: bool,
     ) -> None:
         self.function = function
-        self.name = name or function.__name__
+        self.name = function.__name__
+        self.complete = complete
         self.batch = batch
         self.ttl_s = ttl_s
         self.missing_ttl_s = missing_ttl_s
@@ -150,6 +151,7 @@ class Pipeline:
         deadline: str | float | None = None,
         trip_after: int = 5,
         pause: str | float = "10s",
+        complete: bool = False,
     ) -> Callable[[LookupFunction], Lookup]:
         """Declare a batched call to a service: a list of distinct keys in, a mapping from key to answer out.
 
@@ -163,7 +165,8 @@ class Pipeline:
 
         `required`: a change waits for its answer, as long as it takes. If it is not, its documents are written without
         (the argument is None) when the service has not answered within `deadline` (2 s by default), and again when it
-        is back.
+        is back. `complete`: the service answers for every key, if only with None; an answer that lacks some is
+        repeated.
 
         Raises UsageError: a look-up of that name exists, a wrong signature, a limit that is not above 0.
         """
@@ -208,6 +211,7 @@ class Pipeline:
                 deadline_s=deadline_s,
                 trip_after=trip_after,
                 pause_s=pause_s,
+                complete=complete,
             )
             self.lookups[name] = declared
             return declared

@@ -296,6 +296,15 @@ def test_of_several_wishes_the_longest_is_heeded(bench: MakeBench) -> None:
     assert made.stopping.waits == [31.0]
 
 
+def test_an_answer_that_lacks_keys_is_repeated_where_it_should_have_all(bench: MakeBench) -> None:
+    answers = [{1: "a"}, {1: "a", 2: None}]
+    made = bench(lambda keys: answers.pop(0), complete=True)
+    assert made.caller.fetch([1, 2]).found == {1: "a", 2: None}
+    assert made.asked == [[1, 2]] * 2
+    assert made.reasons[0] is not None
+    assert "it answered for 1 of 2 keys" in made.reasons[0]
+
+
 # ── the breaker ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
