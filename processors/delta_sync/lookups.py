@@ -198,7 +198,7 @@ class LookupCaller:
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(LookupBusy),
-            wait=_wait_as_told,
+            wait=self._wait_s,
             stop=is_over,
             sleep=tenacity.sleep_using_event(self._stopping),
             before_sleep=before_sleep,
@@ -213,11 +213,23 @@ class LookupCaller:
             self._waiting(None)
         return done, pending
 
+    def _wait_s(self, state: tenacity.RetryCallState) -> float:
+        """Return how long to wait for the next round: as told, until the breaker lets a call through, or ever longer."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        told = error.retry_after_s if isinstance(error, LookupBusy) else None
+        if told is not None:
+            return told
+        return self._rest_s() if self._breaker.current_state == pybreaker.STATE_OPEN else _backoff(state)
+
+    def _rest_s(self) -> float:
+        """Return for how long an open breaker lets nothing through."""
+        return max(0.0, self._opened_s + self._lookup.pause_s - self._clock())
+
     def _may_call(self) -> None:
         """Let one call through an open breaker after its pause. Raises LookupBusy before."""
         if self._breaker.current_state != pybreaker.STATE_OPEN:
             return
-        rest_s = self._opened_s + self._lookup.pause_s - self._clock()
+        rest_s = self._rest_s()
         if rest_s > 0:
             raise _Open(
                 f"Look-up {self._lookup.name} is not asked for {rest_s:.0f} s, because its service does not answer:"
@@ -332,12 +344,6 @@ def _await(coroutine: Coroutine[Any, Any, Mapping[Any, Any]], timeout_s: float) 
 # ── what may pass ────────────────────────────────────────────────────────────────────────────────────────────────
 
 _backoff = tenacity.wait_random_exponential(RETRY_FIRST_S, RETRY_MOST_S)
-
-
-def _wait_as_told(state: tenacity.RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome is not None else None
-    told = error.retry_after_s if isinstance(error, LookupBusy) else None
-    return told if told is not None else _backoff(state)
 
 
 def is_transient(error: BaseException) -> bool:
