@@ -214,7 +214,7 @@ class LookupCaller:
         return done, pending
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
-        """Return how long to wait for the next round: as told, until the breaker lets a call through, or ever longer."""
+        """Return how long to wait for the next round: as told, for an open breaker's pause, or ever longer."""
         error = state.outcome.exception() if state.outcome is not None else None
         told = error.retry_after_s if isinstance(error, LookupBusy) else None
         if told is not None:
