@@ -4,8 +4,8 @@
 
 The service is an HTTP server in another process that takes so long for every call, whatever is asked for. Delta's
 worker asks for 500 keys in a call, four calls at once, and remembers nothing (`ttl="0s"`), so every change is enriched
-by the service. What it stands beside is what one writes in a plain consumer, or in a function of a stream processor: for each
-change one call over a connection that is kept, then all documents of a poll into Redis in one pipeline, unversioned.
+by the service. What it stands beside is what one writes in a plain consumer, or in a function of a stream processor:
+for each change one call over a connection that is kept, then all documents into Redis in one pipeline, unversioned.
 """
 
 from __future__ import annotations

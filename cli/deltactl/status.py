@@ -130,6 +130,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines.append(("dead letters", f"{found['dead_letters']:,}{hint}"))
     sinks: Mapping[str, Mapping[str, Any]] = found.get("sinks") or {}
     lines += [(f"sink {sink}", _sink(numbers)) for sink, numbers in sinks.items()]
+    lookups: Mapping[str, Mapping[str, Any]] = found.get("lookups") or {}
+    lines += [(f"look-up {lookup}", _lookup(numbers)) for lookup, numbers in lookups.items()]
     loads: Mapping[str, Mapping[str, Any]] = found.get("loads") or {}
     lines += [(f"load {table}", _load(load)) for table, load in loads.items()]
     lines += [(f"{member['role']}", _member(member)) for member in found.get("members") or ()]
@@ -144,6 +146,17 @@ def _sink(numbers: Mapping[str, Any]) -> str:
     if numbers.get("writes_per_s") is not None:
         text += f", {numbers['writes_per_s']:.0f}/s"
     return text + (f": {numbers['reason']}" if numbers.get("reason") else "")
+
+
+def _lookup(numbers: Mapping[str, Any]) -> str:
+    """Return the breaker's state where it is worth a word, calls, and how much was remembered."""
+    breaker = numbers.get("breaker", "closed")
+    calls: Mapping[str, int] = numbers.get("calls") or {}
+    hits, asked, left = (int(numbers.get(what) or 0) for what in ("hits", "asked", "left"))
+    text = "ok" if breaker == "closed" else f"breaker {breaker}"
+    text += f", {sum(calls.values()):,} calls, {calls.get('busy', 0) + calls.get('failed', 0):,} of them failed"
+    text += f", {100 * hits // (hits + asked)} % remembered" if hits + asked else ""
+    return text + (f", {left:,} keys left for later" if left else "")
 
 
 def _load(load: Mapping[str, Any]) -> str:

@@ -85,6 +85,7 @@ class LookupCaller:
             lambda _key, value, now: now + (lookup.missing_ttl_s if value is None else lookup.ttl_s),
             timer=clock,
         )
+        self.inline = pool is not None  # whoever has a pool of his own decides about threads
         self._pool = pool or ThreadPoolExecutor(lookup.concurrency, thread_name_prefix=f"lookup-{lookup.name}")
         self.numbers = LookupNumbers()
         self.spent_s = 0.0  # in `fetch`

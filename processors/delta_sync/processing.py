@@ -130,8 +130,8 @@ def _enrich(
 def _ask(keys: Mapping[str, Iterable[Any]], lookups: Mapping[str, LookupCaller]) -> dict[str, Answers]:
     """Ask several look-ups at once. Each has its own bound of calls; the one that takes longest is waited for."""
     first, *others = keys
-    if not others:
-        return {first: lookups[first].fetch(keys[first])}
+    if not others or lookups[first].inline:
+        return {name: lookups[name].fetch(some) for name, some in keys.items()}
     with ThreadPoolExecutor(len(others), thread_name_prefix="enrich") as pool:
         asked = {name: pool.submit(lookups[name].fetch, keys[name]) for name in others}
         answers = {first: lookups[first].fetch(keys[first])}

@@ -16,12 +16,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainSerializer,
     ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from delta_sync.errors import UsageError
 from delta_sync.expressions import parse_expression
@@ -133,6 +135,10 @@ class MaskSpec(_Model):
     @classmethod
     def _bare(cls, value: object) -> object:
         return {"redact": REDACTED} if value == "redact" else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(core_schema), {"const": "redact"}]}
 
     @model_validator(mode="after")
     def _one_of_three(self) -> MaskSpec:

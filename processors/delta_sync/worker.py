@@ -385,10 +385,14 @@ class Worker:
     ) -> list[Future[list[Applied]]]:
         """Process the changes of all tables and hand the writes to the sinks, to each its part (or `only` to some)."""
         parts: dict[str, list[Part]] = {}
-        began, looked_up_s = self._clock(), self._looked_up_s()
+        began, looked_up_s = self._clock(), 0.0
         for name in {**changes, **truncates}:
             runtime = self._tables[name]
+            before_s = {lookup: caller.spent_s for lookup, caller in self._lookups.items()}
             processed = process(runtime.codec.table, self._pipeline.tables[name], changes.get(name, ()), self._lookups)
+            # They are asked at the same time, so the slowest one is what was waited for.
+            spent = (caller.spent_s - before_s[lookup] for lookup, caller in self._lookups.items())
+            looked_up_s += max(spent, default=0.0)
             failures += processed.failures
             left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]
             self._progress.writes += len(processed.writes)
@@ -398,7 +402,6 @@ class Worker:
                 part = Part(target, processed.writes, processed.changes, truncates.get(name))
                 if part.writes or part.truncate is not None:
                     parts.setdefault(sink, []).append(part)
-        looked_up_s = self._looked_up_s() - looked_up_s
         if changes:
             self._progress.stages["process"].add(max(0.0, self._clock() - began - looked_up_s))
             if self._lookups:
@@ -409,10 +412,6 @@ class Worker:
             result.add_done_callback(lambda _: self.wake())
             results.append(result)
         return results
-
-    def _looked_up_s(self) -> float:
-        """Return how long look-ups have taken so far."""
-        return sum(lookup.spent_s for lookup in self._lookups.values())
 
     # ── finishing ────────────────────────────────────────────────────────────────────────────────────────────────
 

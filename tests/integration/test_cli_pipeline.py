@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 import redis as redis_client
+import yaml
 from click.testing import CliRunner, Result
 from filelock import FileLock
 
@@ -286,6 +287,16 @@ def test_what_it_writes_passes_the_check(
     wrong = deltactl("pipeline", "check", "movies")
     assert wrong.exit_code == 1
     assert "no function for" in wrong.stderr
+    file = folder / "movies" / "pipeline.yaml"
+    written = file.read_text()
+    for shape, said in (("{mask: {id: redact}}", "id is of the key"), ("{mask: {titel: redact}}", "no column titel")):
+        data = yaml.safe_load(written)
+        data["tables"]["public.movie"] = {"shape": yaml.safe_load(shape)}
+        file.write_text(yaml.safe_dump(data))
+        refused = deltactl("pipeline", "check", "movies")
+        assert refused.exit_code == 1, refused.output
+        assert said in refused.stderr
+    file.write_text(written)
     (folder / "movies" / "processor.py").write_text("def broken(:\n")
     assert "line 1" in deltactl("pipeline", "check", "movies").stderr
 
