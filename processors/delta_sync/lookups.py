@@ -77,7 +77,7 @@ class LookupCaller:
         insist: bool = False,
     ) -> None:
         self._lookup = lookup
-        self._required = lookup.required or insist
+        self.required = lookup.required or insist
         self._stopping = stopping
         self._waiting = waiting
         self._cache: cachetools.TLRUCache[Any, Any] = cachetools.TLRUCache(
@@ -159,7 +159,7 @@ class LookupCaller:
         """
         done: list[tuple[Batch, Mapping[Any, Any] | Exception]] = []
         pending = batches
-        deadline = None if self._required else began + (self._lookup.deadline_s or 0.0)
+        deadline = None if self.required else began + (self._lookup.deadline_s or 0.0)
 
         def ask_round() -> None:
             nonlocal pending
@@ -194,7 +194,7 @@ class LookupCaller:
             return opened or self._stopping.is_set() or self._clock() + state.upcoming_sleep >= deadline
 
         def before_sleep(state: tenacity.RetryCallState) -> None:
-            if self._required and state.attempt_number == 1 and state.outcome is not None:
+            if self.required and state.attempt_number == 1 and state.outcome is not None:
                 self._waiting(str(state.outcome.exception()))
 
         retrying = tenacity.Retrying(
@@ -208,9 +208,9 @@ class LookupCaller:
         try:
             retrying(attempt)
         except LookupBusy:
-            if self._required:
+            if self.required:
                 raise
-        if self._required and retrying.statistics.get("attempt_number", 1) > 1:
+        if self.required and retrying.statistics.get("attempt_number", 1) > 1:
             self._waiting(None)
         return done, pending
 

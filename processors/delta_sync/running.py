@@ -236,12 +236,11 @@ class Running:
             housekeeping = threading.Thread(
                 target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
             )
-            optional = any(not lookup.required for lookup in pipeline.lookups.values())
             threads = [
                 watch,
                 loader,
                 housekeeping,
-                *([mender] if optional else []),
+                mender,
                 *transport.background(self.progress, self._stopping),
             ]
             for thread in threads:

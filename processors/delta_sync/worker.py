@@ -79,7 +79,6 @@ class Job(NamedTuple):
 
     results: list[Future[list[Applied]]]
     failures: list[Failure]
-    left: list[Left]
     batch: Batch | None = None
     decoded: Decoded | None = None
     slice: Slice | None = None
@@ -294,13 +293,12 @@ class Worker:
             self._wait_for([result for job in self._jobs for result in job.results])
         changes = dict(decoded.changes)
         began = self._clock()
-        left: list[Left] = []
         for table, lacking in decoded.lacking.items():
-            changes[table] = [*changes.get(table, []), *self._read_all(table, lacking, failures, left)]
+            changes[table] = [*changes.get(table, []), *self._read_all(table, lacking, failures)]
         if decoded.lacking:
             self._progress.stages["reread"].add(self._clock() - began)
-        results = self._submit(changes, decoded.truncates, failures, left)
-        self._jobs.append(Job(results, failures, left, batch=batches[-1], decoded=decoded))
+        results = self._submit(changes, decoded.truncates, failures)
+        self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded))
         if not results:
             self.wake()
 
@@ -325,15 +323,12 @@ class Worker:
 
     def _begin_slice(self, slice_: Slice) -> None:
         failures: list[Failure] = []
-        left: list[Left] = []
-        results = self._submit({slice_.table: slice_.changes}, {}, failures, left, slice_.sinks)
-        self._load_jobs.append(Job(results, failures, left, slice=slice_))
+        results = self._submit({slice_.table: slice_.changes}, {}, failures, slice_.sinks)
+        self._load_jobs.append(Job(results, failures, slice=slice_))
         if not results:
             self.wake()
 
-    def _read_all(
-        self, table: str, lacking: Sequence[Lacking], failures: list[Failure], left: list[Left]
-    ) -> list[Change]:
+    def _read_all(self, table: str, lacking: Sequence[Lacking], failures: list[Failure]) -> list[Change]:
         """Return the changes whose events lack a value, with the rows read by key.
 
         Large rows are not all held at once: what could be read is brought into the sinks before the next is read, and
@@ -345,7 +340,7 @@ class Worker:
                 return found
             read = {change.key for change in found}
             lacking = [item for item in lacking if item.key not in read]
-            results = self._submit({table: found}, {}, failures, left)
+            results = self._submit({table: found}, {}, failures)
             self._wait_for(results)
             failures += _rejections(results)
 
@@ -380,11 +375,11 @@ class Worker:
         changes: Mapping[str, Sequence[Change]],
         truncates: Mapping[str, int],
         failures: list[Failure],
-        left: list[Left],
         only: Collection[str] | None = None,
     ) -> list[Future[list[Applied]]]:
         """Process the changes of all tables and hand the writes to the sinks, to each its part (or `only` to some)."""
         parts: dict[str, list[Part]] = {}
+        left: list[Left] = []
         began, looked_up_s = self._clock(), 0.0
         for name in {**changes, **truncates}:
             runtime = self._tables[name]
@@ -406,12 +401,30 @@ class Worker:
             self._progress.stages["process"].add(max(0.0, self._clock() - began - looked_up_s))
             if self._lookups:
                 self._progress.stages["lookup"].add(looked_up_s)
+        if left:
+            self._remember_first(left)
         results: list[Future[list[Applied]]] = []
         for sink, sink_parts in parts.items():
             result = self._writers[sink].submit(sink_parts)
             result.add_done_callback(lambda _: self.wake())
             results.append(result)
         return results
+
+    def _remember_first(self, left: Sequence[Left]) -> None:
+        """Store which documents will lack an optional answer. Raises SourceBusy when Delta stops before.
+
+        Before any sink has them: however late such a document is written, and whatever becomes of this process,
+        somebody then knows of it.
+        """
+        while True:
+            try:
+                self._remember(left)
+            except StateBusy as error:
+                log.warning("state_waits", reason=redact(str(error)))
+                if self._stopping.wait(EVENTS_RETRY_S):
+                    raise SourceBusy("Delta stops before a batch could be processed.") from error
+            else:
+                return
 
     # ── finishing ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -445,10 +458,8 @@ class Worker:
             job.slice.done.set_result(None)
 
     def _settle(self, job: Job) -> None:
-        """Collect what became of a job, and keep its failures, and what it left. Raises what a sink raised."""
+        """Collect what became of a job, and keep its failures as dead letters. Raises what a sink raised."""
         failures = [*job.failures, *_rejections(job.results)]
-        if job.left:
-            self._keep_trying(lambda: self._remember(job.left))
         if failures:
             self._bury(failures, "load" if job.slice is not None else "log")
 

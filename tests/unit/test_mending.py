@@ -110,7 +110,19 @@ def test_too_many_keys_are_the_whole_table(it: Bench, monkeypatch: pytest.Monkey
     it.write(1, 2)
     it.write(3, 4)
     it.write(5, 6)
-    assert [(dump.kind, dump.reason) for dump in it.store.all()] == [
-        ("keys", reason_of("ratings")),
-        ("table", reason_of("ratings")),
+    it.write(7)
+    assert [(dump.kind, dump.state, dump.reason) for dump in it.store.all()] == [
+        ("keys", "cancelled", reason_of("ratings")),
+        ("table", "paused", reason_of("ratings")),
+    ]
+
+
+def test_too_many_dumps_are_the_whole_table(it: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mending, "PARTS_MOST", 2)
+    for id_ in (1, 2, 3, 4):
+        it.write(id_)
+    assert [(dump.kind, dump.state) for dump in it.store.all()] == [
+        ("keys", "cancelled"),
+        ("keys", "cancelled"),
+        ("table", "paused"),
     ]
