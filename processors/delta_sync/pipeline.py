@@ -156,10 +156,9 @@ class Pipeline:
         """Declare a batched call to a service: a list of distinct keys in, a mapping from key to answer out.
 
         A key without an answer is None for the processor. The function may be a coroutine (`async def`): all of them
-        run in one event loop of the process. The worker calls it with at most `batch` keys, at most
-        `concurrency` times at once, from several threads; it caches answers for `ttl` (missing ones for `missing_ttl`,
-        by default as long), at most
-        `cache_size` of them, and repeats a call that fails in transit or takes longer than `timeout`. After
+        run in one event loop of the process. The worker calls it with at most `batch` keys, at most `concurrency` times
+        at once, from several threads; it caches answers for `ttl` (missing ones for `missing_ttl`, by default as long),
+        at most `cache_size` of them, and repeats a call that fails in transit or takes longer than `timeout`. After
         `trip_after` rounds of calls in which none succeeded, the service is left alone for `pause`, and then asked with
         one call until that succeeds.
 
