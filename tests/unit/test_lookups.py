@@ -329,7 +329,7 @@ def test_a_service_that_answers_in_part_is_not_down(bench: MakeBench) -> None:
             raise requests.Timeout("late")
         return double(keys)
 
-    made = bench(service, batch=1, trip_after=2)
+    made = bench(service, batch=1, trip_after=2, pause="1h")
     assert len(made.caller.fetch(range(64)).found) == 64
     assert all(wait <= 30 for wait in made.stopping.waits)
     assert made.caller.numbers.breaker == "closed"

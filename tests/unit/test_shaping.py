@@ -13,15 +13,19 @@ import pytest
 
 from delta_sync.changes import Change
 from delta_sync.decoding import Undecodable
+from delta_sync.delta_event import DeltaEvent, encode_event
 from delta_sync.errors import ProcessorError, UndecodableChange, UsageError
 from delta_sync.expressions import parse_expression
 from delta_sync.masking import Mask
 from delta_sync.pipeline import load_processor
 from delta_sync.shaping import compiled, fingerprint, masked, masked_again, shaped_table, without_values
+from delta_sync.sinks import target_for
+from delta_sync.sinks.memory import MemorySink
 from delta_sync.sources import open_reader
 from delta_sync.sources.mysql import codec as mysql_codec
 from delta_sync.sources.postgresql import codec as postgresql_codec
 from delta_sync.spec import MaskSpec, PipelineSpec, ShapeSpec, dump_spec, load_spec, parse_spec
+from delta_sync.state import DeadLetter
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.harness import Harness
 from delta_sync.values import Interval
@@ -188,6 +192,33 @@ def test_a_change_from_before_there_was_a_mask_is_masked_when_it_is_replayed() -
     table = masked(PERSON, shape(mask={"email": "redact", "price": "redact"}))
     assert masked_again(table, kept).row == {"id": 1, "email": "***", "price": None}
     assert masked_again(PERSON, kept) is kept
+
+
+def test_a_replay_masks_what_was_kept_in_the_clear(tmp_path: Path) -> None:
+    from delta_sync.replaying import _replay  # pyright: ignore[reportPrivateUsage] -- the rest of it opens stores
+
+    folder = folder_of(tmp_path)
+    people = load_spec(folder)
+    at = dt.datetime(2024, 2, 3, tzinfo=dt.UTC)
+    kept = Change("public.person", (1,), 7, {"id": 1, "email": "a@b", "price": Decimal(3), "tags": ["a@b"]})
+    event = encode_event(DeltaEvent.of("people", kept, at, "log"))
+    letter = DeadLetter(
+        table=kept.table,
+        key_text="1",
+        version=7,
+        sink=None,
+        stage="process",
+        error="",
+        trace="",
+        event=event,
+        created_at=at,
+    )
+    sink = MemorySink("cache")
+    table = masked(PERSON, people.shapes["public.person"])
+    failed = _replay(letter, load_processor(folder, people), people, {"cache": sink}, {table.id: table}, {})
+    assert failed is None
+    (document,) = sink.documents(target_for(sink, table, people)).values()
+    assert (document["email"][:5], document["tags"]) == ("hmac:", "***")
 
 
 def test_an_event_that_cannot_be_decoded_shows_no_value_of_a_masked_table() -> None:
