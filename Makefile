@@ -79,6 +79,7 @@ playground: setup ## the demo's servers, and a shell to type at them: docs/tutor
 
 bench: setup ## measure: the worker alone, end to end beside the engine alone, latency, footprint, Kafka (half an hour)
 	$(BIN)/python benchmarks/worker.py
+	$(BIN)/python benchmarks/lookups.py
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/kafka_worker.py --processes 1 2 4

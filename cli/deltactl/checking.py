@@ -72,7 +72,7 @@ def check_history(spec: PipelineSpec, folder: Path) -> Findings:
         from delta_sync.kafka.delivered import delivered_of
 
         delivered = delivered_of(spec)
-    reader = open_reader(spec.source, "deltactl", ANSWER_S)
+    reader = open_reader(spec, "deltactl", ANSWER_S)
     try:
         with store:
             seen = look(spec, reader, store, delivered)
@@ -144,6 +144,8 @@ def resolvable(spec: PipelineSpec) -> None:
         texts.append(security.password or "" if security is not None else "")
     for sink in spec.sinks.values():
         texts += [sink.url, *(value for value in sink.options.values() if isinstance(value, str))]
+    for shape in spec.shapes.values():
+        texts += [mask.hash for mask in shape.mask.values() if mask.hash is not None]
     for text in texts:
         resolve(text)
 

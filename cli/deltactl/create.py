@@ -198,6 +198,8 @@ def _plan(
     }
     processor = processor_source(spec.name, ordered, list(spec.sinks))
     present = read_all(folder, [PROCESSOR_FILE]).get(PROCESSOR_FILE)
+    if present is None and spec.shapes.keys() == spec.tables.keys():
+        return _Plan(spec, {}, findings, files)  # shaping alone makes the documents
     untouched = existing is not None and present == _generated_for(existing, old_tables)
     if present is None or untouched:
         return _Plan(spec, {}, findings, {**files, PROCESSOR_FILE: processor})
@@ -205,7 +207,7 @@ def _plan(
     missing = tuple(
         function_source(variable, functions[table.id], table, list(spec.sinks))
         for table in ordered
-        if f'"{table.id}"' not in present and f"'{table.id}'" not in present
+        if table.id not in spec.shapes and f'"{table.id}"' not in present and f"'{table.id}'" not in present
     )
     return _Plan(spec, {}, findings, files, missing)
 

@@ -219,7 +219,7 @@ def replay(
         done: list[Replayed] = []
         ended_by: str | None = None
         if letters and store is not None and not dry_run:
-            reader = open_reader(spec.source, f"delta {name} replay")
+            reader = open_reader(spec, f"delta {name} replay")
             try:
                 tables = reader.tables(list(spec.tables))
             finally:

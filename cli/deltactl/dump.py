@@ -349,7 +349,7 @@ def _order(app: App, name: str, id_: int, order: Any, limits: dict[str, int | No
 
 def _checked(spec: PipelineSpec, table: str, texts: Sequence[str], where: str | None) -> list[Key]:
     """Return keys as the source has them, and have it look at the condition. Raises UsageError, SourceBusy."""
-    reader = open_reader(spec.source, f"delta {spec.name} dump", ANSWER_S)
+    reader = open_reader(spec, f"delta {spec.name} dump", ANSWER_S)
     try:
         found = reader.tables([table]).get(table)
         if found is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from delta_sync.state import TableLoad
 
@@ -46,10 +46,13 @@ def combined(
     state, reason = _state(members, workers, leads, loads)
     totals: Counter[str] = Counter()
     sinks: dict[str, dict[str, Any]] = {}
+    lookups: dict[str, dict[str, Any]] = {}
     for worker in workers:
         totals.update(worker.status.get("totals", {}))
         for name, numbers in worker.status.get("sinks", {}).items():
             _add(sinks.setdefault(name, {}), numbers)
+        for name, numbers in worker.status.get("lookups", {}).items():
+            _add(lookups.setdefault(name, {}), numbers)
     statuses = [worker.status for worker in workers]
     partitions = _partitions(workers)
     return {
@@ -66,6 +69,7 @@ def combined(
         "rates": {"changes_per_s": sum(status.get("rates", {}).get("changes_per_s", 0.0) for status in statuses)},
         "totals": dict(totals),
         "sinks": sinks,
+        "lookups": lookups,
         "loads": {
             name: {"state": load.state, "rows": load.rows, "reason": load.reason} for name, load in loads.items()
         },
@@ -128,6 +132,10 @@ def _add(total: dict[str, Any], numbers: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         if isinstance(value, int | float):
             total[name] = total.get(name, 0) + value
+        elif isinstance(value, Mapping):
+            _add(total.setdefault(name, {}), cast("Mapping[str, Any]", value))
+        elif name == "breaker":
+            total[name] = value if total.get(name, "closed") == "closed" else total[name]
         elif name == "state":
             total[name] = "busy" if "busy" in (value, total.get(name)) else value
         else:

@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from delta_debezium.render import connector_json
-from delta_sync.errors import DeltaError, Problem, Transient
+from delta_sync.errors import DeltaError, Problem, Transient, UsageError
 from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.secrets import hidden
+from delta_sync.shaping import mask_functions, masked
 from delta_sync.sinks import installed
 from delta_sync.sources import check_supported, open_inspector
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec
@@ -43,10 +44,11 @@ from deltactl.schema import schema
         "delete": "deltactl.delete:delete",
         "package": "deltactl.package:package",
         "rebuild": "deltactl.rebuild:rebuild",
+        "test": "deltactl.trial:test",
     },
 )
 def pipeline() -> None:
-    """Create, look at, package, rebuild and delete pipelines."""
+    """Create, look at, try, package, rebuild and delete pipelines."""
 
 
 @pipeline.command("list")
@@ -183,11 +185,17 @@ def _check_files(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) 
 
 
 def _check_processor(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) -> list[Problem]:
+    found: list[Problem] = []
     try:
         check_columns(load_processor(folder, spec), tables)
     except DeltaError as error:
-        return [Problem(PROCESSOR_FILE, str(error).rstrip("."), "")]
-    return []
+        found.append(Problem(PROCESSOR_FILE, str(error).rstrip("."), ""))
+    for name, shape in spec.shapes.items():
+        try:
+            mask_functions(masked(tables[name], shape))
+        except UsageError as error:
+            found.append(Problem(SPEC_FILE, str(error).rstrip("."), ""))
+    return found
 
 
 @pipeline.command("schema", short_help="Print the JSON Schema of pipeline.yaml.")

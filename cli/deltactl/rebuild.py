@@ -153,7 +153,7 @@ def _site(spec: PipelineSpec, folder: Path, sink: str) -> Generator[Site]:
 def _opened(site: Site, number: int) -> Generator[tuple[AnySink, list[Target]]]:
     """Yield a generation of the sink, and where all its tables' documents go."""
     spec, pipeline = site.spec, load_processor(site.folder, site.spec)
-    reader = open_reader(spec.source, f"delta {spec.name} rebuild", ANSWER_S)
+    reader = open_reader(spec, f"delta {spec.name} rebuild", ANSWER_S)
     try:
         tables = read_tables(spec, reader)
     finally:

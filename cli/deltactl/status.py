@@ -138,6 +138,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines += [(f"sink {sink}", _sink(numbers)) for sink, numbers in sinks.items()]
     generations: Mapping[str, Mapping[str, Any]] = found.get("generations") or {}
     lines += [(f"readers of {sink}", _generation(row)) for sink, row in generations.items()]
+    lookups: Mapping[str, Mapping[str, Any]] = found.get("lookups") or {}
+    lines += [(f"look-up {lookup}", _lookup(numbers)) for lookup, numbers in lookups.items()]
     loads: Mapping[str, Mapping[str, Any]] = found.get("loads") or {}
     lines += [(f"load {table}", _load(load)) for table, load in loads.items()]
     lines += [(f"{member['role']}", _member(member)) for member in found.get("members") or ()]
@@ -161,6 +163,17 @@ def _generation(row: Mapping[str, Any]) -> str:
 
 
 _STATES = {"building": "being built", "kept": "kept for a way back", "dropping": "being removed"}
+
+
+def _lookup(numbers: Mapping[str, Any]) -> str:
+    """Return the breaker's state where it is worth a word, calls, and how much was remembered."""
+    breaker = numbers.get("breaker", "closed")
+    calls: Mapping[str, int] = numbers.get("calls") or {}
+    hits, asked, left = (int(numbers.get(what) or 0) for what in ("hits", "asked", "left"))
+    text = "ok" if breaker == "closed" else f"breaker {breaker}"
+    text += f", {sum(calls.values()):,} calls, {calls.get('busy', 0) + calls.get('failed', 0):,} of them failed"
+    text += f", {100 * hits // (hits + asked)} % remembered" if hits + asked else ""
+    return text + (f", {left:,} keys left for later" if left else "")
 
 
 def _load(load: Mapping[str, Any]) -> str:

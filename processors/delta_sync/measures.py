@@ -50,6 +50,30 @@ class Histogram:
         return found, total
 
 
+class LookupNumbers:
+    """What became of a look-up's calls and keys. Any thread may count and read.
+
+    `hits` were remembered answers, `asked` are keys that the service was asked for, `left` those of documents that were
+    written without. Of calls, `answered` ended well, `busy` may be repeated, `failed` is lasting. `breaker` is
+    `closed`, `open` or `half-open`.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {"answered": 0, "busy": 0, "failed": 0}
+        self.hits = 0
+        self.asked = 0
+        self.left = 0
+        self.batch_keys = Histogram(BATCH_BOUNDS)
+        self.seconds = Histogram(STAGE_BOUNDS_S)
+        self.breaker = "closed"
+        self._lock = threading.Lock()
+
+    def called(self, outcome: str) -> None:
+        """Count a call that has ended."""
+        with self._lock:
+            self.calls[outcome] += 1
+
+
 class PartitionLag(NamedTuple):
     """How far behind the end of a partition the sinks are.
 

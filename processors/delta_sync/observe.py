@@ -67,10 +67,38 @@ class ProgressCollector(Collector):
         yield outcomes
         yield busy
         yield from self._measures()
+        yield from self._lookups()
         loaded = GaugeMetricFamily("delta_loaded_rows", "Rows read by a table's load.", labels=["pipeline", "table"])
         for table, load in dict(progress.loads).items():
             loaded.add_metric([pipeline, table], load.get("rows", 0))
         yield loaded
+
+    def _lookups(self) -> Iterable[Metric]:
+        """Yield what look-ups do."""
+        labels = ["pipeline", "lookup"]
+        calls = CounterMetricFamily(
+            "delta_lookup_calls", "Calls of a look-up by how they ended.", labels=[*labels, "outcome"]
+        )
+        keys = CounterMetricFamily(
+            "delta_lookup_keys",
+            "Keys of which the answer was remembered (hit), asked for, or left out of a document (optional look-ups).",
+            labels=[*labels, "result"],
+        )
+        batches = HistogramMetricFamily("delta_lookup_batch_keys", "Keys in a call.", labels=labels)
+        seconds = HistogramMetricFamily("delta_lookup_seconds", "Time that a call took.", labels=labels)
+        breaker = GaugeMetricFamily(
+            "delta_lookup_breaker", "1 for the state of a look-up's circuit breaker.", labels=[*labels, "state"]
+        )
+        for name, numbers in self._progress.lookups.items():
+            of = [self._pipeline, name]
+            for outcome, count in numbers.calls.items():
+                calls.add_metric([*of, outcome], count)
+            for result, count in (("hit", numbers.hits), ("asked", numbers.asked), ("left", numbers.left)):
+                keys.add_metric([*of, result], count)
+            batches.add_metric(of, *numbers.batch_keys.read())
+            seconds.add_metric(of, *numbers.seconds.read())
+            breaker.add_metric([*of, numbers.breaker], 1)
+        yield from (calls, keys, batches, seconds, breaker)
 
     def _measures(self) -> Iterable[Metric]:
         """Yield what is measured per batch, and per partition."""

@@ -17,17 +17,19 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from delta_sync.errors import DeltaError, UsageError
+from delta_sync.shaping import Shape, compiled
 from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
 from delta_sync.tables import Kind, Table
 from delta_sync.values import Document
 
 ProcessorFunction = Callable[..., Document | None]
-LookupFunction = Callable[[list[Any]], Mapping[Any, Any]]
+LookupFunction = Callable[[list[Any]], "Mapping[Any, Any] | Awaitable[Mapping[Any, Any]]"]
+DEADLINE = "2s"  # of a look-up that is not required: what readers of a document would wait for it, too
 FunctionT = TypeVar("FunctionT", bound=ProcessorFunction)
 
 
@@ -40,14 +42,26 @@ class Lookup:
         *,
         batch: int,
         ttl_s: float,
+        missing_ttl_s: float,
         cache_size: int,
         timeout_s: float,
         concurrency: int,
+        required: bool,
+        deadline_s: float | None,
+        trip_after: int,
+        pause_s: float,
+        complete: bool,
     ) -> None:
         self.function = function
         self.name = function.__name__
+        self.complete = complete
         self.batch = batch
         self.ttl_s = ttl_s
+        self.missing_ttl_s = missing_ttl_s
+        self.required = required
+        self.deadline_s = deadline_s
+        self.trip_after = trip_after
+        self.pause_s = pause_s
         self.cache_size = cache_size
         self.timeout_s = timeout_s
         self.concurrency = concurrency
@@ -56,7 +70,7 @@ class Lookup:
         """Return the enrichment that asks this look-up with the value of `column` (not asked when that is None)."""
         return Enrichment(self, column)
 
-    def __call__(self, keys: list[Any]) -> Mapping[Any, Any]:
+    def __call__(self, keys: list[Any]) -> Mapping[Any, Any] | Awaitable[Mapping[Any, Any]]:
         """Call the function itself, as a test of it would."""
         return self.function(keys)
 
@@ -75,6 +89,7 @@ class TableProcessor(NamedTuple):
     function: ProcessorFunction
     to: tuple[str, ...]
     enrich: Mapping[str, Enrichment]
+    shape: Shape | None = None  # what `pipeline.yaml` says is done to a row before the function sees it
 
 
 class Pipeline:
@@ -128,15 +143,29 @@ class Pipeline:
         *,
         batch: int = 500,
         ttl: str | float = "10m",
+        missing_ttl: str | float | None = None,
         cache_size: int = 100_000,
         timeout: str | float = "10s",
         concurrency: int = 4,
+        required: bool = True,
+        deadline: str | float | None = None,
+        trip_after: int = 5,
+        pause: str | float = "10s",
+        complete: bool = False,
     ) -> Callable[[LookupFunction], Lookup]:
         """Declare a batched call to a service: a list of distinct keys in, a mapping from key to answer out.
 
-        A key without an answer is None for the processor. The worker calls it with at most `batch` keys, at most
-        `concurrency` times at once, from several threads; it caches answers (missing ones too) for `ttl`, at most
-        `cache_size` of them, and repeats a call that fails in transit or takes longer than `timeout`.
+        A key without an answer is None for the processor. The function may be a coroutine (`async def`): all of them
+        run in one event loop of the process. The worker calls it with at most `batch` keys, at most `concurrency` times
+        at once, from several threads; it caches answers for `ttl` (missing ones for `missing_ttl`, by default as long),
+        at most `cache_size` of them, and repeats a call that fails in transit or takes longer than `timeout`. After
+        `trip_after` rounds of calls in which none succeeded, the service is left alone for `pause`, and then asked with
+        one call until that succeeds.
+
+        `required`: a change waits for its answer, as long as it takes. If it is not, its documents are written without
+        (the argument is None) when the service has not answered within `deadline` (2 s by default), and again when it
+        is back. `complete`: the service answers for every key, if only with None; an answer that lacks some is
+        repeated.
 
         Raises UsageError: a look-up of that name exists, a wrong signature, a limit that is not above 0.
         """
@@ -147,28 +176,41 @@ class Pipeline:
         def declare(function: LookupFunction) -> Lookup:
             where = _where(function)
             name = function.__name__
-            for option, number in {"batch": batch, "cache_size": cache_size, "concurrency": concurrency}.items():
+            numbers = {"batch": batch, "cache_size": cache_size, "concurrency": concurrency, "trip_after": trip_after}
+            for option, number in numbers.items():
                 if not isinstance(number, int) or isinstance(number, bool):  # pyright: ignore[reportUnnecessaryIsInstance] -- users need not type-check
                     raise UsageError(f"{where}: {option} takes a whole number, not {number!r}.")
             if name in self.lookups:
                 raise UsageError(f"{where}: look-up {name} is declared twice.")
-            if not _is_plain(function):
-                raise UsageError(f"{where}: a look-up is a plain function; it returns a mapping from key to answer.")
+            if not _is_plain(function) and not inspect.iscoroutinefunction(function):
+                raise UsageError(f"{where}: a look-up is no generator; it returns a mapping from key to answer.")
+            if required and deadline is not None:
+                raise UsageError(f"{where}: a look-up that is required has no deadline; write required=False as well.")
             if len(_positional(function)) != 1:
                 raise UsageError(f"{where}: a look-up takes one argument, the list of keys.")
             try:
-                ttl_s, timeout_s = parse_duration_s(ttl), parse_duration_s(timeout)
+                ttl_s, timeout_s, pause_s = map(parse_duration_s, (ttl, timeout, pause))
+                missing_ttl_s = ttl_s if missing_ttl is None else parse_duration_s(missing_ttl)
+                deadline_s = None if required else parse_duration_s(DEADLINE if deadline is None else deadline)
             except ValueError as error:
                 raise UsageError(f"{where}: {error}.") from None
-            if min(batch, cache_size, concurrency) < 1 or timeout_s <= 0 or ttl_s < 0:
-                raise UsageError(f"{where}: batch, cache_size, concurrency and timeout must be above 0.")
+            if min(numbers.values()) < 1 or timeout_s <= 0 or min(ttl_s, missing_ttl_s) < 0:
+                raise UsageError(f"{where}: batch, cache_size, concurrency, trip_after and timeout must be above 0.")
+            if pause_s <= 0 or (deadline_s is not None and deadline_s <= 0):
+                raise UsageError(f"{where}: pause and deadline must be above 0.")
             declared = Lookup(
                 function,
                 batch=batch,
                 ttl_s=ttl_s,
+                missing_ttl_s=missing_ttl_s,
                 cache_size=cache_size,
                 timeout_s=timeout_s,
                 concurrency=concurrency,
+                required=required,
+                deadline_s=deadline_s,
+                trip_after=trip_after,
+                pause_s=pause_s,
+                complete=complete,
             )
             self.lookups[name] = declared
             return declared
@@ -240,7 +282,10 @@ def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
         _check_against(spec, pipeline.name, table, processor.to, _where(processor.function))
     for table in spec.tables:
         if table not in pipeline.tables:
-            raise UsageError(f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one.")
+            raise UsageError(
+                f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one, or give"
+                " the table a `shape` (shape: {} is the row as it is)."
+            )
 
 
 def check_columns(pipeline: Pipeline, tables: Mapping[str, Table]) -> None:
@@ -262,6 +307,8 @@ def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:
     Raises UsageError: it is missing, does not import, or does not fit the specification.
     """
     path = folder / PROCESSOR_FILE
+    if not path.is_file() and spec.shapes.keys() == spec.tables.keys():
+        return with_shapes(Pipeline(spec.name), spec)
     if not path.is_file():
         raise UsageError(f"There is no {path}; `deltactl pipeline create` writes one.")
     module_name = f"delta_processor_{spec.name}"
@@ -280,8 +327,27 @@ def load_processor(folder: Path, spec: PipelineSpec) -> Pipeline:
     found = [value for value in vars(module).values() if isinstance(value, Pipeline)]
     if len(found) != 1:
         raise UsageError(f"{path} must define one Pipeline, and defines {len(found)}.")
-    check_complete(found[0], spec)
-    return found[0]
+    made = with_shapes(found[0], spec)
+    check_complete(made, spec)
+    return made
+
+
+def with_shapes(pipeline: Pipeline, spec: PipelineSpec) -> Pipeline:
+    """Return the pipeline with the tables' shapes; one that has a shape and no function is a document by that alone.
+
+    The shape is done first, so a function is called with what is left of the row. Look-ups are asked by the source's
+    columns all the same. The pipeline that was declared stays as it is.
+    """
+    made = Pipeline(pipeline.name)
+    made.lookups, made.tables = pipeline.lookups, dict(pipeline.tables)
+    for name, shape in spec.shapes.items():
+        declared = pipeline.tables.get(name) or TableProcessor(name, _as_it_is, (), {})
+        made.tables[name] = declared._replace(shape=compiled(shape))
+    return made
+
+
+def _as_it_is(row: Document) -> Document:
+    return row
 
 
 def _line_in(error: BaseException, path: Path) -> str:

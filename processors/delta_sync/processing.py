@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
 
-from delta_sync.changes import Change, Write, newest_per_key
+from delta_sync.changes import Change, Key, Write, newest_per_key
 from delta_sync.errors import ProcessorError
-from delta_sync.lookups import LookupCaller
+from delta_sync.lookups import Answers, LookupCaller
 from delta_sync.pipeline import TableProcessor
 from delta_sync.tables import Kind, Table
 
@@ -32,6 +34,7 @@ class Processed(NamedTuple):
     changes: list[Change]
     writes: list[Write]
     failures: list[Failure]
+    left: Mapping[str, list[Key]] = MappingProxyType({})  # by look-up that is not required: written without its answer
 
 
 def process(
@@ -39,11 +42,12 @@ def process(
 ) -> Processed:
     """Return the writes of a table's changes. Raises LookupBusy when a look-up did not answer before Delta stopped."""
     failures: list[Failure] = []
+    left: dict[str, list[Key]] = {}
     if processor.enrich:
-        changes, arguments = _enrich(processor, changes, lookups, failures)
+        changes, arguments = _enrich(processor, changes, lookups, failures, left)
     else:
         arguments = None
-    function = processor.function
+    function, shape = processor.function, processor.shape
     # What a NamedTuple's own does, without its call of a Python function.
     new = cast("Callable[..., Write]", tuple.__new__)  # pyright: ignore[reportUnknownMemberType] -- typeshed's is generic
     done: list[Change] = []
@@ -55,7 +59,11 @@ def process(
         else:
             try:
                 # A copy: the row itself must stay as it was, for a dead letter.
-                document = function(row.copy()) if arguments is None else function(row.copy(), **arguments[index])
+                given = row.copy() if shape is None else shape(row)
+                if given is None:
+                    document = None
+                else:
+                    document = function(given) if arguments is None else function(given, **arguments[index])
             except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
                 failures.append(failure(change, "process", error))
                 continue
@@ -72,7 +80,7 @@ def process(
         if len(kept) < len(writes):
             by_write = {id(write): change for change, write in zip(done, writes, strict=True)}
             done, writes = [by_write[id(write)] for write in kept], kept
-    return Processed(done, writes, failures)
+    return Processed(done, writes, failures, left)
 
 
 def failure(change: Change, stage: Stage, error: BaseException, sink: str | None = None) -> Failure:
@@ -86,27 +94,45 @@ def _enrich(
     changes: Sequence[Change],
     lookups: Mapping[str, LookupCaller],
     failures: list[Failure],
+    left: dict[str, list[Key]],
 ) -> tuple[list[Change], list[dict[str, Any]]]:
-    """Return the changes whose look-ups have answers, with the arguments for each."""
-    answers = {
-        name: lookups[lookup.name].fetch(
+    """Return the changes whose look-ups have answers, with the arguments for each; note in `left` which lack some."""
+    keys: dict[str, list[Any]] = {}  # by look-up: two columns may ask one
+    for lookup, column in processor.enrich.values():
+        keys.setdefault(lookup.name, []).extend(
             change.row[column] for change in changes if change.row is not None and change.row.get(column) is not None
         )
-        for name, (lookup, column) in processor.enrich.items()
-    }
+    answers = _ask(keys, lookups)
     kept: list[Change] = []
     arguments: list[dict[str, Any]] = []
     for change in changes:
         values: dict[str, Any] = {}
         error: Exception | None = None
+        lacks: set[str] = set()
         if change.row is not None:
-            for name, (_, column) in processor.enrich.items():
+            for name, (lookup, column) in processor.enrich.items():
                 key = change.row.get(column)
-                error = error or answers[name].failed.get(key)
-                values[name] = answers[name].found.get(key)
+                found, failed, left_out = answers[lookup.name]
+                error = error or failed.get(key)
+                values[name] = found.get(key)
+                if key in left_out:
+                    lacks.add(lookup.name)
         if error is not None:
             failures.append(failure(change, "lookup", error))
         else:
             kept.append(change)
             arguments.append(values)
+            for name in lacks:
+                left.setdefault(name, []).append(change.key)
     return kept, arguments
+
+
+def _ask(keys: Mapping[str, Iterable[Any]], lookups: Mapping[str, LookupCaller]) -> dict[str, Answers]:
+    """Ask several look-ups at once. Each has its own bound of calls; the one that takes longest is waited for."""
+    first, *others = keys
+    if not others or lookups[first].inline:
+        return {name: lookups[name].fetch(some) for name, some in keys.items()}
+    with ThreadPoolExecutor(len(others), thread_name_prefix="enrich") as pool:
+        asked = {name: pool.submit(lookups[name].fetch, keys[name]) for name in others}
+        answers = {first: lookups[first].fetch(keys[first])}
+        return answers | {name: future.result() for name, future in asked.items()}

@@ -16,6 +16,7 @@ from delta_sync.measures import (
     STAGE_BOUNDS_S,
     STAGES,
     Histogram,
+    LookupNumbers,
     PartitionLag,
     Stage,
 )
@@ -90,6 +91,7 @@ class Progress:
     def __init__(self, position: LogPosition, clock: Callable[[], float]) -> None:
         self.position = position
         self.sinks: Mapping[str, SinkNumbers] = {}
+        self.lookups: Mapping[str, LookupNumbers] = {}
         self.insert_lsn: int | None = None  # newest known end of the source's log
         self.bytes_between: Callable[[int, int], int | None] = lambda start, end: max(
             0, end - start
@@ -191,6 +193,16 @@ class Progress:
                     "writes_per_s": round((applied[name] - applied_then.get(name, 0)) / elapsed_s, 1),
                 }
                 for name, numbers in self.sinks.items()
+            },
+            "lookups": {
+                name: {
+                    "breaker": numbers.breaker,
+                    "calls": dict(numbers.calls),
+                    "hits": numbers.hits,
+                    "asked": numbers.asked,
+                    "left": numbers.left,
+                }
+                for name, numbers in self.lookups.items()
             },
             "loads": {table: dict(load) for table, load in self.loads.items()},
             "partition_lags": {

@@ -18,6 +18,7 @@ from delta_sync.generations import GenerationStore, meant, open_generations
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.processing import Stage, process
+from delta_sync.shaping import masked_again
 from delta_sync.sinks import AnySink, target_for
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
@@ -64,7 +65,9 @@ def replay(
     timer = threading.Timer(LOOKUP_BUDGET_S, too_long.set)
     timer.daemon = True
     timer.start()
-    lookups = {name: LookupCaller(lookup, too_long, time.monotonic) for name, lookup in pipeline.lookups.items()}
+    lookups = {
+        name: LookupCaller(lookup, too_long, time.monotonic, insist=True) for name, lookup in pipeline.lookups.items()
+    }
     done: list[Replayed] = []
     try:
         for letter in letters:
@@ -101,7 +104,7 @@ def _replay(
         return Failed(letter.stage, f"The pipeline no longer has table {letter.table}.", "")
     if change is None or not change.key:
         return Failed(letter.stage, UNDECODED, letter.trace)
-    processed = process(table, declared, [change], lookups)
+    processed = process(table, declared, [masked_again(table, change)], lookups)
     if processed.failures:
         first = processed.failures[0]
         return Failed(first.stage, first.error, first.trace)

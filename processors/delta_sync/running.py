@@ -21,6 +21,7 @@ from delta_sync.generations import Generations, GenerationStore, follow, meant, 
 from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
+from delta_sync.mending import Mender
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, News, Progress
 from delta_sync.rereads import Rereader
@@ -126,10 +127,10 @@ class Running:
         sinks = open_generations(spec, rows)
         # By these a load knows what it was made for, which is not to change when a sink gets another generation.
         plain = {**open_sinks(spec), **{name: sink for name, sink in sinks.items() if sink.number is None}}
-        watch_reader = open_reader(spec.source, f"delta {spec.name} watch", ANSWER_S)
-        check_reader = open_reader(spec.source, f"delta {spec.name} check", ANSWER_S)
-        load_reader, key_reader = (open_reader(spec.source, f"delta {spec.name} {use}") for use in ("load", "read"))
-        chunk_readers = [open_reader(spec.source, f"delta {spec.name} dump") for _ in range(spec.load.parallel)]
+        watch_reader = open_reader(spec, f"delta {spec.name} watch", ANSWER_S)
+        check_reader = open_reader(spec, f"delta {spec.name} check", ANSWER_S)
+        load_reader, key_reader = (open_reader(spec, f"delta {spec.name} {use}") for use in ("load", "read"))
+        chunk_readers = [open_reader(spec, f"delta {spec.name} dump") for _ in range(spec.load.parallel)]
         readers = self._readers = [watch_reader, check_reader, load_reader, key_reader, *chunk_readers]
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
@@ -137,6 +138,8 @@ class Running:
             name: LookupCaller(lookup, self._stopping, time.monotonic, self._lookup_waits(name))
             for name, lookup in pipeline.lookups.items()
         }
+        self.progress.lookups = {name: caller.numbers for name, caller in lookups.items()}
+        mender = Mender(DumpStore(state, spec.name), lookups, self._stopping)
         samples = SharedSamples(watch_reader.new_samples)
         self.progress.bytes_between = watch_reader.bytes_between
         try:
@@ -202,6 +205,7 @@ class Running:
                 refresh=lambda names: self._until_reached(lambda: refresh(list(names))) or {},
                 columns_changed=reload,
                 gone=lambda name: columns[name] == GONE,
+                remember=mender.remember,
                 check_slot=lambda: transport.check(key_reader, state),
                 stopping=self._stopping,
                 giving_up=self._giving_up,
@@ -254,7 +258,13 @@ class Running:
             housekeeping = threading.Thread(
                 target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
             )
-            threads = [watch, loader, housekeeping, *transport.background(self.progress, self._stopping)]
+            threads = [
+                watch,
+                loader,
+                housekeeping,
+                mender,
+                *transport.background(self.progress, self._stopping),
+            ]
             for thread in threads:
                 thread.start()
             try:

@@ -16,14 +16,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainSerializer,
     ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from delta_sync.errors import UsageError
+from delta_sync.expressions import parse_expression
+from delta_sync.masking import REDACTED, Mask
 from delta_sync.secrets import is_reference, is_secret_name, spelt_out
 from delta_sync.urls import check_url
 
@@ -117,8 +121,90 @@ class SourceSpec(_Model):
         return {"postgres": "postgresql"}.get(scheme, scheme)
 
 
+class MaskSpec(_Model):
+    """What stands in place of a column's values: one of the three. `redact` alone is `redact: '***'`."""
+
+    hash: str | None = Field(
+        default=None,
+        description="HMAC-SHA256 of the value with this secret, a reference: ${env:NAME} or ${file:/path}.",
+    )
+    redact: str | None = Field(default=None, description="This text, whatever the value is.")
+    truncate: int | None = Field(default=None, ge=0, description="So many characters from the value's beginning.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: object) -> object:
+        return {"redact": REDACTED} if value == "redact" else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(core_schema), {"const": "redact"}]}
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> MaskSpec:
+        if sum(given is not None for given in (self.hash, self.redact, self.truncate)) != 1:
+            raise ValueError("give one of hash, redact and truncate")
+        _must_refer(self.hash, "hash")
+        return self
+
+    @property
+    def mask(self) -> Mask:
+        """The mask, for a column."""
+        if self.hash is not None:
+            return Mask("hash", self.hash)
+        return Mask("truncate", self.truncate) if self.truncate is not None else Mask("redact", self.redact or "")
+
+
+class ShapeSpec(_Model):
+    """What becomes of a table's rows before a processor sees them; without a processor, the document."""
+
+    where: str | None = Field(
+        default=None, description="An expression over the columns; a row for which it is not true has no document."
+    )
+    include: list[str] | None = Field(default=None, min_length=1, description="Only these columns, in this order.")
+    exclude: list[str] = Field(default_factory=list[str], description="All but these columns.")
+    rename: dict[str, str] = Field(default_factory=dict, description="A field's name, by its column.")
+    mask: dict[str, MaskSpec] = Field(
+        default_factory=dict[str, MaskSpec],
+        description="By column: hash: ${env:NAME}, redact, or truncate: 4.",
+    )
+    constant: dict[str, Any] = Field(default_factory=dict, description="Fields that are the same in every document.")
+    computed: dict[str, str] = Field(
+        default_factory=dict, description="Fields by an expression over the columns, such as upper(title[:1])."
+    )
+
+    @field_validator("where")
+    @classmethod
+    def _filter(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_expression(value)
+        return value
+
+    @field_validator("computed")
+    @classmethod
+    def _expressions(cls, value: dict[str, str]) -> dict[str, str]:
+        for text in value.values():
+            parse_expression(text)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ShapeSpec:
+        if self.include is not None and self.exclude:
+            raise ValueError("give include or exclude, not both")
+        left_out = [name for name in self.rename if name in self.exclude or name not in (self.include or self.rename)]
+        if left_out:
+            raise ValueError(f"rename has {left_out[0]}, which is not among the columns that are left")
+        return self
+
+
 class TableSpec(_Model):
     """One table of the source."""
+
+    shape: ShapeSpec | None = Field(
+        default=None,
+        description="Shaping without code; {} is the row as it is. A table that has it needs no function in"
+        " processor.py.",
+    )
 
     sinks: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
@@ -347,6 +433,11 @@ class PipelineSpec(_Model):
         if self.dead_letter_ttl >= self.tombstone_ttl:
             raise ValueError("dead_letter_ttl must be below tombstone_ttl, or a replay could bring a deleted row back")
         return self
+
+    @property
+    def shapes(self) -> dict[str, ShapeSpec]:
+        """The shapes of the tables that have one."""
+        return {name: table.shape for name, table in self.tables.items() if table.shape is not None}
 
     @property
     def slot(self) -> str:

@@ -48,17 +48,19 @@ class DumpStore:
 
     # ── what anybody may ask for ──
 
-    def add(self, dump: Dump, keys: Sequence[Key] = ()) -> int:
+    def add(self, dump: Dump, keys: Sequence[Key] = (), *, paused: bool = False) -> int:
         """Add a dump, of these keys if its kind is `keys`; return its id. It is begun by whoever plans, within seconds.
 
-        Equal keys count once. Only what describes the wish is taken from `dump`; the rest is the store's.
+        If it is `paused`, not before it is resumed. Equal keys count once. Only what describes the wish is taken from
+        `dump`; the rest is the store's.
         """
         assert (dump.kind == "keys") == bool(keys), "a dump by keys has keys, and no other has"
         assert (dump.kind == "where") == (dump.where is not None), "a condition belongs to its kind"
         with self._state.transaction(write=True) as connection:
             chunks = key_chunks(keys)
             count = sum(map(len, chunks)) if chunks else None
-            id_ = _insert(connection, self._pipeline, dataclasses.replace(dump, estimate=count))
+            wanted = dataclasses.replace(dump, estimate=count)
+            id_ = _insert(connection, self._pipeline, wanted, "paused" if paused else "pending")
             self._add_chunks(connection, id_, 1, [(None, None, some) for some in chunks])
         return id_
 
@@ -400,13 +402,13 @@ def _lost(chunk: ChunkLease) -> LeaseLost:
     )
 
 
-def _insert(connection: sa.Connection, pipeline: str, dump: Dump) -> int:
+def _insert(connection: sa.Connection, pipeline: str, dump: Dump, state: State = "pending") -> int:
     result = connection.execute(
         sa.insert(DUMPS).values(
             pipeline=pipeline,
             table_name=dump.table,
             kind=dump.kind,
-            state="pending",
+            state=state,
             reason=clean(dump.reason),
             condition_text=dump.where,
             sinks=None if dump.sinks is None else orjson.dumps(dump.sinks).decode(),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from delta_sync.masking import Mask
 from delta_sync.values import scalar_text
 
 
@@ -47,6 +48,7 @@ class Column(NamedTuple):
         True  # False: the log does not carry it faithfully, so the row is read by key (generated, exotic types)
     )
     may_be_absent: bool = False  # True: an update that leaves it alone may omit it (TOAST)
+    mask: Mask | None = None  # what stands in place of its values, in every row that is read by this table
 
 
 class Table(NamedTuple):

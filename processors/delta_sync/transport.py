@@ -109,7 +109,7 @@ class EmbeddedTransport(Transport):
         self._epoch = source.epoch
         state = self._state
         assert state is not None, "it was prepared"
-        reader = open_reader(self._spec.source, f"delta {self._spec.name} confirm", CONFIRM_ANSWER_S)
+        reader = open_reader(self._spec, f"delta {self._spec.name} confirm", CONFIRM_ANSWER_S)
         return BoundedCapture(
             self._make_capture(tables),
             reader.durable_end,

@@ -79,7 +79,7 @@ def open_verification(
             raise UsageError(f"Pipeline {spec.name} never ran, so there is nothing to verify.")
 
         def opened(use: str, answer_s: float | None = None) -> SourceReader:
-            reader = open_reader(spec.source, f"delta {spec.name} verify {use}", answer_s)
+            reader = open_reader(spec, f"delta {spec.name} verify {use}", answer_s)
             closing.callback(reader.close)
             return reader
 
@@ -110,7 +110,7 @@ def open_verification(
             return lambda reason: listener.waits(None if reason is None else f"look-up {name}: {reason}")
 
         lookups = {
-            name: LookupCaller(lookup, stopping, time.monotonic, waits(name))
+            name: LookupCaller(lookup, stopping, time.monotonic, waits(name), insist=True)
             for name, lookup in pipeline.lookups.items()
         }
         for lookup in lookups.values():

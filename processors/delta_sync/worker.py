@@ -38,11 +38,13 @@ from delta_sync.errors import (
 from delta_sync.generations import meant
 from delta_sync.load import Slice
 from delta_sync.lookups import LookupCaller
+from delta_sync.mending import Left
 from delta_sync.pipeline import Pipeline
 from delta_sync.processing import Failure, failure, process
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.rereads import AheadOfLog
 from delta_sync.secrets import redact
+from delta_sync.shaping import without_values
 from delta_sync.sinks.base import Target
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore, identity_of
@@ -93,8 +95,9 @@ class Worker:
     `stretches` makes Debezium's events of what the capture delivers. `reread` reads rows by key (`rereads.Rereader`),
     and notes in `ahead` which these were. `refresh` is asked about tables whose columns may have changed and returns
     those of which that is so, with their new codecs and targets; `columns_changed` is called with them once they are
-    in use. `gone` tells whether a table was not there when `refresh` was asked last. `check_slot` is called before each
-    start of the capture, because a connector that finds no slot creates one, and the changes between the two are lost.
+    in use. `remember` keeps, durably, which documents were written without an optional look-up's answer. `gone`
+    tells whether a table was not there when `refresh` was asked last. `check_slot` is called before each start of
+    the capture, because a connector that finds no slot creates one, and the changes between the two are lost.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class Worker:
         stopping: threading.Event,
         giving_up: threading.Event,
         gone: Callable[[str], bool] = lambda _: False,
+        remember: Callable[[Sequence[Left]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -139,6 +143,7 @@ class Worker:
         self._stopping = stopping
         self._giving_up = giving_up
         self._gone = gone
+        self._remember = remember
         self._clock = clock
         self._wall_clock = wall_clock
         self._tables: dict[str, TableRuntime] = {}
@@ -282,7 +287,7 @@ class Worker:
             self._progress.batch_changes.add(decoded.events)
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
-        failures = [_undecodable(item) for item in decoded.undecodable]
+        failures = [_undecodable(item, codecs) for item in decoded.undecodable]
         if decoded.lacking and any(_read_before(job, batches[-1].generation, decoded) for job in self._jobs):
             # A key that is read twice may get the same version both times, by a claim that has not moved; so the first
             # row is to be in the sinks before the second is read, or it could overwrite a newer one.
@@ -375,11 +380,17 @@ class Worker:
     ) -> list[Future[list[Applied]]]:
         """Process the changes of all tables and hand the writes to the sinks, to each its part (or `only` to some)."""
         parts: dict[str, list[Part]] = {}
-        began, looked_up_s = self._clock(), self._looked_up_s()
+        left: list[Left] = []
+        began, looked_up_s = self._clock(), 0.0
         for name in {**changes, **truncates}:
             runtime = self._tables[name]
+            before_s = {lookup: caller.spent_s for lookup, caller in self._lookups.items()}
             processed = process(runtime.codec.table, self._pipeline.tables[name], changes.get(name, ()), self._lookups)
+            # They are asked at the same time, so the slowest one is what was waited for.
+            spent = (caller.spent_s - before_s[lookup] for lookup, caller in self._lookups.items())
+            looked_up_s += max(spent, default=0.0)
             failures += processed.failures
+            left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]
             self._progress.writes += len(processed.writes)
             for sink, target in runtime.targets.items():
                 if not meant(only, sink):
@@ -387,11 +398,12 @@ class Worker:
                 part = Part(target, processed.writes, processed.changes, truncates.get(name))
                 if part.writes or part.truncate is not None:
                     parts.setdefault(sink, []).append(part)
-        looked_up_s = self._looked_up_s() - looked_up_s
         if changes:
             self._progress.stages["process"].add(max(0.0, self._clock() - began - looked_up_s))
             if self._lookups:
                 self._progress.stages["lookup"].add(looked_up_s)
+        if left:
+            self._remember_first(left)
         results: list[Future[list[Applied]]] = []
         for sink, sink_parts in parts.items():
             result = self._writers[sink].submit(sink_parts)
@@ -399,9 +411,21 @@ class Worker:
             results.append(result)
         return results
 
-    def _looked_up_s(self) -> float:
-        """Return how long look-ups have taken so far."""
-        return sum(lookup.spent_s for lookup in self._lookups.values())
+    def _remember_first(self, left: Sequence[Left]) -> None:
+        """Store which documents will lack an optional answer. Raises SourceBusy when Delta stops before.
+
+        Before any sink has them: however late such a document is written, and whatever becomes of this process,
+        somebody then knows of it.
+        """
+        while True:
+            try:
+                self._remember(left)
+            except StateBusy as error:
+                log.warning("state_waits", reason=redact(str(error)))
+                if self._stopping.wait(EVENTS_RETRY_S):
+                    raise SourceBusy("Delta stops before a batch could be processed.") from error
+            else:
+                return
 
     # ── finishing ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -581,9 +605,15 @@ def _read_before(job: Job, generation: int, decoded: Decoded) -> bool:
     return job.batch.generation != generation or decoded.reads_rows_of(job.decoded)
 
 
-def _undecodable(item: Undecodable) -> Failure:
-    """A change of which not even the key can be read; what there is of the event stands in the error."""
-    error = DeltaError(f"{item.error} The event was {item.event!r:.2000}")
+def _undecodable(item: Undecodable, codecs: Mapping[str, TableCodec]) -> Failure:
+    """A change of which not even the key can be read; what there is of the event stands in the error.
+
+    Not of a table with masks: nobody knows what is in which column of an event that cannot be read.
+    """
+    table = codecs[item.table].table if item.table in codecs else None
+    event = without_values(table, item.event)
+    reason = str(item.error) if event is item.event else "The event cannot be read; columns of its table are masked."
+    error = DeltaError(f"{reason} The event was {event!r:.2000}")
     return failure(Change(item.table, item.key, item.version, None), "decode", error)
 
 

@@ -362,11 +362,13 @@ class Pipeline:
         tables: Sequence[str] = (),
         sink_options: Mapping[str, Mapping[str, Any]] | None = None,
         create: Sequence[str] = (),
+        tables_options: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> None:
         """Create it, over `tables` (without their schema) if there are any given, with further options of `create`.
 
-        `options` are added to `pipeline.yaml`, as a user would do with an editor, and `sink_options` to its sinks.
+        `options` are added to `pipeline.yaml`, as a user would do with an editor, `sink_options` to its sinks and
+        `tables_options` to its tables.
         """
         self.shop = shop
         self.tables = [f"{shop.schema}.{table}" for table in tables or [shape.name for shape in SHAPES]]
@@ -388,6 +390,8 @@ class Pipeline:
         written = yaml.safe_load(text)
         for sink, more in (sink_options or {}).items():
             written["sinks"][sink] |= more
+        for table, more in (tables_options or {}).items():
+            written["tables"][table] |= more
         file.write_text(head + "\n" + yaml.safe_dump(written | options, sort_keys=False))
 
     def leave_out(self, sink: str, table: str) -> None:

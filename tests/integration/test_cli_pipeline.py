@@ -10,10 +10,16 @@ from typing import Any
 
 import psycopg
 import pytest
+import redis as redis_client
+import yaml
 from click.testing import CliRunner, Result
 from filelock import FileLock
 
-from delta_sync.spec import load_spec
+from delta_sync.changes import Write
+from delta_sync.sinks import AnySink, open_sinks, target_for
+from delta_sync.sinks.base import Target
+from delta_sync.spec import PipelineSpec, load_spec
+from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.servers import PostgreSQL, Redis
 from deltactl.main import main
 
@@ -281,6 +287,16 @@ def test_what_it_writes_passes_the_check(
     wrong = deltactl("pipeline", "check", "movies")
     assert wrong.exit_code == 1
     assert "no function for" in wrong.stderr
+    file = folder / "movies" / "pipeline.yaml"
+    written = file.read_text()
+    for shape, said in (("{mask: {id: redact}}", "id is of the key"), ("{mask: {titel: redact}}", "no column titel")):
+        data = yaml.safe_load(written)
+        data["tables"]["public.movie"] = {"shape": yaml.safe_load(shape)}
+        file.write_text(yaml.safe_dump(data))
+        refused = deltactl("pipeline", "check", "movies")
+        assert refused.exit_code == 1, refused.output
+        assert said in refused.stderr
+    file.write_text(written)
     (folder / "movies" / "processor.py").write_text("def broken(:\n")
     assert "line 1" in deltactl("pipeline", "check", "movies").stderr
 
@@ -414,6 +430,82 @@ def test_list_and_show(create: Callable[..., Result], folder: Path) -> None:
     elsewhere = deltactl("pipeline", "list", "--dir", str(folder / "movies"))
     assert elsewhere.exit_code == 0
     assert elsewhere.stdout == ""
+
+
+def test_a_dry_run_of_the_pipeline_shows_documents_and_writes_nothing(
+    create: Callable[..., Result],
+    folder: Path,
+    database: str,
+    redis_server: Redis,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    create()
+    monkeypatch.setenv("MOVIES_SOURCE_PASSWORD", PASSWORD)
+    processor = folder / "movies" / "processor.py"
+    store = redis_client.Redis.from_url(redis_server.url)
+    with psycopg.connect(f"postgresql://cli_owner:{PASSWORD}@{database}", autocommit=True) as connection:
+        connection.execute("""INSERT INTO movie VALUES (1, 'Old', 1.50), (2, 'New', 7.10), (3, 'Same', NULL)""")
+    try:
+        movie = "def movie(row):\n    return {'title': row['title'], 'n': 1 // (row['id'] != 4)}\n"
+        head = "from delta_sync import Pipeline\nmovies = Pipeline('movies')\n@movies.table('public.movie')\n"
+        processor.write_text(head + movie)
+        sink, target = _cache(load_spec(folder / "movies"))
+        sink.apply(target, [Write((1,), 5, {"title": "before", "n": 1}), Write((3,), 5, {"title": "Same", "n": 1})])
+        sink.apply(target, [Write((9,), 5, {"title": "gone"})])
+        before = {key: store.dump(key) for key in store.scan_iter()}
+
+        shown = deltactl("pipeline", "test", "movies", "--keys", "1,2,3,8,9")
+        assert shown.exit_code == 0, shown.output
+        assert shown.stdout.splitlines() == [
+            "public.movie 1 in cache: changed",
+            '  - title: "before"',
+            '  + title: "Old"',
+            "    n: 1",
+            "public.movie 2 in cache: created",
+            '  + title: "New"',
+            "  + n: 1",
+            "public.movie 3 in cache: same",
+            '    title: "Same"',
+            "    n: 1",
+            "public.movie 8 in cache: absent",
+            "public.movie 9 in cache: removed",
+            '  - title: "gone"',
+        ]
+        event: dict[str, Any] = {
+            "table": "public.movie",
+            "op": "upsert",
+            "version": 4,
+            "key": [1],
+            "row": {"id": 1, "title": "Older"},
+        }
+        lines = [event, {**event, "key": [4], "row": {**event["row"], "id": 4}, "version": 9}]
+        (tmp_path / "events").write_text("\n".join(json.dumps(line) for line in lines))
+        found = deltactl("pipeline", "test", "movies", "--events", str(tmp_path / "events"), "--json")
+        assert found.exit_code == 1, "one fails"
+        failed, stale = json.loads(found.stdout)
+        assert (failed["key"], failed["effect"], failed["sink"]) == ("4", "failed", None)
+        assert failed["note"].startswith("at stage process: ZeroDivisionError")
+        assert (stale["effect"], stale["fields"], stale["stored"]["title"]) == ("stale", ["title"], "before")
+        assert {key: store.dump(key) for key in store.scan_iter()} == before, "something was written"
+        for arguments, said in (
+            ([], "Give --keys or --events"),
+            (["--keys", "x"], "x"),
+            (["--keys", "1", "--table", "public.other"], "has no 'public.other'"),
+        ):
+            refused = deltactl("pipeline", "test", "movies", *arguments)
+            assert refused.exit_code == 2
+            assert said in refused.stderr
+    finally:
+        store.flushdb()
+        with psycopg.connect(f"postgresql://cli_owner:{PASSWORD}@{database}", autocommit=True) as connection:
+            connection.execute("TRUNCATE movie")
+
+
+def _cache(spec: PipelineSpec) -> tuple[AnySink, Target]:
+    table = Table("public", "movie", (Column("id", "integer", Kind.INTEGER),), ("id",))
+    sink = open_sinks(spec)["cache"]
+    return sink, target_for(sink, table, spec)
 
 
 def test_delete_drops_what_it_says(

@@ -14,12 +14,12 @@ import psycopg
 import pytest
 
 from delta_sync.changes import Write
-from delta_sync.errors import EpochRose, SlotMissing, SourceBusy
+from delta_sync.errors import EpochRose, SlotMissing, SourceBusy, UsageError
 from delta_sync.pipeline import Pipeline
 from delta_sync.sinks import AnySink, target_for
 from delta_sync.sinks.memory import MemorySink
 from delta_sync.sources.postgresql.reader import PostgresReader
-from delta_sync.spec import PipelineSpec, spec_from
+from delta_sync.spec import PipelineSpec, TableSpec, spec_from
 from delta_sync.starting import Delivered, Source, check_slot, prepare_source
 from delta_sync.state import StateStore
 from delta_sync.testing.processes import wait_until
@@ -173,6 +173,35 @@ def test_columns_that_changed_while_it_was_stopped_are_loaded(start: Start, post
         connection.execute("ALTER TABLE starting ADD COLUMN year int")
     start("cache")
     assert start.load() == ("pending", "its columns changed, or where its documents go")
+
+
+def test_a_shape_that_changed_while_it_was_stopped_is_loaded(start: Start, postgresql: PostgreSQL) -> None:
+    start("cache")
+    start.loaded()
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO starting VALUES (1, 'planted')")
+    for shape, title in (
+        ({}, "planted"),
+        ({"mask": {"title": "redact"}}, "***"),
+        ({"mask": {"title": {"truncate": 2}}}, "pl"),
+    ):
+        table = TableSpec.model_validate({"shape": shape})
+        start.spec = start.spec.model_copy(update={"tables": {TABLE: table}})
+        start.reader.shapes = start.spec.shapes  # as `open_reader` does
+        source = start("cache")
+        assert start.load() == ("pending", "its columns changed, or where its documents go")
+        chunk = start.reader.read_keys(source.tables[TABLE], [(1,)], lambda _: True)
+        assert chunk is not None
+        assert chunk.rows == [((1,), {"id": 1, "title": title})]
+        start.loaded()
+        start("cache")
+        assert start.load()[0] == "done", "once for each change"
+    start.spec = start.spec.model_copy(
+        update={"tables": {TABLE: TableSpec.model_validate({"shape": {"mask": {"id": "redact"}}})}}
+    )
+    start.reader.shapes = start.spec.shapes
+    with pytest.raises(UsageError, match="a key cannot be masked"):
+        start("cache")
 
 
 def test_a_load_that_is_asked_for(start: Start) -> None:

@@ -84,6 +84,19 @@ def test_a_busy_sink_of_one_is_busy() -> None:
         assert (found["sinks"]["cache"]["state"], found["sinks"]["cache"]["reason"]) == ("busy", "refused")
 
 
+def test_look_ups_are_added_up_and_the_worst_breaker_is_shown() -> None:
+    well = {"stars": {"breaker": "closed", "calls": {"answered": 3, "busy": 1}, "hits": 6, "asked": 2, "left": 0}}
+    badly = {"stars": {"breaker": "open", "calls": {"answered": 1, "busy": 4}, "hits": 0, "asked": 2, "left": 5}}
+    for pair in (
+        [worker(lookups=well), worker("w2", lookups=badly)],
+        [worker(lookups=badly), worker("w2", lookups=well)],
+    ):
+        found = combined("movies", pair, DONE, 0)
+        assert found["lookups"]["stars"]["calls"] == {"answered": 4, "busy": 5}
+        text = "breaker open, 9 calls, 5 of them failed, 60 % remembered, 5 keys left for later"
+        assert text in as_text(found)
+
+
 def test_members_that_went_long_ago_are_not_shown() -> None:
     said = [
         (name, worker().status, NOW - dt.timedelta(seconds=age_s))

@@ -106,14 +106,14 @@ def test_what_no_pipeline_runs_on_is_refused_with_its_reason() -> None:
         check_supported(spec(kafka=False))
     for refuse in (
         lambda: check_supported(spec("mysql://delta@db/studio")),
-        lambda: open_reader(spec("mysql://delta@db/studio").source, "test"),
+        lambda: open_reader(spec("mysql://delta@db/studio"), "test"),
     ):
         with pytest.raises(UsageError, match="Binlog_snapshot_file"):
             refuse()
 
 
 def test_how_much_log_lies_between_is_told_within_a_file_only() -> None:
-    reader = open_reader(spec().source, "test")
+    reader = open_reader(spec(), "test")
     assert reader.bytes_between(12 << 32 | 345, 12 << 32 | 400) == 55
     assert reader.bytes_between(12 << 32 | 400, 12 << 32 | 345) == 0
     assert reader.bytes_between(12 << 32 | 345, 13 << 32 | 4) is None

@@ -66,7 +66,7 @@ def test_declarations(folder: Path) -> None:
 GENRE = "line 9 (genre): "
 MOVIE = "line 6 (movie): "
 RATINGS = "line 3 (ratings): "
-LIMITS = RATINGS + "batch, cache_size, concurrency and timeout must be above 0"
+LIMITS = RATINGS + "batch, cache_size, concurrency, trip_after and timeout must be above 0"
 PIPELINE = 'movies = Pipeline("movies")'
 
 MISTAKES = [
@@ -94,8 +94,10 @@ MISTAKES = [
     ('to=["cache"]', "to=[movies]", [MOVIE + '`to` takes a list of sinks\' names, such as to=["cache"]']),
     ('to=["cache"]', "to=[]", [MOVIE + "to=[] names no sink; leave `to` out for all of them"]),
     ('to=["cache"]', 'to=["cache", "cache"]', [MOVIE + "`to` names 'cache' twice"]),
-    ("def ratings(ids)", "async def ratings(ids)", [RATINGS + "a look-up is a plain function; it returns a mapping"]),
-    ("    return {}", "    yield {}", [RATINGS + "a look-up is a plain function; it returns a mapping"]),
+    ("    return {}", "    yield {}", [RATINGS + "a look-up is no generator; it returns a mapping"]),
+    ("batch=500", 'deadline="1s"', [RATINGS + "a look-up that is required has no deadline; write required=False"]),
+    ("batch=500", "required=False, deadline=0", [RATINGS + "pause and deadline must be above 0"]),
+    ("batch=500", "trip_after=0", [LIMITS]),
     (PIPELINE, PIPELINE + '\nimport sys\nsys.exit("stop")', ["processor.py line 4 does not import: SystemExit: stop"]),
     (PIPELINE, PIPELINE + "\nexit()", ["processor.py line 3 does not import: SystemExit: None"]),
     ('to=["cache"]', "to=5", [MOVIE + '`to` takes a list of sinks\' names, such as to=["cache"]']),

@@ -141,7 +141,7 @@ class KafkaTransport(Transport):
         def waits(reason: str | None) -> None:
             progress.waits("kafka", reason)
 
-        reader = open_reader(self._spec.source, f"delta {self._spec.name} progress", ANSWER_S)
+        reader = open_reader(self._spec, f"delta {self._spec.name} progress", ANSWER_S)
         offsets = GroupOffsets(
             lambda: settings.resolved(settings.kafka_python(self._kafka)), group_id(self._spec.name), self._topics
         )

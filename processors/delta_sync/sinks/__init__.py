@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from delta_sync.errors import UsageError
 from delta_sync.secrets import resolve, resolve_url
+from delta_sync.shaping import shaped_table
 from delta_sync.sinks.base import Sink, Target
 from delta_sync.spec import PipelineSpec, SinkSpec, validation_sentences
 from delta_sync.tables import Table
@@ -111,6 +112,7 @@ def open_sinks(spec: PipelineSpec) -> dict[str, AnySink]:
 def target_for(sink: AnySink, table: Table, spec: PipelineSpec) -> Target:
     """Return where a table's documents go in a sink. Raises UsageError when its options do not fit."""
     given = spec.tables[table.id].sinks.get(base_name(sink.name), {}) if table.id in spec.tables else {}
+    table = shaped_table(table, spec.shapes.get(table.id))
     try:
         options = sink.target_model.model_validate(given)
     except ValidationError as error:

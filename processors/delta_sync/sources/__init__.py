@@ -12,24 +12,29 @@ from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.versions import format_lsn
 
 
-def open_reader(source: SourceSpec, application_name: str, answer_s: float | None = None) -> SourceReader:
-    """Return a reader of a source; it connects when it is first used. Raises UsageError.
+def open_reader(spec: PipelineSpec, application_name: str, answer_s: float | None = None) -> SourceReader:
+    """Return a reader of a pipeline's source; it connects when it is first used. Raises UsageError.
+
+    It takes the whole specification, so that nobody reads a masked column in the clear: its tables have the masks.
 
     With `answer_s` its calls raise SourceBusy when the source has said nothing for so long; without it long queries
     take as long as they need.
     """
-    match source.kind:
+    reader: SourceReader
+    match spec.source.kind:
         case "postgresql":
             from delta_sync.sources.postgresql.reader import PostgresReader
 
-            return PostgresReader(source, application_name, answer_s)
+            reader = PostgresReader(spec.source, application_name, answer_s)
         case "mariadb":
             need_package()
             from delta_sync.sources.mysql.reader import MariaReader
 
-            return MariaReader(source, application_name, answer_s)
+            reader = MariaReader(spec.source, application_name, answer_s)
         case kind:
             raise UsageError(unknown(kind))
+    reader.shapes = spec.shapes
+    return reader
 
 
 def open_inspector(source: SourceSpec) -> Inspector:

@@ -26,9 +26,10 @@ def row_decoder(table: Table, converter: Converter) -> Callable[[Image], Row]:
     """Return a function that turns an image into a row, in place. The image has all of the table's columns in the log.
 
     Ask the codec's `lacks` first: a placeholder is decoded like a value. Columns that are not in the log are left as
-    they are. Raises UndecodableChange.
+    they are. Columns with a mask hold what it makes of the value. Raises UndecodableChange.
     """
     steps = [(column.name, convert) for column in table.columns if (convert := converter(column)) is not None]
+    masks = [(column.name, column.mask.function()) for column in table.columns if column.mask and column.in_log]
 
     def decode(image: Image) -> Row:
         name = ""
@@ -39,6 +40,9 @@ def row_decoder(table: Table, converter: Converter) -> Callable[[Image], Row]:
                     image[name] = convert(value)
         except _UNFIT as error:
             raise _undecodable(table, name, error) from error
+        for name, mask in masks:
+            if image[name] is not None:
+                image[name] = mask(image[name])
         return image
 
     return decode

@@ -7,12 +7,14 @@ snapshots (`claims` of each kind): they go from a reader to the samples of the s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from delta_sync.changes import Key
 from delta_sync.decoding import TableCodec
-from delta_sync.spec import PipelineSpec
+from delta_sync.shaping import fingerprint, masked
+from delta_sync.spec import PipelineSpec, ShapeSpec
 from delta_sync.tables import Table
 from delta_sync.values import Row
 
@@ -132,6 +134,16 @@ class SourceReader(ABC):
     """
 
     claim_wait_s: ClassVar[float]  # how long a claim of rows read by key is worth waiting for, where it is not needed
+    shapes: Mapping[str, ShapeSpec] = MappingProxyType({})  # by table, as `open_reader` sets them
+
+    def shaped(self, tables: Mapping[str, Table]) -> dict[str, Table]:
+        """Return tables with the masks that the specification has for them: what `tables` has to return."""
+        return {name: masked(table, self.shapes.get(name)) for name, table in tables.items()}
+
+    def fingerprinted(self, columns: Mapping[str, str]) -> dict[str, str]:
+        """Return fingerprints that change with the tables' shapes, too: what `fingerprints` has to return."""
+        shapes = {name: fingerprint(self.shapes.get(name)) for name in columns}
+        return {name: f"{text} {shapes[name]}" if shapes[name] else text for name, text in columns.items()}
 
     @abstractmethod
     def close(self) -> None:

@@ -8,9 +8,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from delta_sync.changes import Key
+from delta_sync.changes import Change, Key
 from delta_sync.decoding import Event, Image, TableCodec
 from delta_sync.errors import UsageError
+from delta_sync.shaping import masked, masked_again
+from delta_sync.spec import ShapeSpec
 from delta_sync.tables import Column, Kind, Table, key_text
 from delta_sync.values import Interval, Row
 
@@ -27,8 +29,9 @@ def claim_behind(changes: int) -> int:
 class SourceTable:
     """One table: its columns, as far as they are known, and its rows by id. `table` is None before the first row."""
 
-    def __init__(self, name: str, told: TableKey) -> None:
+    def __init__(self, name: str, told: TableKey, shape: ShapeSpec | None = None) -> None:
         self.name = name
+        self._shape = shape
         self.rows: dict[str, Row] = {}
         self.table: Table | None = None
         self._unseen = set[str]()  # columns of which no value has shown the kind
@@ -48,7 +51,12 @@ class SourceTable:
     @property
     def codec(self) -> TableCodec:
         """How its events are read: they hold rows as they are."""
-        return TableCodec(self.known, copied_row, self.key_of, _lacks_nothing)
+        return TableCodec(masked(self.known, self._shape), self.read, self.key_of, _lacks_nothing)
+
+    def read(self, row: Row) -> Row:
+        """Return a row as one that is read from a source: a copy, its columns masked as the specification says."""
+        change = Change(self.name, (), 0, copied_row(row))
+        return masked_again(masked(self.known, self._shape), change).row or {}
 
     def event(self, op: str, before: Row | None, after: Row | None, number: int) -> Event:
         """Return the log's change of that number as Debezium tells it, but with the values that a row has."""

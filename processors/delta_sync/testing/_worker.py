@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -40,9 +40,9 @@ class _Inline(Executor):
 def _stand_in(lookup: Lookup, answers: LookupAnswers) -> Lookup:
     """Return the look-up with other answers. They are copies, as those of a service are."""
 
-    def function(keys: list[Any]) -> Mapping[Any, Any]:
+    def function(keys: list[Any]) -> Mapping[Any, Any] | Awaitable[Mapping[Any, Any]]:
         found = answers(keys) if callable(answers) else {key: answers[key] for key in keys if key in answers}
-        return copy.deepcopy(found)
+        return copy.deepcopy(found) if isinstance(found, Mapping) else found
 
     replaced = copy.copy(lookup)
     replaced.function = function

@@ -30,9 +30,9 @@ from delta_sync.errors import UsageError
 from delta_sync.pipeline import Pipeline, check_columns, load_processor
 from delta_sync.processing import Failure
 from delta_sync.secrets import redact
-from delta_sync.spec import load_spec
+from delta_sync.spec import ShapeSpec, load_spec
 from delta_sync.tables import key_text
-from delta_sync.testing._source import SourceTable, TableKey, claim_behind, copied_row
+from delta_sync.testing._source import SourceTable, TableKey, claim_behind
 from delta_sync.testing._stirring import Judge, NotRepeatable, Place, Stirring, Told
 from delta_sync.testing._worker import EPOCH, HarnessWorker, Job, LookupAnswers
 from delta_sync.values import Row
@@ -72,6 +72,7 @@ class Harness:
         self._load_pipeline: Callable[[], Pipeline]
         if isinstance(pipeline, Pipeline):
             self._load_pipeline = lambda: pipeline
+            shapes: Mapping[str, ShapeSpec] = {}
             named = [sink for processor in pipeline.tables.values() for sink in processor.to]
             self.sinks = tuple(dict.fromkeys([*sinks, *named]))
         else:
@@ -79,6 +80,7 @@ class Harness:
             spec = load_spec(folder)
             self._load_pipeline = lambda: load_processor(folder, spec)
             self.sinks = tuple(spec.sinks)
+            shapes = spec.shapes
         self.pipeline = self._load_pipeline()
         if not self.sinks:
             raise UsageError(f'No table of pipeline {self.pipeline.name} says `to`; name its sinks: sinks=["cache"].')
@@ -87,7 +89,9 @@ class Harness:
             _known("look-up", name, self.pipeline.lookups)
         for name in told:
             _known("table", name, self.pipeline.tables)
-        self._tables = {name: SourceTable(name, told.get(name, "id")) for name in self.pipeline.tables}
+        self._tables = {
+            name: SourceTable(name, told.get(name, "id"), shapes.get(name)) for name in self.pipeline.tables
+        }
         self.now_s = 0.0
         self.dead_letters: list[Failure] = []
         self._log: list[Event] = []
@@ -215,7 +219,7 @@ class Harness:
         """Load the table: its rows, as they are, are processed again. With newer answers of look-ups, say."""
         source = _known("table", table, self._tables)
         version = dump_version(EPOCH, claim_behind(len(self._log)))
-        changes = [Change(table, source.key_of(row), version, copied_row(row)) for row in source.rows.values()]
+        changes = [Change(table, source.key_of(row), version, source.read(row)) for row in source.rows.values()]
         if changes:
             self._finish(self._worker.process({table: changes}, {}))
 

@@ -91,6 +91,7 @@ def row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
         for place, column in enumerate(table.columns)
         if (convert := dump_converter(column)) is not None
     ]
+    steps += [(place, column.mask.function()) for place, column in enumerate(table.columns) if column.mask]
 
     def to_row(values: Sequence[Any]) -> tuple[Key, Row]:
         made = list(values)

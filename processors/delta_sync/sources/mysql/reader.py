@@ -134,12 +134,12 @@ class MariaReader(SourceReader):
     def tables(self, names: Sequence[str]) -> dict[str, Table]:
         """Return the tables that exist, by `database.table`."""
         with self._connected() as session:
-            return read_tables(session, names)
+            return self.shaped(read_tables(session, names))
 
     def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
         """Return, for each table that exists, a text that changes whenever its columns, its key or its history do."""
         with self._connected() as session:
-            return read_fingerprints(session, names)
+            return self.fingerprinted(read_fingerprints(session, names))
 
     def estimated_rows(self, table: Table) -> int | None:
         """Return the engine's estimate of a table's rows, which may be far off; None when it has none."""

@@ -150,12 +150,12 @@ class PostgresReader(SourceReader):
     def tables(self, names: Sequence[str]) -> dict[str, Table]:
         """Return the tables that exist, by `schema.table`."""
         with self._connected() as connection:
-            return read_tables(connection, names)
+            return self.shaped(read_tables(connection, names))
 
     def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
         """Return, for each table that exists, a text that changes whenever its columns or its key do."""
         with self._connected() as connection:
-            return read_fingerprints(connection, names)
+            return self.fingerprinted(read_fingerprints(connection, names))
 
     def estimated_rows(self, table: Table) -> int | None:
         """Return the planner's estimate of a table's rows; None when it was never analysed."""
@@ -537,9 +537,14 @@ def _key_rows(table: Table) -> sql.Composable:
 def _row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
     names = [column.name for column in table.columns]
     places = [names.index(name) for name in table.key]
+    masks = [(column.name, column.mask.function()) for column in table.columns if column.mask]
 
     def to_row(values: Sequence[Any]) -> tuple[Key, Row]:
-        return tuple(values[place] for place in places), dict(zip(names, values, strict=True))
+        row = dict(zip(names, values, strict=True))
+        for name, mask in masks:
+            if row[name] is not None:
+                row[name] = mask(row[name])
+        return tuple(values[place] for place in places), row
 
     return to_row
 

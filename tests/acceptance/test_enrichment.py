@@ -1,0 +1,185 @@
+"""Documents that are enriched by a real service in another process, in every mood that a service can be in.
+
+No change is lost, a document never goes back to an older row, what a required look-up answers is always there, and what
+an optional one left out is there in the end.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import requests
+
+from acceptance.harness import Actor, Run, Source, Stage, Stores
+from acceptance.moody_service import MOODS, value_of
+from delta_sync.testing.processes import ServerProcess, free_port, wait_until
+
+SEED = random.SystemRandom().randrange(1_000_000)
+ROWS = 300
+CALLS = 10  # that the service gets in each mood before it changes
+WRITER_PAUSE_S = 0.02
+TIMEOUT_S = 120.0
+
+SETUP = f"""
+CREATE TABLE movie (id int PRIMARY KEY, rev int NOT NULL);
+INSERT INTO movie SELECT i, 0 FROM generate_series(1, {ROWS}) i;
+"""
+PROCESSOR = """
+from delta_sync import Pipeline, lookup
+
+pipeline = Pipeline({name!r})
+options = dict(batch=40, ttl="0s", timeout="5s", trip_after=3, pause="300ms", complete=True)
+stars = pipeline.lookup(**options)(lookup.http("stars", "{url}/stars", key="id", timeout_s=3))
+stock = pipeline.lookup(**options, required=False, deadline="250ms")(
+    lookup.http("stock", "{url}/stock", key="id", timeout_s=3)
+)
+
+
+@pipeline.table({table!r}, enrich={{"star": stars.by("id"), "some": stock.by("id")}})
+def movie(row, star, some):
+    return {{"id": row["id"], "rev": row["rev"], "stars": star["value"], "stock": some["value"] if some else None}}
+"""
+
+
+class Service:
+    """The service, in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        script = str(Path(__file__).with_name("moody_service.py"))
+        self.process = ServerProcess(
+            [sys.executable, script, str(port), str(SEED)], log=folder / "service.log", cwd=folder
+        )
+        wait_until(self._answers, TIMEOUT_S, "the service's first answer")
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/mood", timeout=5).ok
+        except requests.ConnectionError:
+            return False
+
+    def asked(self) -> int:
+        """Return how often it was asked since its mood changed."""
+        return int(requests.get(f"{self.url}/mood", timeout=30).json())
+
+    def becomes(self, mood: str) -> None:
+        requests.put(f"{self.url}/mood", data=json.dumps(mood), timeout=30).raise_for_status()
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    made = Service(tmp_path)
+    yield made
+    made.process.terminate(9, TIMEOUT_S)
+
+
+class Writer(Actor):
+    """Updates, deletes and inserts rows; `rev` rises with every change."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__("writer")
+        self._source = source
+
+    def act(self) -> None:
+        rng = random.Random(f"{SEED} writer")
+        rev = 0
+        with self._source.connect() as connection:
+            while not self.stopping.wait(WRITER_PAUSE_S):
+                rev += 1
+                change(connection, rng.randint(1, ROWS), rev, rng)
+
+
+def change(connection: psycopg.Connection, id_: int, rev: int, rng: random.Random) -> None:
+    if rng.random() < 0.1:
+        connection.execute("DELETE FROM movie WHERE id = %s", [id_])
+    else:
+        connection.execute("INSERT INTO movie VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET rev = %s", [id_, rev, rev])
+
+
+class Reader(Actor):
+    """Looks at documents all the time: none is without its stars, and none is older than one seen before."""
+
+    def __init__(self, stores: Stores) -> None:
+        super().__init__("reader")
+        self._stores = stores
+        self.seen: dict[int, int] = {}
+        self.without_stock = 0
+
+    def act(self) -> None:
+        while not self.stopping.wait(0.05):
+            for id_, document in documents(self._stores).items():
+                rev = document["rev"]
+                assert document["stars"] == value_of(id_), f"seed {SEED}: {document}"
+                assert rev >= self.seen.get(id_, 0), f"seed {SEED}: {document} after {self.seen[id_]}"
+                self.seen[id_] = rev
+                self.without_stock += document["stock"] is None
+
+
+def documents(stores: Stores) -> dict[int, dict[str, Any]]:
+    """Return the documents that there are, by id."""
+    keys = [(id_,) for id_ in range(1, ROWS + 1)]
+    found = stores.sinks["cache"].read(stores.target("cache", "movie"), keys)
+    return {id_: one.document for (id_,), one in zip(keys, found, strict=True) if one and one.document is not None}
+
+
+def lookups(it: Stage) -> dict[str, Any]:
+    status = json.loads(it.pipeline.deltactl("status", it.pipeline.name, "--json").stdout)
+    found: dict[str, Any] = status["lookups"]
+    return found
+
+
+def test_whatever_the_service_does(stage: Callable[..., Stage], service: Service) -> None:
+    print(f"seed {SEED}")
+    it = stage(SETUP, ["movie"])
+    text = PROCESSOR.format(name=it.pipeline.name, url=service.url, table=it.pipeline.tables[0])
+    (it.pipeline.home / "processor.py").write_text(text)
+    run = it.run()
+    wait_until(it.pipeline.loaded, TIMEOUT_S, f"the first load; {run.tail()}")
+    with Writer(it.source), Reader(it.new_stores()) as reader:
+        for mood in MOODS:
+            service.becomes(mood)
+            # Down, an open breaker lets a call through every now and then.
+            wait_until(lambda: service.asked() >= CALLS, TIMEOUT_S, f"calls while it is {mood}; {run.tail()}")
+        wait_until(lambda: reader.without_stock > 0, TIMEOUT_S, f"documents without what is optional; {run.tail()}")
+        service.becomes("well")
+        wait_until(lambda: service.asked() >= CALLS, TIMEOUT_S, f"calls after that; {run.tail()}")
+    mended(it, run)
+    assert it.pipeline.dead_letters() == []
+    told = lookups(it)
+    assert told["stars"]["left"] == 0
+    assert told["stock"]["left"] > 0
+    assert min(told[name]["calls"]["busy"] for name in told) > 0
+    assert run.events("lookup_left")
+    assert run.events("lookup_mends")
+    assert run.stop() == 0
+
+
+def mended(it: Stage, run: Run) -> None:
+    """Wait until every document equals its row and both answers; there is one for each row, and no other."""
+    it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
+    with it.source.connect() as connection:
+        rows: dict[int, int] = dict(connection.execute("SELECT id, rev FROM movie").fetchall())
+    wanted = {id_: {"id": id_, "rev": rev, "stars": value_of(id_), "stock": value_of(id_)} for id_, rev in rows.items()}
+    found: dict[int, Any] = {}
+
+    def equal() -> bool:
+        found.clear()
+        found.update(documents(it.stores))
+        return found == wanted
+
+    try:
+        wait_until(equal, TIMEOUT_S, "the last enrichments")
+    except BaseException:
+        differing = {
+            id_: (wanted.get(id_), found.get(id_)) for id_ in {*wanted, *found} if wanted.get(id_) != found.get(id_)
+        }
+        print(f"seed {SEED}: {dict(list(differing.items())[:5])}; {run.tail()}")
+        raise
