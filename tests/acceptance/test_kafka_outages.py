@@ -233,8 +233,18 @@ def test_sinks_and_registry_are_away(scene: Scene) -> None:
     happens(lambda: bool(second.events("events_wait")), f"a wait for schemas; {second.tail()}")
     through = stage.insert_marks(MARKS)
     happens(lambda: through() > 0, f"changes of the worker that knows the schemas; {scene.worker.tail()}")
+    # Now changes come whose schema nobody can register: the connector ends, and is started until it can go on.
+    stage.shop.execute("ALTER TABLE account ADD COLUMN added text DEFAULT 'new'", "UPDATE account SET rev = rev + 1")
+    happens(lambda: bool(scene.leader.events("connector_died")), f"that they cannot be written; {scene.leader.tail()}")
     gates["registry"].open()
     happens(lambda: through() == 4 * MARKS, f"the other's, too; {second.tail()}")
+    loads = [scene.worker, second]  # whichever has the lease
+    happens(
+        lambda: any(load["reason"] == "its columns changed" for run in loads for load in run.events("load_started")),
+        "a load with the new column",
+    )
+    stage.shop.execute("ALTER TABLE account DROP COLUMN added")  # the processor names its columns
+    print(f"a schema was new meanwhile: {stage.comes_through('when the registry is back', *scene.runs, second):.1f} s")
     writer.stop()
     check(scene, *scene.runs, second)
     assert second.stop() == 0
