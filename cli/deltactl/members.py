@@ -73,6 +73,7 @@ def combined(
         "loads": {
             name: {"state": load.state, "rows": load.rows, "reason": load.reason} for name, load in loads.items()
         },
+        "dumps": [dump for status in statuses for dump in status.get("dumps", ())],  # of the one that plans them
         "members": [
             {
                 "member": member.name,

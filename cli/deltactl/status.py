@@ -142,6 +142,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines += [(f"look-up {lookup}", _lookup(numbers)) for lookup, numbers in lookups.items()]
     loads: Mapping[str, Mapping[str, Any]] = found.get("loads") or {}
     lines += [(f"load {table}", _load(load)) for table, load in loads.items()]
+    lines += [(f"dump {dump['dump']}", _dump(dump)) for dump in found.get("dumps") or ()]
     lines += [(f"{member['role']}", _member(member)) for member in found.get("members") or ()]
     lines += [("partition", text) for text in _partitions(found.get("partitions") or ())]
     width = max(len(label) for label, _ in lines)
@@ -185,6 +186,13 @@ def _load(load: Mapping[str, Any]) -> str:
     if load.get("reason") and load.get("state") != "done":
         text += f": {load['reason']}"
     return text
+
+
+def _dump(dump: Mapping[str, Any]) -> str:
+    text = f"{dump['table']}, {_load({**dump, 'reason': None})}"
+    if dump["rows_per_s"] is not None and dump["state"] == "running":
+        text += f", {dump['rows_per_s']:.0f}/s"
+    return text + (f"; waits: {dump['waits']}" if dump["waits"] else "")
 
 
 def _member(member: Mapping[str, Any]) -> str:

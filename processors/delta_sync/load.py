@@ -248,6 +248,7 @@ class Loader(threading.Thread):
         if self._keeper is not None and self._keeper.lease is None:
             self._reloads.clear()  # whoever plans sees for itself that a table's columns are others
             self._progress.loads = {}  # and shows how far they are
+            self._progress.dumps = ()
             self._under_way = any(dump.state == "running" for dump in self._dumps.all(unfinished=True))
             return
         known = self._state.pipeline(self._pipeline)
@@ -275,6 +276,7 @@ class Loader(threading.Thread):
                     self._begin(dump, covered_from)
             dumps = self._dumps.all(unfinished=True)
         self._under_way = any(dump.state == "running" for dump in dumps)
+        self._progress.dumps = [dump for dump in dumps if dump.kind != "load"]  # these have rows of their own
         counts = self._dumps.counts() if dumps else {}
         for dump in dumps:
             self._go_on(dump, counts.get(dump.id, ChunkCounts()))

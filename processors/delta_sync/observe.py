@@ -72,6 +72,24 @@ class ProgressCollector(Collector):
         for table, load in dict(progress.loads).items():
             loaded.add_metric([pipeline, table], load.get("rows", 0))
         yield loaded
+        yield from self._dumps()
+
+    def _dumps(self) -> Iterable[Metric]:
+        """Yield what is known of dumps under way, in the process that plans them."""
+        labels = ["pipeline", "dump", "table", "kind"]
+        rows = GaugeMetricFamily("delta_dump_rows", "Rows of a dump that are in every sink.", labels=labels)
+        states = GaugeMetricFamily(
+            "delta_dump_state",
+            "1 for the state that a dump is in; waiting: for a transaction.",
+            labels=[*labels, "state"],
+        )
+        for dump in self._progress.dumps:
+            values = [self._pipeline, str(dump.id), dump.table, dump.kind]
+            rows.add_metric(values, dump.rows)
+            waiting = dump.state == "running" and dump.waits is not None
+            states.add_metric([*values, "waiting" if waiting else dump.state], 1)
+        yield rows
+        yield states
 
     def _lookups(self) -> Iterable[Metric]:
         """Yield what look-ups do."""

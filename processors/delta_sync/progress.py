@@ -6,10 +6,11 @@ import datetime as dt
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from delta_sync.applying import SinkNumbers
+from delta_sync.dumps import Dump, rate_and_left
 from delta_sync.measures import (
     BATCH_BOUNDS,
     LATENCY_BOUNDS_S,
@@ -103,6 +104,7 @@ class Progress:
         self.capture_restarts = 0
         self.positions_expired = 0  # partitions of which records were gone before they were read
         self.loads: dict[str, dict[str, Any]] = {}
+        self.dumps: Sequence[Dump] = ()  # under way, other than loads; of the process that plans them
         self.stages: Mapping[Stage, Histogram] = {stage: Histogram(STAGE_BOUNDS_S) for stage in STAGES}  # apply: sinks'
         self.batch_changes = Histogram(BATCH_BOUNDS)
         self.latency = Histogram(LATENCY_BOUNDS_S)  # each batch counts its changes by its oldest one
@@ -113,7 +115,7 @@ class Progress:
         self._seen: State = "starting"
         self._since = _now()
         self._clock = clock
-        self._history: deque[tuple[float, int, dict[str, int]]] = deque()
+        self._history: deque[tuple[float, int, dict[str, int], dict[int, int]]] = deque()
 
     def waits(self, who: str, reason: str | None) -> None:
         """Note for what a part of the pipeline waits; None: no longer."""
@@ -158,10 +160,11 @@ class Progress:
         """Return the status as `deltactl status --json` prints it. Call it about once a second, for the rates."""
         now = self._clock()
         applied = {name: numbers.applied for name, numbers in self.sinks.items()}
-        self._history.append((now, self.events, applied))
+        dumps = list(self.dumps)
+        self._history.append((now, self.events, applied, {dump.id: dump.rows for dump in dumps}))
         while len(self._history) > 2 and now - self._history[0][0] > RATE_WINDOW_S:
             self._history.popleft()
-        then, events_then, applied_then = self._history[0]
+        then, events_then, applied_then, _ = self._history[0]
         elapsed_s = max(now - then, 1e-9)
         lag_s = self.lag_s()
         state, reason = self.state()
@@ -205,6 +208,7 @@ class Progress:
                 for name, numbers in self.lookups.items()
             },
             "loads": {table: dict(load) for table, load in self.loads.items()},
+            "dumps": [self._dump(dump, now) for dump in dumps],
             "partition_lags": {
                 f"{topic}[{number}]": {
                     "records": lag.records,
@@ -214,6 +218,21 @@ class Progress:
             },
             "pid": os.getpid(),
             "at": _now(),
+        }
+
+    def _dump(self, dump: Dump, now: float) -> dict[str, Any]:
+        before = next((at, rows[dump.id]) for at, _, _, rows in self._history if dump.id in rows)
+        rate, left_s = rate_and_left(before, (now, dump.rows), dump.estimate)
+        return {
+            "dump": dump.id,
+            "table": dump.table,
+            "kind": dump.kind,
+            "state": dump.state,
+            "rows": dump.rows,
+            "estimate": dump.estimate,
+            "rows_per_s": None if rate is None else round(rate, 1),
+            "left_s": None if left_s is None else round(left_s),
+            "waits": dump.waits,
         }
 
 

@@ -7,11 +7,15 @@ deleted with that version. So the pipeline may run meanwhile, and a repair may b
 What no write could ever beat (a version beyond the end of the log) is forgotten first, and only if it still has that
 very version. Changes that came until then were stale, and are lost to the sink: so the row is read afterwards, with a
 claim above the end of the log as it was after the forgetting. Until it is written, readers see no document.
+
+A row that was read with the table's old columns may not stand against a new load of it. So after reading, and before
+writing, it is asked whether the load is still the same: then a new one takes the position from which it is covered only
+later, above all claims that were made before the question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
@@ -26,16 +30,27 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class DirectRepair:
-    """Writes to the sinks from this process, by the same rules as the worker. `makers` asks all look-ups."""
+    """Writes to the sinks from this process, by the same rules as the worker. `makers` asks all look-ups.
+
+    `check_load` raises when a table (by its id) is no longer what it was loaded as when all of this was opened.
+    """
 
     def __init__(
-        self, *, epoch: int, keys: KeyReader, makers: Makers, sinks: Mapping[str, AnySink], applied: AppliedLog
+        self,
+        *,
+        epoch: int,
+        keys: KeyReader,
+        makers: Makers,
+        sinks: Mapping[str, AnySink],
+        applied: AppliedLog,
+        check_load: Callable[[str], None],
     ) -> None:
         self._epoch = epoch
         self._keys = keys
         self._makers = makers
         self._sinks = sinks
         self._applied = applied
+        self._check_load = check_load
 
     def __call__(self, subject: Subject, damages: Sequence[Damage]) -> None:
         """Mend these keys in these sinks. What it could not write shows when the keys are looked at again."""
@@ -60,6 +75,7 @@ class DirectRepair:
                     writes[name].append(Write(key, version, documents.get(key)))
             # Then no reader sees a row go back: what this reading holds is in the sinks already.
             self._applied.pass_now()
+            self._check_load(subject.table.id)
             for name, some in writes.items():
                 if some:
                     outcomes = self._sinks[name].apply(subject.targets[name], some)

@@ -325,14 +325,17 @@ class Verifier:
         beyond: int,
     ) -> list[tuple[Key, Sighting]]:
         sink, target = self._sinks[name], subject.targets[name]
-        keys = [key for key, _ in made]
-        found = self._patiently(lambda: sink.read(target, keys))
+        keys, documents = [key for key, _ in made], [document for _, document in made]
+        found = self._patiently(lambda: sink.read_beside(target, keys, documents))
         ids.add(sink.id_of(target, key) for key, document in made if document is not None)
         ids.add(sink.id_of(target, key) for key, _ in failed)
         suspects: list[tuple[Key, Sighting]] = []
-        for (key, document), stored in zip(made, found, strict=True):
-            verdict = compare(_expected(sink, target, document), stored, beyond, self._skipped)
-            if verdict != "equal":
+        for (key, document), seen in zip(made, found, strict=True):
+            if isinstance(seen, int) and 0 < seen < beyond:
+                continue
+            expected = _expected(sink, target, document)
+            stored = Stored(seen, expected.document) if isinstance(seen, int) else seen
+            if compare(expected, stored, beyond, self._skipped) != "equal":
                 suspects.append((key, Sighting.of(stored)))
         return suspects
 

@@ -106,6 +106,12 @@ def open_verification(
             if not written(rows).items() <= written(generations.all()).items():
                 raise EpochRose("A sink has got or lost a generation meanwhile; verify it again.")
 
+        def check_load(name: str) -> None:
+            now = state.loads(spec.name).get(name)
+            if now is None or _begun_for(now) != _begun_for(loads[name]):
+                problem = "it is loaded anew, because its columns, or where its documents go, have changed"
+                raise CheckFailed([Problem(f"table {name}", problem, "verify it again when it has loaded")])
+
         def waits(name: str) -> Callable[[str | None], None]:
             return lambda reason: listener.waits(None if reason is None else f"look-up {name}: {reason}")
 
@@ -141,6 +147,7 @@ def open_verification(
             makers=Makers(pipeline, lookups, frozenset()),
             sinks=sinks,
             applied=applied,
+            check_load=check_load,
         )
         verifier = Verifier(
             epoch=epoch,
@@ -207,6 +214,10 @@ def _applied_to(spec: PipelineSpec, reader: SourceReader, closing: ExitStack) ->
         return position.passed_lsn or None
 
     return passed
+
+
+def _begun_for(load: TableLoad) -> tuple[object, ...]:
+    return load.epoch, load.fingerprint, load.covered_from
 
 
 def _unloaded(name: str, load: TableLoad | None, epoch: int) -> list[Problem]:

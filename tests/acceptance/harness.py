@@ -421,6 +421,10 @@ class Pipeline:
             self._command(*arguments), capture_output=True, text=True, timeout=CREATE_TIMEOUT_S, check=False
         )
 
+    def background(self, *arguments: str) -> Run:
+        """Start another command in the background; what it prints is in the log of its name."""
+        return Run(self._command(*arguments), self.folder / f"{arguments[0]}.log", self.folder)
+
     def run(self, *options: str) -> Run:
         """Start `deltactl run` in the background."""
         return Run(self._command("run", self.name, "--log-format", "json", *options), self.log, self.folder)

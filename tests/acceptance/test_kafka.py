@@ -69,12 +69,34 @@ def verify(stage: KafkaStage) -> None:
     assert lines[-1]["pipeline_runs"]
 
 
+def dump(stage: KafkaStage, port_of_second: int) -> None:
+    """A dump brings back what a store has lost, and the worker that does not plan reads some of it, if not at once."""
+    account = SHAPES[0]
+    target = stage.stores.target("cache", account)
+    keys = [(number,) for number in range(ROWS)]
+    found = zip(keys, stage.stores.read("cache", account, keys), strict=True)
+    there = [(key, stored.version) for key, stored in found if stored is not None and stored.document is not None]
+    stage.stores.sinks["cache"].discard(target, there)
+    before = metrics(port_of_second)["delta_writes_total"]
+
+    def second_wrote() -> bool:
+        table = stage.pipeline.tables[0]
+        # Slowly, so that there is something left for it; no changes come meanwhile that it could write.
+        limit = ("--rows-per-second", "400")
+        done = stage.pipeline.deltactl("dump", "start", stage.pipeline.name, "--table", table, *limit, "--wait")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return metrics(port_of_second)["delta_writes_total"] > before
+
+    wait_until(second_wrote, 120.0, "a chunk for the second worker")
+
+
 def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) -> None:
     sidecar, worker = stage.start("sidecar"), stage.start("worker")
     stage.in_step(sidecar, worker)
     write(stage.shop, "while one worker runs")
     stage.in_step(sidecar, worker)
-    second = stage.start("worker")
+    port = free_port()
+    second = stage.start("worker", "--port", str(port))
     wait_until(lambda: bool(second.events("partitions_assigned")), 60.0, f"partitions for the second; {second.tail()}")
     write(stage.shop, "while two run")
     stage.in_step(sidecar, worker, second)
@@ -85,6 +107,8 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     assert all(member["partitions"] for member in status["members"][1:])
     assert len(status["partitions"]) == 4 * 6
     assert worker.events("lease_taken")  # of the load
+    dump(stage, port)
+    stage.in_step(sidecar, worker, second)
     worker.kill()
     write(stage.shop, "after one was killed")
     stage.in_step(sidecar, second)

@@ -16,6 +16,7 @@ from acceptance.harness import Actor, Run
 from acceptance.kafka_harness import child_of
 from acceptance.mariadb_harness import MariaPipeline, execute, maria_pipeline
 from delta_sync.kafka.topics import read_cluster, wanted_topics
+from delta_sync.sinks import target_for
 from delta_sync.sources.mysql.connection import Session
 from delta_sync.testing.kafka import Kafka
 from delta_sync.testing.mariadb import MariaDB
@@ -139,6 +140,11 @@ def test_a_pipeline_from_mariadb(pipeline: MariaPipeline) -> None:
         assert pipeline.epoch() == 1
         assert pipeline.dead_letters() == []
 
+        # ── documents get lost: a dump by keys brings one, a repair the other, while the writer goes on ──
+        with Writing(pipeline):
+            check_dump_and_repair(pipeline)
+        pipeline.in_step(sidecar, worker)
+
         # ── the log begins anew: the epoch rises, and what was deleted meanwhile goes ──
         execute(session, "RESET MASTER", "DELETE FROM account WHERE id % 2 = 0", "UPDATE account SET name = 'reset'")
         with Writing(pipeline):
@@ -165,6 +171,25 @@ def check_commands(pipeline: MariaPipeline) -> None:
     deleted = pipeline.deltactl("pipeline", "delete", pipeline.name, "--documents", "--yes")
     assert deleted.returncode == 0, deleted.stderr
     assert read_cluster(pipeline.kafka, topics).topics == {}
+
+
+def check_dump_and_repair(pipeline: MariaPipeline) -> None:
+    """Of two documents that are gone a dump brings one, so verify finds the other, and nothing that is on its way."""
+    types = pipeline.tables[-1]
+    table = pipeline.source.reader.tables([types])[types]
+    cache = pipeline.sinks["cache"]
+    target = target_for(cache, table, pipeline.spec)
+    lost = [(1,), (2,)]
+    versions = [one.version for one in cache.read(target, lost) if one is not None]
+    cache.discard(target, list(zip(lost, versions, strict=True)))
+    dumped = pipeline.deltactl("dump", "start", pipeline.name, "--table", types, "--keys", "1", "--wait", "--json")
+    assert dumped.returncode == 0, dumped.stdout + dumped.stderr
+    repaired = pipeline.deltactl("verify", pipeline.name, "--repair", "--yes", "--json")
+    lines = [json.loads(line) for line in repaired.stdout.splitlines()]
+    found = [(line["finding"]["table"], line["finding"]["key"]) for line in lines if "finding" in line]
+    assert found == [(types, "2")], repaired.stdout + repaired.stderr
+    assert (repaired.returncode, lines[-1]["repaired"], lines[-1]["pipeline_runs"]) == (0, 1, True), lines
+    check_types(pipeline)
 
 
 def check_types(pipeline: MariaPipeline) -> None:

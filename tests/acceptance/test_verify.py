@@ -27,6 +27,7 @@ from delta_sync.sinks.base import VERSION_FIELD
 from delta_sync.tables import key_text
 from delta_sync.testing.processes import wait_until
 from delta_sync.versions import MAX_POSITION, version_of
+from deltactl.app import INTERRUPTED
 
 SEED = random.SystemRandom().randrange(1_000_000)
 ROWS = 200
@@ -175,6 +176,27 @@ def wipe_versions(it: Scene) -> list[Damaged]:
     ]
 
 
+def go_round(it: Scene) -> None:
+    """Verify without end, until each row was looked at twice; then end it."""
+    run = it.pipeline.background("verify", it.pipeline.name, "--continuous", "--load-share", "1", "--json")
+
+    def rounds() -> list[dict[str, Any]]:
+        assert run.running, run.tail()
+        whole = [line for line in run.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [json.loads(line) for line in whole if line.startswith("{")]  # others say for what it waits
+        return [line for line in lines if "oldest_s" in line]
+
+    try:
+        wait_until(lambda: len(rounds()) >= 2, 120, f"two rounds; {run.tail()}")
+        for one in rounds():
+            assert sum(one[kind] for kind in ("missing", "different", "extra", "version")) == 0, one
+            assert one["pipeline_runs"]
+            assert one["rows"] >= len(SHAPES) * len(QUIET)
+            assert one["oldest_s"] > 0, "all were looked at, none of them just now"
+    finally:
+        assert run.stop() == INTERRUPTED, run.tail()
+
+
 def test_what_was_damaged_is_found_and_mended_while_rows_change(it: Scene) -> None:
     with Writing(it.shop) as writer:
         for _ in range(TIMES_UNDER_LOAD):
@@ -188,5 +210,6 @@ def test_what_was_damaged_is_found_and_mended_while_rows_change(it: Scene) -> No
         assert (status, numbers["repaired"], numbers["unverified"]) == (0, len(expected), []), numbers
         status, found, numbers = verify(it)
         assert (status, found) == (0, []), numbers
+        go_round(it)
         print(writer.done)
     assert sum(writer.done.values()) > 100

@@ -18,6 +18,7 @@ import pytest
 
 from delta_sync.applied_log import AppliedLog
 from delta_sync.changes import Key, Write
+from delta_sync.errors import CheckFailed, Problem
 from delta_sync.pipeline import Pipeline
 from delta_sync.repairing import DirectRepair
 from delta_sync.sinks.base import Stored
@@ -264,7 +265,12 @@ class Heard:
 
 
 def verify(
-    world: World, *, repair: bool = False, share: float = 1.0, dead: Collection[str] = ()
+    world: World,
+    *,
+    repair: bool = False,
+    share: float = 1.0,
+    dead: Collection[str] = (),
+    check_load: Callable[[str], None] = lambda _table: None,
 ) -> tuple[Heard, Tally, Verifier]:
     """Verify the table while the world goes on. `dead` are keys with a dead letter."""
     heard, stopping = Heard(), Waiting(world)
@@ -291,7 +297,9 @@ def verify(
         listener=heard,
         options=LoadSpec(chunk_rows=7),
         share=share,
-        repair=DirectRepair(epoch=1, keys=keys, makers=makers, sinks=sinks, applied=applied) if repair else None,
+        repair=DirectRepair(epoch=1, keys=keys, makers=makers, sinks=sinks, applied=applied, check_load=check_load)
+        if repair
+        else None,
         stopping=stopping,
         clock=lambda: world.now_s,
         rng=world.rng,
@@ -480,6 +488,24 @@ def test_a_document_that_a_dead_letter_explains_is_no_difference() -> None:
     assert (heard.findings, tally.dead) == ([], 1)
     heard, tally, _ = verify(world)
     assert [finding.key for finding in heard.findings] == ["20"]
+
+
+def test_a_repair_writes_nothing_once_the_table_is_loaded_anew() -> None:
+    """What it has read may have the old columns, and a version above what the new load reads."""
+    world = World(3)
+    world.rest()
+    world.change((20,), gone=False, n=1001)
+    world.applied = len(world.log)  # its change got lost
+    before = world.sink.documents(world.target)
+
+    def check_load(table: str) -> None:
+        raise CheckFailed([Problem(f"table {table}", "it is loaded anew", "wait")])
+
+    with pytest.raises(CheckFailed):
+        verify(world, repair=True, check_load=check_load)
+    assert world.sink.documents(world.target) == before
+    _, tally, _ = verify(world, repair=True)
+    assert tally.repaired == 1
 
 
 # ── the log ──────────────────────────────────────────────────────────────────────────────────────────────────────

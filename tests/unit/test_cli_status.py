@@ -158,6 +158,15 @@ def test_status_tells_what_readers_of_a_rebuilt_sink_see() -> None:
     ]
 
 
+def test_dumps_are_shown_with_what_they_wait_for() -> None:
+    dump = {
+        "dump": 3, "table": "public.movie", "kind": "table", "state": "running", "rows": 500, "estimate": 1000,
+        "rows_per_s": 99.6, "waits": "pid 7 (xid 9, open for 5 s): UPDATE movie",
+    }  # fmt: skip
+    text = as_text(now_of(document={**STATUS, "dumps": [dump]}))
+    assert "public.movie, running, 500 rows of about 1,000 (50 %), 100/s; waits: pid 7 (xid 9, open" in text
+
+
 def test_status_creates_nothing(folder: Path) -> None:
     result = deltactl("status", "movies")
     assert result.exit_code == 0

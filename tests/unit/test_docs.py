@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from delta_sync.applying import SinkNumbers
+from delta_sync.dumps import Dump
 from delta_sync.measures import LookupNumbers, PartitionLag
 from delta_sync.observe import ProgressCollector
 from delta_sync.pipeline import Pipeline
@@ -239,6 +240,7 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
     progress.position.sent(2)
     progress.position.advance(1)
     progress.partition_lags = {("delta_movies.public.movie", 0): PartitionLag(3, 0.5)}
+    progress.dumps = [Dump(table="public.movie", kind="table")]
     rows: list[str] = []
     for metric in ProgressCollector("movies", progress).collect():
         assert metric.samples, metric.name

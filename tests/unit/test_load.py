@@ -552,7 +552,10 @@ def loaded(make: MakeBench) -> Bench:
 
 def test_some_keys_are_read_and_those_without_a_row_are_deleted(loaded: Bench) -> None:
     id_ = loaded.dumps.add(Dump(table=MOVIE, kind="keys"), [(1,), (99,), (7,)])
-    loaded.loader().run()
+    loader = loaded.loader()
+    loader.look()
+    assert [(dump.id, dump.state) for dump in loaded.progress.dumps] == [(id_, "running")]
+    loader.run()
     version = dump_version(EPOCH, 5000)
     assert loaded.changes == [
         Change(MOVIE, (1,), version, {"id": 1}),

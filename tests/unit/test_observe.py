@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from delta_sync import observe
 from delta_sync.applying import SinkNumbers
+from delta_sync.dumps import Dump
 from delta_sync.measures import Histogram, PartitionLag
 from delta_sync.progress import LogPosition, Progress
 
@@ -60,6 +61,10 @@ def test_metrics_are_what_was_measured(progress: Progress, url: str) -> None:
     progress.batch_changes.add(100)
     progress.latency.add(0.2, 100)
     progress.partition_lags = {("t", 0): PartitionLag(3, 0.5), ("t", 1): PartitionLag(7, None)}
+    progress.dumps = [
+        Dump(id=3, table="public.movie", kind="table", state="running", rows=50, waits="pid 7"),
+        Dump(id=4, table="public.movie", kind="keys", state="paused"),
+    ]
     samples = {
         (sample.name, *sorted(label for name, label in sample.labels.items() if name != "pipeline")): sample.value
         for family in text_string_to_metric_families(answer(url, "/metrics")[1])
@@ -75,6 +80,9 @@ def test_metrics_are_what_was_measured(progress: Progress, url: str) -> None:
     assert samples["delta_batch_changes_bucket", "256.0"] == 1
     assert samples["delta_partition_lag_records", "1", "t"] == 7
     assert ("delta_partition_lag_seconds", "1", "t") not in samples
+    assert samples["delta_dump_rows", "3", "public.movie", "table"] == 50
+    assert samples["delta_dump_state", "3", "public.movie", "table", "waiting"] == 1
+    assert samples["delta_dump_state", "4", "keys", "paused", "public.movie"] == 1
     assert samples["delta_lag_seconds",] == 0.5  # the worst of those that are known
 
 

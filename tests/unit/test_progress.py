@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from delta_sync.applying import SinkNumbers
+from delta_sync.dumps import Dump
 from delta_sync.progress import LogPosition, News, Progress
 
 TIMEOUT_S = 60.0
@@ -183,3 +184,15 @@ def test_a_log_has_a_line_for_each_change_of_state(progress: Progress) -> None:
     expected = {"state": "stopped", "changes": 5, "writes": 4, "dead_letters": 1}
     assert news.look() == [("stopped", expected)]
     assert news.look() == []
+
+
+def test_the_rate_of_a_dump_counts_from_when_it_was_first_seen(progress: Progress, clock: Clock) -> None:
+    """Not from its beginning: another process may have read most of it."""
+    progress.document()
+    clock.now_s += 2
+    progress.dumps = [Dump(id=3, table="public.movie", kind="table", state="running", rows=1000, estimate=1500)]
+    assert progress.document()["dumps"][0]["rows_per_s"] is None
+    clock.now_s += 2
+    progress.dumps = [Dump(id=3, table="public.movie", kind="table", state="running", rows=1200, estimate=1500)]
+    (dump,) = progress.document()["dumps"]
+    assert (dump["rows_per_s"], dump["left_s"]) == (100.0, 3)

@@ -126,6 +126,17 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
     def read(self, target: Target, keys: Sequence[Key]) -> list[Stored | None]:
         """Return what the store holds for each key; None when it holds neither a document nor a tombstone."""
 
+    def read_beside(
+        self, target: Target, keys: Sequence[Key], documents: Sequence[Document | None]
+    ) -> Sequence[Stored | int | None]:
+        """Return what `read` does, or for a key the version alone where the store holds exactly this document.
+
+        For verification, of which nearly all documents are equal: a store that is compared as it was written need not
+        be decoded. Whoever is in doubt returns what is stored, as this does.
+        """
+        del documents
+        return self.read(target, keys)
+
     @abstractmethod
     def scan(self, target: Target) -> Iterator[list[tuple[str, int]]]:
         """Yield, in batches, the id and version of every document (no tombstones) of the target.

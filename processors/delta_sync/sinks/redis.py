@@ -337,19 +337,38 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
 
     def read(self, target: Target, keys: Sequence[Key]) -> list[Stored | None]:
         """Return each key as it was at one instant (not all of them at the same one)."""
+        decode = _from_hash if self._scripts is HASH else _from_json
+        found: list[Stored | None] = []
+        for content, tombstone in self._contents(target, keys):
+            stored = decode(content) if content else None
+            found.append(stored or (Stored(int(tombstone), None) if tombstone else None))
+        return found
+
+    def read_beside(
+        self, target: Target, keys: Sequence[Key], documents: Sequence[Document | None]
+    ) -> Sequence[Stored | int | None]:
+        """Compare strings byte by byte; a document that is not written as Delta would write it now is decoded."""
+        if self._scripts is HASH:
+            return self.read(target, keys)
+        found: list[Stored | int | None] = []
+        for document, (content, tombstone) in zip(documents, self._contents(target, keys), strict=True):
+            if content and document is not None and _is_written_so(content, document):
+                found.append(int(content[VERSION_PLACE]))
+            else:
+                stored = _from_json(content) if content else None
+                found.append(stored or (Stored(int(tombstone), None) if tombstone else None))
+        return found
+
+    def _contents(self, target: Target, keys: Sequence[Key]) -> Iterator[tuple[Any, bytes | None]]:
+        """Yield what is stored for each key, and its tombstone."""
         names = [_template(target).render(key).encode() for key in keys]
         step = 1 if self._link.is_cluster else READ_KEYS
         calls = [
             _Call([name for key in names[start : start + step] for name in (key, tombstone_key(key))], [])
             for start in range(0, len(names), step)
         ]
-        decode = _from_hash if self._scripts is HASH else _from_json
-        found: list[Stored | None] = []
         for reply in self._link.run(self._scripts.read, calls):
-            for content, tombstone in zip(reply[::2], reply[1::2], strict=True):
-                stored = decode(content) if content else None
-                found.append(stored or (Stored(int(tombstone), None) if tombstone else None))
-        return found
+            yield from zip(reply[::2], reply[1::2], strict=True)
 
     def scan(self, target: Target) -> Iterator[list[tuple[str, int]]]:
         """Yield keys as text, with their versions; keys that Delta did not write are passed over."""
@@ -509,9 +528,27 @@ def _utf8(text: object) -> bytes:
         raise _Unstorable("the document holds text that is not valid Unicode") from error
 
 
+VERSION_PLACE = slice(13, 32)  # in a string, behind {"_version":"
+_VERSION_END = 33  # behind the quotation mark
+
+
+def _is_written_so(body: bytes, document: Document) -> bool:
+    """Tell whether a string is what Delta would write for a document, whatever its version."""
+    try:
+        (written,) = _json_args(1, document)
+    except _Unstorable:
+        return False
+    return (
+        body[_VERSION_END:] == written[_VERSION_END:]
+        and body.startswith(b'{"_version":"')
+        and body[VERSION_PLACE].isdigit()
+        and body[32:33] == b'"'
+    )
+
+
 def _from_json(body: bytes) -> Stored | None:
     """Return what a string holds; None if Delta did not write it."""
-    version = body[13:32]
+    version = body[VERSION_PLACE]
     if not body.startswith(b'{"_version":"') or len(version) != VERSION_DIGITS or not version.isdigit():
         return None
     try:

@@ -423,6 +423,9 @@ class SinkContract:
             stored = Stored(5, self.stored_form(DOCUMENTS[name]))
             assert sink.read(target, [(1,)]) == [stored]
             assert Stored(5, sink.stored_form(target, DOCUMENTS[name])) == stored
+            assert sink.read_beside(target, [(1,)], [DOCUMENTS[name]]) in ([5], [stored])
+            others: list[Document | None] = [{"another": 1}, {"n": 1}, None]
+            assert sink.read_beside(target, [(1,), (2,), (1,)], others) == [stored, None, stored]
             assert scanned(sink, target) == {sink.id_of(target, (1,)): 5}
             assert apply(sink, target, (1,), 4, {}) == STALE
 

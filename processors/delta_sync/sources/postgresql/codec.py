@@ -370,11 +370,19 @@ def configure(connection: psycopg.Connection) -> None:
     for name in _AS_TEXT:
         adapters.register_loader(name, TextLoader)
     set_json_loads(parse_json, connection)
+    adapters.register_loader("jsonb", _JsonbLoader)
 
 
 # psycopg has types of its own for these.
 _RANGES = ("int4", "int8", "num", "ts", "tstz", "date")
 _AS_TEXT = ("timetz", "inet", "cidr", *(f"{name}{suffix}" for name in _RANGES for suffix in ("range", "multirange")))
+
+
+class _JsonbLoader(Loader):
+    """As for the log: the server has written it, so no exponents have to be looked for."""
+
+    def load(self, data: Buffer) -> Any:
+        return parse_jsonb(data if isinstance(data, bytes) else bytes(data))
 
 
 class _DateLoader(Loader):
