@@ -63,6 +63,10 @@ class SinkBusy(Transient):
     """A sink is unreachable, timed out, or asked to slow down (429, 503, LOADING, not primary, …)."""
 
 
+class ColumnsAdded(SinkBusy):
+    """Another process has added columns to a sink's table: look at it again, then write."""
+
+
 class LookupBusy(Transient):
     """A look-up's service is unreachable, timed out, or asked to slow down."""
 
