@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import datetime as dt
 import decimal
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,51 +10,20 @@ from typing import Any, ClassVar
 import pytest
 import sqlalchemy as sa
 
+from columns_contract import ColumnsContract
 from delta_sync.changes import APPLIED, STALE, Write
 from delta_sync.errors import SinkBusy, UsageError
 from delta_sync.sinks.base import Stored, Target
 from delta_sync.sinks.sql import ROWS, SqlOptions, SqlSink, SqlTargetOptions
-from delta_sync.testing.contract import MOVIE, AnySink, SinkContract, apply, scanned, storm
+from delta_sync.testing.contract import MOVIE, AnySink, apply, scanned, storm
 from delta_sync.testing.processes import free_port
 from delta_sync.testing.servers import PostgreSQL
-from delta_sync.values import Document, Interval
+from delta_sync.values import Document
 
 TTL_S = 3600
 
 
-def as_plain(value: object) -> Any:
-    """Return what the sink reads for a value, as the module's table says; written apart from the sink's own code."""
-    match value:
-        case bool() | str() | None:
-            return value
-        case float() | decimal.Decimal() if value == value and value == value // 1:
-            return int(value)
-        case decimal.Decimal():
-            return float(value)  # those of the contract are exact
-        case bytes():
-            return base64.b64encode(value).decode()
-        case uuid.UUID() | Interval():
-            return str(value)
-        case dt.datetime() | dt.date() | dt.time():
-            return value.isoformat().replace("+00:00", "Z")
-        case dict():
-            return {name: as_plain(part) for name, part in value.items()}
-        case list():
-            return [as_plain(part) for part in value]
-        case _:
-            return value
-
-
-class SqlContract(SinkContract):
-    """The contract; a field without a value is not there."""
-
-    second_step = None  # one statement compares and writes
-
-    def stored_form(self, document: Document) -> dict[str, Any]:
-        return {name: as_plain(value) for name, value in document.items() if value is not None and value == value}
-
-
-class TestSqlite(SqlContract):
+class TestSqlite(ColumnsContract):
     storm_seeds = range(2)
     storm_writes = 200
 
@@ -72,7 +38,7 @@ class TestSqlite(SqlContract):
         return SqlSink("warehouse", f"sqlite:///{tmp_path}/nowhere/warehouse.db", SqlOptions(), TTL_S)
 
 
-class TestPostgresql(SqlContract):
+class TestPostgresql(ColumnsContract):
     storm_seeds = range(3)
     storm_writes = 250
     rejects: ClassVar[frozenset[str]] = frozenset({"zero_bytes"})

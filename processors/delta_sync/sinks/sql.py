@@ -28,19 +28,13 @@ column's type is rejected, and nothing is rounded or cut.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import datetime as dt
 import decimal
-import enum
-import math
-import re
 import threading
 import time
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import sqlalchemy as sa
 from pydantic import Field
@@ -51,38 +45,34 @@ from sqlalchemy.engine import URL, make_url
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import ColumnsAdded, DeltaError, Problem, SinkBusy, SinkRefused, Unstorable, UsageError
 from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
+from delta_sync.sinks.columns import (
+    ID_COLUMN,
+    MAX_NAME_BYTES,
+    Kind,
+    checked_text,
+    fitted,
+    folded,
+    kind_of_value,
+    name_conflict,
+    number,
+    numbers,
+    plain,
+    wider,
+)
 from delta_sync.state_database import create_engine, reading_of
 from delta_sync.tables import Table, key_text
-from delta_sync.values import Document, Interval, from_json, scalar_text, to_json
-
-Kind = Literal[
-    "boolean",
-    "integer",
-    "float",
-    "decimal",
-    "text",
-    "bytes",
-    "date",
-    "time",
-    "timestamp",
-    "timestamptz",
-    "uuid",
-    "json",
-]
+from delta_sync.values import Document, from_json, scalar_text, to_json
 
 ROWS = "__delta"  # what a target's table is called, after the view
 FLOOR = "__delta_floor"
-ID_COLUMN = "_delta_id"
 DELETED_COLUMN = "_delta_deleted_ms"
 OWN_COLUMNS = (ID_COLUMN, VERSION_FIELD, DELETED_COLUMN)
 
 BUSY_TIMEOUT_S = 30.0  # for another's lock: a batch, or the creation of a column, takes far less
 SCAN_BATCH = 5000  # ids and versions are some 60 bytes each
 READ_KEYS = 10_000  # in one statement, below the 32,766 parameters that either database takes
-MAX_NAME_BYTES = 63  # PostgreSQL cuts longer ones, so two could become one
 MAX_COLUMNS = 1000  # PostgreSQL's limit is 1,600, but a row of so many must fit into a page of 8 kB; SQLite's is 2,000
 SHAPE_LOOKS = 5  # at a table to which others add columns; each adds all of a batch's, so soon there is none left
-EXACT_IN_DOUBLE = 1 << 53
 SQLITE_NEEDED = (3, 35, 0)  # RETURNING
 
 
@@ -336,15 +326,15 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
 
     def _addable(self, shape: Shape, wanted: Mapping[str, Kind]) -> list[str]:
         """Return the fields that have a column, or can get one. SQLite takes no two names that differ in case only."""
-        taken = {_folded(name) for name in (*shape.kinds, *OWN_COLUMNS)} if self.is_sqlite else set[str]()
+        taken = {folded(name) for name in (*shape.kinds, *OWN_COLUMNS)} if self.is_sqlite else set[str]()
         room = MAX_COLUMNS - len(shape.kinds)
         found: list[str] = []
         for name in wanted:
             if name not in shape.kinds:
-                if room <= 0 or (self.is_sqlite and _folded(name) in taken):
+                if room <= 0 or (self.is_sqlite and folded(name) in taken):
                     continue
                 room -= 1
-                taken.add(_folded(name))
+                taken.add(folded(name))
             found.append(name)
         return found
 
@@ -386,7 +376,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
         for index, write in enumerate(writes):
             try:
                 fields = None if write.document is None else self._fields(place, write.document)
-                id_ = _text(key_text(write.key), self.is_sqlite)
+                id_ = checked_text(key_text(write.key), self.is_sqlite)
             except Unstorable as error:
                 outcomes[index] = rejected(str(error).rstrip("."))
                 continue
@@ -449,7 +439,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
         return outcomes | self._upsert_apart(target, shape, fit)
 
     def _no_column(self, shape: Shape, name: str) -> str:
-        same = next((one for one in (*shape.kinds, *OWN_COLUMNS) if _folded(one) == _folded(name)), None)
+        same = next((one for one in (*shape.kinds, *OWN_COLUMNS) if folded(one) == folded(name)), None)
         if same is not None:
             return f"the field {name} differs from the column {same} in case alone, which SQLite takes for the same"
         return (
@@ -459,25 +449,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
 
     def _fitted(self, target: Target, name: str, column: Kind | None, kind: Kind, value: Any) -> Any:
         """Return the value as its column takes it. Raises Unstorable."""
-        if column == kind:
-            return self._raw(kind, value)
-        match column, kind:
-            case "json", _:
-                return self._raw("json", value)
-            case "float", "integer" if abs(value) <= EXACT_IN_DOUBLE:
-                return float(value)
-            case "decimal", "integer":
-                return self._raw("decimal", decimal.Decimal(value))
-            case "decimal", "float" if math.isfinite(value):
-                return self._raw("decimal", decimal.Decimal(repr(value)))
-            case None, _:
-                reason = "which is of a type that Delta does not write"
-            case _:
-                reason = f"which is of type {column}"
-        raise Unstorable(
-            f"the field {name} is of type {kind} here, and does not fit its column in {target.place}, {reason}; let the"
-            f" processor return one type, or name it under `columns` and load the table again into a new one"
-        )
+        return self._raw(*fitted(target.place, name, column, kind, value))
 
     def _raw(self, kind: Kind, value: Any) -> Any:
         if kind == "json":
@@ -627,7 +599,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
     def stored_form(self, target: Target, document: Document) -> dict[str, Any]:
         """Return the fields that have a value, as JSON values; numbers in one form, whatever their column's type."""
         fields = self._fields(target.settings, document)
-        return {name: _plain(kind, value) for name, (kind, value) in fields.items()}
+        return {name: plain(kind, value) for name, (kind, value) in fields.items()}
 
     # ── the connection ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -747,136 +719,6 @@ def parse_url(name: str, url: str, options: SqlOptions) -> URL:
     )
 
 
-def name_conflict(name: object) -> str | None:
-    """Return why a field's name cannot be a column's, if so."""
-    if not isinstance(name, str):
-        return f"a field's name must be a str, not a {type(name).__name__}"
-    if _folded(name) in OWN_COLUMNS:
-        return f"the field {name} is Delta's own; give the document's field another name"
-    if not name or "\0" in name:
-        return "a field's name cannot be empty or hold a zero byte"
-    try:
-        if len(name.encode()) > MAX_NAME_BYTES:
-            return f"the field's name {name} has more than {MAX_NAME_BYTES} bytes; give it a shorter one"
-    except UnicodeEncodeError:
-        return f"the field's name {name!r} is no valid text"
-    return None
-
-
-def kind_of_value(name: str, value: object, declared: Kind | None, is_sqlite: bool) -> tuple[Kind, Any] | None:
-    """Return a value's kind, and the value as plain Python; None when it is NULL. Raises Unstorable."""
-    match value:
-        case None:
-            return None
-        case enum.Enum():
-            return kind_of_value(name, value.value, declared, is_sqlite)
-        case bool():
-            return "boolean", value
-        case int():
-            return ("integer" if -(1 << 63) <= value < 1 << 63 else "decimal"), (
-                int(value) if -(1 << 63) <= value < 1 << 63 else decimal.Decimal(value)
-            )
-        case float():
-            return None if math.isnan(value) else ("float", float(value))
-        case decimal.Decimal():
-            if value.is_nan():
-                return None
-            if not value.is_finite():
-                raise Unstorable(f"the field {name} is infinite, and a decimal column is not.")
-            return "decimal", value
-        case str():
-            return "text", _text(str(value), is_sqlite)
-        case Interval():
-            return "text", str(value)
-        case bytes() | bytearray():
-            return "bytes", bytes(value)
-        case dt.datetime():
-            if value.tzinfo is None:
-                return "timestamp", value
-            return "timestamptz", value.astimezone(dt.UTC)
-        case dt.date():
-            return "date", value
-        case dt.time():
-            return ("time", value) if value.tzinfo is None else ("text", value.isoformat())
-        case uuid.UUID():
-            return "uuid", value
-        case dict() | list() | tuple() | set() | frozenset():
-            try:
-                encoded = to_json(value)  # pyright: ignore[reportUnknownArgumentType] -- any elements
-            except (TypeError, RecursionError) as error:
-                raise Unstorable(f"the field {name} cannot be written as JSON: {error}.") from error
-            if not is_sqlite and _ZERO_BYTE.search(encoded):
-                raise Unstorable(f"the field {name} holds a zero byte, which PostgreSQL does not take.")
-            return "json", value  # pyright: ignore[reportUnknownVariableType] -- any elements
-        case _:
-            raise Unstorable(f"the field {name} is a {type(value).__name__}, which no column can hold.")
-
-
-_ZERO_BYTE = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # in JSON, where it is always written so
-
-
-def _text(text: str, is_sqlite: bool) -> str:
-    """Return a text that the store can hold. Raises Unstorable."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Unstorable(f"a text holds what is no character: {error.reason}.") from error
-    if not is_sqlite and "\0" in text:
-        raise Unstorable("a text holds a zero byte, which PostgreSQL does not take.")
-    return text
-
-
-def wider(first: Kind, second: Kind) -> Kind:
-    """Return the kind for a new column that is to hold both, as far as there is one; else the first."""
-    kinds = {first, second}
-    if kinds <= {"integer", "float"}:
-        return "float"
-    if kinds <= {"integer", "float", "decimal"}:
-        return "decimal"
-    return first
-
-
-def _plain(kind: Kind, value: Any) -> Any:
-    """Return a value as JSON has it, with numbers in one form."""
-    match kind:
-        case "integer" | "float" | "decimal":
-            return _number(value)
-        case "json":
-            return _numbers(from_json(to_json(value)))
-        case "bytes":
-            return base64.b64encode(value).decode()
-        case "date" | "time" | "timestamp" | "timestamptz" | "uuid":
-            return scalar_text(value)
-        case _:
-            return value
-
-
-def _number(value: float | decimal.Decimal) -> int | float | decimal.Decimal:
-    """Return a number in one form, whatever its column's type: int, else float if that is exact, else Decimal."""
-    if isinstance(value, float) and math.isinf(value):
-        return value
-    if value == (whole := int(value)):
-        return whole
-    if isinstance(value, float):
-        return value
-    as_float = float(value)
-    return as_float if decimal.Decimal(repr(as_float)) == value else decimal.Decimal(scalar_text(value))
-
-
-def _numbers(value: object) -> object:
-    """Return a JSON value with its numbers in one form: stores write 1e16 as they like."""
-    match value:
-        case float() | decimal.Decimal():
-            return _number(value)
-        case dict():
-            return {name: _numbers(part) for name, part in cast("dict[str, object]", value).items()}
-        case list():
-            return [_numbers(part) for part in cast("list[object]", value)]
-        case _:
-            return value
-
-
 def _document(shape: Shape, values: Iterable[Any]) -> dict[str, Any]:
     """Return a row's document, as `stored_form` has it."""
     return {
@@ -891,20 +733,15 @@ def _read(kind: Kind | None, value: Any) -> Any:
         case "boolean":
             return bool(value)
         case "json":
-            return _numbers(from_json(value.encode()))
+            return numbers(from_json(value.encode()))
         case "decimal":
-            return _number(decimal.Decimal(value))
+            return number(decimal.Decimal(value))
         case None:
             return str(value)
         case _ if isinstance(value, str):
             return value  # SQLite's texts are written so
         case _:
-            return _plain(kind, value)
-
-
-def _folded(name: str) -> str:
-    """Return a name as SQLite compares it: without case, of ASCII letters alone."""
-    return "".join(chr(ord(letter) | 32) if "A" <= letter <= "Z" else letter for letter in name)
+            return plain(kind, value)
 
 
 def _insert(dialect: sa.Dialect, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
