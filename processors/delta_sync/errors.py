@@ -67,6 +67,10 @@ class ColumnsAdded(SinkBusy):
     """Another process has added columns to a sink's table: look at it again, then write."""
 
 
+class HandlersBusy(SinkBusy):
+    """A handler of events did not take them before Delta stopped: they are delivered again."""
+
+
 class LookupBusy(Transient):
     """A look-up's service is unreachable, timed out, or asked to slow down."""
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from delta_sync.delta_event import decode_event
+from delta_sync.delta_event import DeltaEvent, decode_event
 from delta_sync.errors import SinkRefused, Transient, UsageError
+from delta_sync.events import RowEvent
 from delta_sync.generations import GenerationStore, meant, open_generations
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, load_processor
@@ -98,7 +100,10 @@ def _replay(
     tables: Mapping[str, Table],
     lookups: Mapping[str, LookupCaller],
 ) -> Failed | None:
-    change = decode_event(letter.event).change
+    event = decode_event(letter.event)
+    change = event.change
+    if letter.stage == "handle":
+        return _handle_again(letter, event, pipeline)
     table, declared = tables.get(letter.table), pipeline.tables.get(letter.table)
     if table is None or declared is None:
         return Failed(letter.stage, f"The pipeline no longer has table {letter.table}.", "")
@@ -116,4 +121,18 @@ def _replay(
         for outcome in sink.apply(target_for(sink, table, spec), processed.writes):
             if outcome.kind == "rejected":
                 return Failed("apply", outcome.reason, "")
+    return None
+
+
+def _handle_again(letter: DeadLetter, event: DeltaEvent, pipeline: Pipeline) -> Failed | None:
+    """Call the handler with the change once more, whatever it has had since. Raises Transient when it says that."""
+    handler = next((one for one in pipeline.handlers.values() if one.place == letter.sink), None)
+    if handler is None:
+        raise UsageError(f"There is no handler {letter.sink} any more; discard dead letter {letter.id}.")
+    try:
+        handler.call([RowEvent.of(event)])
+    except Transient:
+        raise
+    except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
+        return Failed("handle", f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
     return None

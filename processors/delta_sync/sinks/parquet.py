@@ -215,7 +215,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
                 else:
                     rows.append(row)
             if rows:
-                used = {name: kinds[name] for name in wanted}
+                used: dict[str, Kind] = {name: kinds[name] for name in wanted}
                 schema = pa.schema([*_OWN_FIELDS, *(pa.field(name, _TYPES[kind]) for name, kind in used.items())])
                 day = dt.datetime.fromtimestamp(written_ns / 1e9, dt.UTC).date().isoformat()
                 self._write(f"{place.folder}/{CHANGES}/day={day}", pa.Table.from_pylist(rows, schema=schema))
