@@ -114,6 +114,10 @@ class UndecodableChange(DeltaError):
     """A change event does not fit the table's columns, or is none."""
 
 
+class EventRefused(DeltaError):
+    """A webhook or a topic will never take this event."""
+
+
 class SchemaUnfit(UndecodableChange):
     """The schema that a record was written with is not Avro, or cannot be read by itself."""
 

@@ -18,7 +18,7 @@ import tenacity
 
 from delta_sync.changes import Key
 from delta_sync.delta_event import DeltaEvent
-from delta_sync.errors import HandlersBusy, Transient
+from delta_sync.errors import DeltaError, HandlersBusy, Transient
 from delta_sync.secrets import redact
 from delta_sync.tables import key_text
 from delta_sync.values import Row
@@ -139,6 +139,9 @@ class HandlerRunner:
         """Wait for what is under way."""
         for lane in self._lanes:
             lane.shutdown(wait=True, cancel_futures=True)
+        close = getattr(self.handler.function, "close", None)
+        if callable(close):
+            close()
 
     def _handle(self, events: Sequence[RowEvent]) -> list[Unhandled]:
         handler, unhandled = self.handler, list[Unhandled]()
@@ -180,7 +183,8 @@ class HandlerRunner:
             error = state.outcome.exception() if state.outcome is not None else None
             if error is None or not isinstance(error, Exception):
                 return False
-            return isinstance(error, Transient) or state.attempt_number < handler.attempts
+            final = isinstance(error, DeltaError) or state.attempt_number >= handler.attempts
+            return isinstance(error, Transient) or not final
 
         def before_sleep(state: tenacity.RetryCallState) -> None:
             reason = redact(str(state.outcome.exception())) if state.outcome is not None else ""
