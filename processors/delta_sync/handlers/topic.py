@@ -1,8 +1,9 @@
 """A handler that writes events to a topic of Kafka, in the common form: what dead letters are, and what replays read.
 
 A record's key is the table and the key as text, so a row's changes are in one partition, in their order. Its value is
-the Delta event in Avro (`schemas/delta_schemas/delta_event.avsc`): with a registry in Confluent's wire format, under the
-subject `<topic>-value`; without one in Avro's single-object encoding. The header `delta-id` is the idempotency key.
+the Delta event in Avro (`schemas/delta_schemas/delta_event.avsc`): with a registry in Confluent's wire format, under
+the subject `<topic>-value`; without one in Avro's single-object encoding. The header `delta-id` is the idempotency
+key.
 """
 
 from __future__ import annotations
