@@ -108,7 +108,7 @@ class HandlerNumbers:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.handled = self.failed = self.retries = 0
+        self.handled = self.failed = self.retries = 0  # handled: those that failed, too
         self.busy: str | None = None  # why it does not take events at the moment
 
 
@@ -152,10 +152,11 @@ class HandlerRunner:
                     wanted.append(event)
             except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this event's
                 unhandled.append(_unhandled(handler, event, error))
+        not_asked = len(unhandled)
         for start in range(0, len(wanted), handler.batch):
             unhandled += self._call(wanted[start : start + handler.batch])
         with self.numbers.lock:
-            self.numbers.handled += len(wanted)
+            self.numbers.handled += len(wanted) + not_asked
             self.numbers.failed += len(unhandled)
         return unhandled
 

@@ -142,6 +142,7 @@ class Running:
         self.progress.lookups = {name: caller.numbers for name, caller in lookups.items()}
         mender = Mender(DumpStore(state, spec.name), lookups, self._stopping)
         handlers = [HandlerRunner(handler, self._giving_up) for handler in pipeline.handlers.values()]
+        self.progress.handlers = {runner.handler.name: runner.numbers for runner in handlers}
         samples = SharedSamples(watch_reader.new_samples)
         self.progress.bytes_between = watch_reader.bytes_between
         try:

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 
+from delta_sync.changes import Change
 from delta_sync.decoding import Decoded, Event, Image, Stretch, TableCodec, decode
 from delta_sync.delta_event import decode_event, encode_event
 from delta_sync.errors import HandlersBusy, Transient, UndecodableChange, UsageError
 from delta_sync.events import Handler, HandlerRunner, RowEvent, Unhandled, lane_of
 from delta_sync.pipeline import Pipeline
+from delta_sync.processing import Failure
+from delta_sync.replaying import _handle_again
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
 from delta_sync.versions import version_of
-from delta_sync.worker import Job
+from delta_sync.worker import Job, _letter
 
 EPOCH = 7
 AT = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
@@ -281,3 +284,27 @@ def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(UsageError, match="needs the table's name"):
         movies.on(notify)  # type: ignore[arg-type]  # that is the mistake
     assert list(movies.handlers) == ["notify"]
+
+
+# ── dead letters ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_dead_letter_is_replayed_by_its_handler_with_all_that_it_was(scene: Scene) -> None:
+    movies = Pipeline("movies")
+    movies.on("public.movie", name="notify")(scene.handle)
+    event = event_of(5, before={"id": 1, "title": "A"}, op="update")
+    failed = Failure(Change(event.table, event.key, 5, event.after), "handle", "it was down", "", "on:notify", event)
+    letter = _letter("movies", failed, "log")
+    kept = decode_event(letter.event)
+    assert _handle_again(letter, kept, movies) is None
+    assert scene.calls == [event]
+
+    def before(_: RowEvent) -> None:
+        raise KeyError("title")
+
+    scene.before = before
+    again = _handle_again(letter, kept, movies)
+    assert again is not None
+    assert (again.stage, again.error) == ("handle", "KeyError: 'title'")
+    with pytest.raises(UsageError, match="There is no handler on:notify any more"):
+        _handle_again(letter, kept, Pipeline("movies"))
