@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import decimal
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -16,15 +18,16 @@ from delta_sync.errors import SinkBusy, UsageError
 from delta_sync.sinks.base import Stored, Target
 from delta_sync.sinks.sql import ROWS, SqlOptions, SqlSink, SqlTargetOptions
 from delta_sync.testing.contract import MOVIE, AnySink, apply, scanned, storm
-from delta_sync.testing.processes import free_port
+from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.servers import PostgreSQL
 from delta_sync.values import Document
 
 TTL_S = 3600
+WAIT_S = 30.0  # far above what anything here takes
 
 
 class TestSqlite(ColumnsContract):
-    storm_seeds = range(2)
+    storm_seeds = range(1)
     storm_writes = 200
 
     @pytest.fixture
@@ -39,8 +42,8 @@ class TestSqlite(ColumnsContract):
 
 
 class TestPostgresql(ColumnsContract):
-    storm_seeds = range(3)
-    storm_writes = 250
+    storm_seeds = range(2)
+    storm_writes = 200
     rejects: ClassVar[frozenset[str]] = frozenset({"zero_bytes"})
 
     @pytest.fixture
@@ -171,6 +174,36 @@ def test_expired_tombstones_are_swept(sink: SqlSink, target: Target) -> None:
     assert clocked.sweep(target) == 1
     assert clocked.read(target, [(1,)]) == [None]
     clocked.close()
+
+
+def test_a_truncate_waits_for_a_batch_that_does_not_know_its_floor(postgresql: PostgreSQL) -> None:
+    """Else a document below the floor would be committed after the look for such, and stay."""
+    sink = SqlSink("warehouse", postgresql.url, SqlOptions(), TTL_S)
+    target = sink.target(MOVIE, SqlTargetOptions())
+    sink.drop(target)
+    sink.prepare(target)
+    apply(sink, target, (1,), 9, {"n": 9})
+    with ThreadPoolExecutor(2) as pool, psycopg.connect(postgresql.url) as holder:
+        holder.execute("SELECT 1 FROM movie__delta FOR UPDATE")  # so that the batch stands still at row 1
+        batch = pool.submit(sink.apply, target, [Write((1,), 5, {"n": 5}), Write((2,), 5, {"n": 5})])
+        wait_until(lambda: _waiting(postgresql) == 1, WAIT_S, "a batch that waits")
+        truncate = pool.submit(sink.truncate, target, 6)
+        wait_until(lambda: truncate.done() or _waiting(postgresql) == 2, WAIT_S, "a truncate that waits")
+        holder.rollback()
+        assert batch.result(WAIT_S) == [STALE, APPLIED]
+        truncate.result(WAIT_S)
+    assert scanned(sink, target) == {"1": 9}
+    sink.drop(target)
+    sink.close()
+
+
+def _waiting(server: PostgreSQL) -> int:
+    """Return how many sessions wait for a lock on the target's rows or its floor."""
+    asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%movie\\_\\_delta%'"
+    with psycopg.connect(server.url) as connection:
+        row = connection.execute(asked).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 class VersionsOff(SqlSink):

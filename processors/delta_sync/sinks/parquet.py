@@ -49,7 +49,7 @@ from delta_sync.sinks.columns import (
 )
 from delta_sync.tables import Table, key_text
 from delta_sync.urls import parts_of
-from delta_sync.values import Document, from_json, scalar_text, to_json
+from delta_sync.values import Document, decimal_text, from_json, to_json
 
 
 def _library(name: str) -> Any:
@@ -496,8 +496,10 @@ def _raw(kind: Kind, value: Any) -> Any:
     match kind:
         case "json":
             return to_json(value).decode()
-        case "decimal" | "uuid":
-            return scalar_text(value)
+        case "decimal":
+            return decimal_text(value)
+        case "uuid":
+            return str(value)
         case _:
             return value
 

@@ -61,7 +61,7 @@ from delta_sync.sinks.columns import (
 )
 from delta_sync.state_database import create_engine, reading_of
 from delta_sync.tables import Table, key_text
-from delta_sync.values import Document, from_json, scalar_text, to_json
+from delta_sync.values import Document, decimal_text, from_json, scalar_text, to_json
 
 ROWS = "__delta"  # what a target's table is called, after the view
 FLOOR = "__delta_floor"
@@ -458,7 +458,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             return value
         match kind:
             case "decimal":
-                return scalar_text(value)
+                return decimal_text(value)
             case "date" | "time" | "timestamp" | "timestamptz" | "uuid":
                 return scalar_text(value)
             case _:
