@@ -228,3 +228,18 @@ def test_a_view_of_the_users_own_is_a_problem(sink: SqlSink, target: Target) -> 
     assert any("movie is there" in problem.what for problem in problems)
     with pytest.raises(UsageError, match="ends as Delta's own"):
         sink.target(MOVIE, SqlTargetOptions(table=f"movie{ROWS}"))
+
+
+def test_tables_are_in_the_schema_that_the_user_chose(postgresql: PostgreSQL) -> None:
+    sink = SqlSink("warehouse", postgresql.url, SqlOptions(db_schema="films %s"), TTL_S)
+    query(sink, 'CREATE SCHEMA IF NOT EXISTS "films %s"')
+    target = sink.target(MOVIE, SqlTargetOptions(table="movie 50%"))
+    assert target.place == "films %s.movie 50%"
+    assert sink.check([target]) == []
+    sink.prepare(target)
+    assert apply(sink, target, (1,), 5, {"a %": 1}) == APPLIED
+    assert apply(sink, target, (1,), 4, {"b": 2}) == STALE
+    assert query(sink, 'SELECT "a %" AS a FROM "films %s"."movie 50%"') == [{"a": 1}]
+    assert sink.drop(target) == 1
+    query(sink, 'DROP SCHEMA "films %s"')
+    sink.close()

@@ -84,7 +84,6 @@ class SqlOptions(Options):
     db_schema: str | None = Field(
         default=None,
         min_length=1,
-        alias="schema",
         description="PostgreSQL's schema for tables and views; default: the first of the user's search_path.",
     )
 
