@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,6 +18,8 @@ from delta_sync.events import Handler, HandlerRunner, RowEvent, Unhandled, lane_
 from delta_sync.pipeline import Pipeline
 from delta_sync.processing import Failure
 from delta_sync.replaying import _handle_again
+from delta_sync.sources.mysql import codec as mysql_codec
+from delta_sync.sources.postgresql import codec as postgresql_codec
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
 from delta_sync.versions import version_of
@@ -116,6 +118,34 @@ def test_a_change_of_other_columns_names_all_as_missing() -> None:
         ({}, ("id", "title", "year")),
         ({"id": 1, "title": "B"}, ("year",)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("codec_of", "kind", "unknown", "known"),
+    [
+        (postgresql_codec.table_codec, Kind.TEXT, postgresql_codec.PLACEHOLDER, "a"),
+        (mysql_codec.table_codec, Kind.TIMESTAMP_TZ, "1970-01-01T00:00:00Z", "2024-01-02T03:04:05Z"),
+    ],
+)
+def test_the_sources_codecs_name_what_the_log_does_not_have(
+    codec_of: Callable[[Table], TableCodec], kind: Kind, unknown: str, known: str
+) -> None:
+    """Whole columns, and values of others: a long text that did not change, a date that MariaDB writes as zero."""
+    columns = (
+        Column("id", "integer", Kind.INTEGER),
+        Column("size", "integer", Kind.INTEGER, in_log=False),
+        Column("value", "…", kind, nullable=False, may_be_absent=True),
+    )
+    codec = codec_of(TABLE._replace(columns=columns))
+    events = decode(
+        [Stretch(EPOCH, [logged("u", n, {"id": 1, "value": value}) for n, value in enumerate((unknown, known))])],
+        {TABLE.id: codec},
+        "delta.",
+        None,
+        {TABLE.id},
+    ).each
+    assert [event.missing for event in events] == [("size", "value"), ("size",)]
+    assert [set(event.after or ()) for event in events] == [{"id"}, {"id", "value"}]
 
 
 def test_a_truncate_keeps_the_changes_before_it() -> None:
