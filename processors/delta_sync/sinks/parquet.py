@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import decimal
+import functools
 import importlib
 import io
 import os
@@ -52,15 +53,28 @@ from delta_sync.urls import parts_of
 from delta_sync.values import Document, decimal_text, from_json, to_json
 
 
-def _library(name: str) -> Any:
-    """Return a module of the extra, which has no types. Raises UsageError with what to install."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(f"The Parquet sink needs more ({error}); type: pip install 'delta-sync[parquet]'.") from error
+class _Library:
+    """A module of the extra, which has no types, imported when it is first used: it takes 50 MB, and most pipelines
+    have no such sink, though the class is looked at. Raises UsageError with what to install.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            module = importlib.import_module(self._name)
+        except ImportError as error:
+            raise UsageError(
+                f"The Parquet sink needs more ({error}); type: pip install 'delta-sync[parquet]'."
+            ) from error
+        return getattr(module, attribute)
 
 
-fsspec, pa, pc, pq = map(_library, ("fsspec", "pyarrow", "pyarrow.compute", "pyarrow.parquet"))
+fsspec: Any = _Library("fsspec")
+pa: Any = _Library("pyarrow")
+pc: Any = _Library("pyarrow.compute")
+pq: Any = _Library("pyarrow.parquet")
 
 DELETED_COLUMN = "_delta_deleted"
 WRITTEN_COLUMN = "_delta_written_ns"
@@ -71,26 +85,29 @@ SCAN_BATCH = 5000  # ids and versions are some 60 bytes each
 READ_ATTEMPTS = 10  # at a listing whose files a compaction removes meanwhile: each is a new one, seconds later
 COMPACT_FILES = 8  # fewer files of changes than that are not worth writing every bucket again
 
-_TYPES: Mapping[Kind, Any] = {
-    "boolean": pa.bool_(),
-    "integer": pa.int64(),
-    "float": pa.float64(),
-    "decimal": pa.string(),  # Parquet's decimals have one scale for all
-    "text": pa.string(),
-    "bytes": pa.binary(),
-    "date": pa.date32(),
-    "time": pa.time64("us"),
-    "timestamp": pa.timestamp("us"),
-    "timestamptz": pa.timestamp("us", "UTC"),
-    "uuid": pa.string(),
-    "json": pa.string(),
-}
-_OWN_FIELDS = (
-    pa.field(ID_COLUMN, pa.string(), nullable=False),
-    pa.field(VERSION_FIELD, pa.int64(), nullable=False),
-    pa.field(DELETED_COLUMN, pa.bool_(), nullable=False),
-    pa.field(WRITTEN_COLUMN, pa.int64(), nullable=False),
-)
+
+@functools.cache
+def _types() -> Mapping[Kind, Any]:
+    return {
+        "boolean": pa.bool_(),
+        "integer": pa.int64(),
+        "float": pa.float64(),
+        "decimal": pa.string(),  # Parquet's decimals have one scale for all
+        "text": pa.string(),
+        "bytes": pa.binary(),
+        "date": pa.date32(),
+        "time": pa.time64("us"),
+        "timestamp": pa.timestamp("us"),
+        "timestamptz": pa.timestamp("us", "UTC"),
+        "uuid": pa.string(),
+        "json": pa.string(),
+    }
+
+
+@functools.cache
+def _own_fields() -> Sequence[Any]:
+    types = (pa.string(), pa.int64(), pa.bool_(), pa.int64())
+    return [pa.field(name, type_, nullable=False) for name, type_ in zip(OWN_COLUMNS, types, strict=True)]
 
 
 class ParquetOptions(Options):
@@ -150,6 +167,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
             raise UsageError(f"sink {name}: the URL must name a folder, such as parquet+s3://bucket/prefix.")
         self._opening = threading.Lock()
         self._fs: Any = None
+        _ = fsspec.filesystem, pq.read_table  # or say now what is not installed
         self._kinds: dict[str, dict[str, Kind]] = {}
         self._last_ns = 0
 
@@ -216,7 +234,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
                     rows.append(row)
             if rows:
                 used: dict[str, Kind] = {name: kinds[name] for name in wanted}
-                schema = pa.schema([*_OWN_FIELDS, *(pa.field(name, _TYPES[kind]) for name, kind in used.items())])
+                schema = pa.schema([*_own_fields(), *(pa.field(name, _types()[kind]) for name, kind in used.items())])
                 day = dt.datetime.fromtimestamp(written_ns / 1e9, dt.UTC).date().isoformat()
                 self._write(f"{place.folder}/{CHANGES}/day={day}", pa.Table.from_pylist(rows, schema=schema))
         return [outcomes.get(index, APPLIED) for index in range(len(writes))]
@@ -290,7 +308,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         """Write the files again that hold them, without them."""
         versions = pa.table(
             {ID_COLUMN: [key_text(key) for key, _ in items], VERSION_FIELD: [version for _, version in items]},
-            schema=pa.schema(_OWN_FIELDS[:2]),
+            schema=pa.schema(_own_fields()[:2]),
         )
         with self._typed_errors():
             for path in self._files(target) if items else []:
@@ -411,7 +429,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
     ) -> Any:
         """Return the newest row of each key in these files. Raises FileNotFoundError when one is not there any more."""
         own = f"of{self.options.buckets}"
-        tables: list[Any] = [pa.schema(_OWN_FIELDS).empty_table()]
+        tables: list[Any] = [pa.schema(_own_fields()).empty_table()]
         for path in files:
             name = path.split("/")[-2]
             other = name.startswith(BUCKETS) and name.endswith(own) and name != f"{BUCKETS}{bucket}{own}"
