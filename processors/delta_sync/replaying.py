@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from delta_sync.changes import Change
 from delta_sync.delta_event import DeltaEvent, decode_event
 from delta_sync.errors import SinkRefused, Transient, UsageError
 from delta_sync.events import RowEvent
@@ -102,9 +103,9 @@ def _replay(
 ) -> Failed | None:
     event = decode_event(letter.event)
     change = event.change
-    if letter.stage == "handle":
-        return _handle_again(letter, event, pipeline)
     table, declared = tables.get(letter.table), pipeline.tables.get(letter.table)
+    if letter.stage == "handle":
+        return _handle_again(letter, event if table is None else _masked(table, event), pipeline)
     if table is None or declared is None:
         return Failed(letter.stage, f"The pipeline no longer has table {letter.table}.", "")
     if change is None or not change.key:
@@ -136,3 +137,11 @@ def _handle_again(letter: DeadLetter, event: DeltaEvent, pipeline: Pipeline) -> 
     except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
         return Failed("handle", f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
     return None
+
+
+def _masked(table: Table, event: DeltaEvent) -> DeltaEvent:
+    """Return an event with both its rows masked, as `masked_again` does it."""
+    row, before = (
+        masked_again(table, Change(event.table, event.key, event.version, one)).row for one in (event.row, event.before)
+    )
+    return event._replace(row=row, before=before)
