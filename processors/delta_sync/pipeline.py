@@ -386,6 +386,7 @@ def with_shapes(pipeline: Pipeline, spec: PipelineSpec) -> Pipeline:
     """
     made = Pipeline(pipeline.name)
     made.lookups, made.tables = pipeline.lookups, dict(pipeline.tables)
+    made.handlers = pipeline.handlers
     for name, shape in spec.shapes.items():
         declared = pipeline.tables.get(name) or TableProcessor(name, _as_it_is, (), {})
         made.tables[name] = declared._replace(shape=compiled(shape))

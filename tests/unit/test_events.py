@@ -15,11 +15,12 @@ from delta_sync.decoding import Decoded, Event, Image, Stretch, TableCodec, deco
 from delta_sync.delta_event import decode_event, encode_event
 from delta_sync.errors import HandlersBusy, Transient, UndecodableChange, UsageError
 from delta_sync.events import Handler, HandlerRunner, RowEvent, Unhandled, lane_of
-from delta_sync.pipeline import Pipeline
+from delta_sync.pipeline import Pipeline, with_shapes
 from delta_sync.processing import Failure
 from delta_sync.replaying import _handle_again
 from delta_sync.sources.mysql import codec as mysql_codec
 from delta_sync.sources.postgresql import codec as postgresql_codec
+from delta_sync.spec import spec_from
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.values import Row
 from delta_sync.versions import version_of
@@ -338,3 +339,18 @@ def test_a_dead_letter_is_replayed_by_its_handler_with_all_that_it_was(scene: Sc
     assert (again.stage, again.error) == ("handle", "KeyError: 'title'")
     with pytest.raises(UsageError, match="There is no handler on:notify any more"):
         _handle_again(letter, kept, Pipeline("movies"))
+
+
+def test_a_pipeline_keeps_its_handlers_when_it_gets_its_shapes() -> None:
+    movies = Pipeline("movies")
+    movies.on("public.movie", name="notify")(lambda event: None)
+    spec = spec_from(
+        {
+            "name": "movies",
+            "source": {"url": "postgresql://delta@db/studio"},
+            "tables": {"public.movie": {}},
+            "sinks": {"cache": {"url": "redis://cache/0"}},
+        },
+        "test",
+    )
+    assert with_shapes(movies, spec).handlers == movies.handlers
