@@ -36,7 +36,7 @@ from deltactl.app import (
 
 PAGE = 500  # dead letters read at once: each may hold a whole row
 ERROR_WIDTH = 80  # of a list's column; `dead show` has the whole of it
-STAGES = ("decode", "process", "lookup", "apply")
+STAGES = ("decode", "process", "lookup", "apply", "handle")
 
 
 @click.group(cls=DeltaGroup, short_help="Look at changes that could not be processed.")

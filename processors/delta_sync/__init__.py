@@ -4,8 +4,21 @@ What a `processor.py` needs is here; the rest is for `deltactl` and for authors 
 """
 
 from delta_sync import lookup
-from delta_sync.errors import DeltaError, LookupBusy
+from delta_sync.errors import DeltaError, LookupBusy, Transient
+from delta_sync.events import RowEvent
 from delta_sync.pipeline import Enrichment, Lookup, Pipeline
 from delta_sync.values import Document, Interval, Row
 
-__all__ = ["DeltaError", "Document", "Enrichment", "Interval", "Lookup", "LookupBusy", "Pipeline", "Row", "lookup"]
+__all__ = [
+    "DeltaError",
+    "Document",
+    "Enrichment",
+    "Interval",
+    "Lookup",
+    "LookupBusy",
+    "Pipeline",
+    "Row",
+    "RowEvent",
+    "Transient",
+    "lookup",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import datetime as dt
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
@@ -10,6 +11,7 @@ import orjson
 
 from delta_sync.changes import Change, Key
 from delta_sync.errors import UndecodableChange
+from delta_sync.events import Op, RowEvent
 from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import POSITION_BITS
@@ -25,12 +27,14 @@ class TableCodec(NamedTuple):
 
     `row` turns an image into a row, in place; `key` reads the key's columns out of any image. Both raise
     UndecodableChange. `lacks` tells whether an image lacks a value that the row has: then the row is read by its key.
+    `missing` names the columns of which that may be so.
     """
 
     table: Table
     row: Callable[[Image], Row]
     key: Callable[[Image], Key]
     lacks: Callable[[Image], bool]
+    missing: Callable[[Image], Sequence[str]] = lambda _: ()
 
 
 class Lacking(NamedTuple):
@@ -71,6 +75,7 @@ class Decoded(NamedTuple):
     oldest_ts_ms: int | None  # of the oldest change: when its transaction committed (heartbeats: were sent)
     events: int
     misfits: frozenset[str]  # tables of which an event has other columns than the catalogue had
+    each: Sequence[RowEvent] = ()  # every change of the tables of which that is wanted, in the log's order
 
     def reads_rows_of(self, other: Decoded) -> bool:
         """Tell whether a row that is to be read by its key is read for the other batches, too."""
@@ -89,8 +94,9 @@ def decode(
     codecs: Mapping[str, TableCodec],
     heartbeat_prefix: str,
     read_ahead: Mapping[str, ReadAhead] | None = None,
+    each_of: Collection[str] = (),
 ) -> Decoded:
-    """Return the newest change per key of some stretches of the log, given in its order.
+    """Return the newest change per key of some stretches of the log, given in its order; and each of some tables.
 
     Of an event that is not the newest of its key nothing but the key is looked at. Events of tables without a codec
     are left out: the table was removed from the pipeline. A row that was read ahead, by table, counts as lacking.
@@ -102,6 +108,7 @@ def decode(
     oldest_ts_ms: int | None = None
     count = 0
     undecodable: list[Undecodable] = []
+    each: list[RowEvent] = []
     for epoch, events, broken in stretches:
         undecodable += broken
         base = epoch << POSITION_BITS
@@ -123,6 +130,11 @@ def decode(
                 _truncate(keys, version)
                 truncates[table] = max(version, truncates.get(table, 0))
                 continue
+            if table in each_of:
+                try:
+                    each.append(_row_event(codecs[table], version, event))
+                except UndecodableChange as error:
+                    undecodable.append(Undecodable(table, version, event, error))
             key = raw_keys[table](event["after"] or event["before"])
             known = keys.get(key)
             if known is None or known[0] <= version:
@@ -140,7 +152,45 @@ def decode(
             fits = _decode_table(codec, keys.values(), ahead, changes, lacking, undecodable)
             if not fits:
                 misfits.add(table)
-    return Decoded(changes, lacking, truncates, undecodable, heartbeat_lsn, oldest_ts_ms, count, frozenset(misfits))
+    return Decoded(
+        changes, lacking, truncates, undecodable, heartbeat_lsn, oldest_ts_ms, count, frozenset(misfits), tuple(each)
+    )
+
+
+_OPS: Mapping[str, Op] = {"c": "insert", "u": "update", "d": "delete"}
+
+
+def _row_event(codec: TableCodec, version: int, event: Event) -> RowEvent:
+    """Return an event as handlers see it. Raises UndecodableChange: not even its key can be read.
+
+    Its images stay as they are: they are decoded once more, in place, for the document.
+    """
+    table, after, before = codec.table, event["after"], event["before"]
+    key = codec.key(before if after is None else after)
+    decoded_before, _ = (None, ()) if before is None else _partial(codec, before)
+    if decoded_before is not None and all(
+        value is None for name, value in decoded_before.items() if name not in table.key
+    ):
+        decoded_before = None  # the log has the key alone, and Debezium writes NULL for the rest
+    decoded_after, missing = (None, list[str]()) if after is None else _partial(codec, after)
+    if decoded_after is not None and decoded_before is not None:
+        decoded_after |= {name: decoded_before[name] for name in missing if name in decoded_before}
+        missing = [name for name in missing if name not in decoded_before]
+    at = dt.datetime.fromtimestamp(event["source"]["ts_ms"] / 1000, dt.UTC)
+    op = _OPS.get(event["op"], "update")
+    return RowEvent(table.id, key, version, op, decoded_before, decoded_after, at, tuple(missing))
+
+
+def _partial(codec: TableCodec, image: Image) -> tuple[Row, list[str]]:
+    """Return what a copy of an image has of a row, and the columns that it does not have."""
+    columns = [column.name for column in codec.table.columns]
+    missing = [name for name in columns if name not in image]
+    missing += [name for name in codec.missing({**dict.fromkeys(columns), **image}) if name not in missing]
+    try:
+        row = codec.row({**dict.fromkeys(columns), **{n: v for n, v in image.items() if n not in missing}})
+    except UndecodableChange:  # retyped since: of which column is not known
+        return {}, columns
+    return {name: value for name, value in row.items() if name not in missing}, missing
 
 
 Versioned = tuple[int, Event]

@@ -270,5 +270,7 @@ def key_schema(event_schema: Schema) -> Schema:
 
 
 _EVENT_SCHEMAS = [delta_schemas.load(name) for name in delta_schemas.names("delta_event")]
+SCHEMA: Schema = delta_schemas.source("delta_event")  # as it was written: what a registry is to have
+HEADER_BYTES = len(SINGLE_OBJECT) + FINGERPRINT_BYTES  # of the single-object encoding, before the datum
 _EVENT = Codec(_EVENT_SCHEMAS)
 _KEY = Codec([delta_schemas.parse(key_schema(schema)) for schema in _EVENT_SCHEMAS])

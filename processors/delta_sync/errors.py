@@ -63,6 +63,14 @@ class SinkBusy(Transient):
     """A sink is unreachable, timed out, or asked to slow down (429, 503, LOADING, not primary, …)."""
 
 
+class ColumnsAdded(SinkBusy):
+    """Another process has added columns to a sink's table: look at it again, then write."""
+
+
+class HandlersBusy(SinkBusy):
+    """A handler of events did not take them before Delta stopped: they are delivered again."""
+
+
 class LookupBusy(Transient):
     """A look-up's service is unreachable, timed out, or asked to slow down."""
 
@@ -104,6 +112,10 @@ class Unstorable(DeltaError):
 
 class UndecodableChange(DeltaError):
     """A change event does not fit the table's columns, or is none."""
+
+
+class EventRefused(DeltaError):
+    """A webhook or a topic will never take this event."""
 
 
 class SchemaUnfit(UndecodableChange):

@@ -66,6 +66,13 @@ class ProgressCollector(Collector):
             busy.add_metric([pipeline, sink], 1 if numbers.busy else 0)
         yield outcomes
         yield busy
+        handled = CounterMetricFamily(
+            "delta_handled_events", "Events that a handler has had.", labels=["pipeline", "handler", "outcome"]
+        )
+        for handler, had in progress.handlers.items():
+            handled.add_metric([pipeline, handler, "handled"], had.handled - had.failed)
+            handled.add_metric([pipeline, handler, "failed"], had.failed)
+        yield handled
         yield from self._measures()
         yield from self._lookups()
         loaded = GaugeMetricFamily("delta_loaded_rows", "Rows read by a table's load.", labels=["pipeline", "table"])

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from delta_sync.errors import DeltaError, UsageError
+from delta_sync.events import Condition, Handler
 from delta_sync.shaping import Shape, compiled
 from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
 from delta_sync.tables import Kind, Table
@@ -30,6 +31,7 @@ from delta_sync.values import Document
 ProcessorFunction = Callable[..., Document | None]
 LookupFunction = Callable[[list[Any]], "Mapping[Any, Any] | Awaitable[Mapping[Any, Any]]"]
 DEADLINE = "2s"  # of a look-up that is not required: what readers of a document would wait for it, too
+HandlerT = TypeVar("HandlerT", bound=Callable[[Any], object])
 FunctionT = TypeVar("FunctionT", bound=ProcessorFunction)
 
 
@@ -99,6 +101,7 @@ class Pipeline:
         self.name = name
         self.tables: dict[str, TableProcessor] = {}
         self.lookups: dict[str, Lookup] = {}
+        self.handlers: dict[str, Handler] = {}
 
     def table(
         self, table: str, *, to: Sequence[str] | None = None, enrich: Mapping[str, Enrichment] | None = None
@@ -132,6 +135,47 @@ class Pipeline:
             if spec is not None:
                 _check_against(spec, self.name, table, to or (), where)
             self.tables[table] = TableProcessor(table, function, tuple(to or ()), enrichments)
+            return function
+
+        return declare
+
+    def on(
+        self,
+        table: str,
+        *,
+        when: Condition | None = None,
+        name: str | None = None,
+        concurrency: int = 1,
+        attempts: int = 3,
+        batch: int = 1,
+    ) -> Callable[[HandlerT], HandlerT]:
+        """Declare a function that is called with each change (`RowEvent`) of `table`, at least once, in order per key.
+
+        Of those, only with events of which `when` is true. Loads and dumps do not call it. With `batch` above 1 it is
+        called with a list of so many events at most. It runs beside the sinks, in `concurrency` threads, a key always
+        in the same one. When it raises `Transient` it is called again until it does not; after any other error,
+        `attempts` times in all, then the change is a dead letter of stage `handle`, and the next one follows.
+
+        The trap: it is called again for changes that it has had, whenever a process dies. `event.id` is the same then.
+
+        Raises UsageError: a name that is taken, a wrong signature, a number below 1.
+        """
+        if callable(table):  # pyright: ignore[reportUnnecessaryComparison] -- users need not type-check
+            raise UsageError(f'{_where(table)}: @….on needs the table\'s name; write @….on("schema.name").')
+
+        def declare(function: HandlerT) -> HandlerT:
+            where = _where(function)
+            own_name = name or str(getattr(function, "__name__", type(function).__name__))
+            if own_name in self.handlers:
+                raise UsageError(f"{where}: a handler named {own_name} is declared twice; give one another `name`.")
+            if not _is_plain(function) or len(_positional(function)) != 1:
+                raise UsageError(f"{where}: a handler is a plain function that takes one argument, the event.")
+            if min(concurrency, attempts, batch) < 1:
+                raise UsageError(f"{where}: concurrency, attempts and batch must be above 0.")
+            spec = _spec_beside(function)
+            if spec is not None:
+                _check_against(spec, self.name, table, (), where)
+            self.handlers[own_name] = Handler(table, own_name, function, when, concurrency, attempts, batch)
             return function
 
         return declare
@@ -280,6 +324,8 @@ def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
     """Raise UsageError unless pipeline and specification name the same tables and sinks."""
     for table, processor in pipeline.tables.items():
         _check_against(spec, pipeline.name, table, processor.to, _where(processor.function))
+    for handler in pipeline.handlers.values():
+        _check_against(spec, pipeline.name, handler.table, (), _where(handler.function))
     for table in spec.tables:
         if table not in pipeline.tables:
             raise UsageError(
@@ -340,6 +386,7 @@ def with_shapes(pipeline: Pipeline, spec: PipelineSpec) -> Pipeline:
     """
     made = Pipeline(pipeline.name)
     made.lookups, made.tables = pipeline.lookups, dict(pipeline.tables)
+    made.handlers = pipeline.handlers
     for name, shape in spec.shapes.items():
         declared = pipeline.tables.get(name) or TableProcessor(name, _as_it_is, (), {})
         made.tables[name] = declared._replace(shape=compiled(shape))

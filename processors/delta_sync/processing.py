@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple, cast
 
 from delta_sync.changes import Change, Key, Write, newest_per_key
 from delta_sync.errors import ProcessorError
+from delta_sync.events import RowEvent
 from delta_sync.lookups import Answers, LookupCaller
 from delta_sync.pipeline import TableProcessor
 from delta_sync.tables import Kind, Table
 
-Stage = Literal["decode", "process", "lookup", "apply"]
+Stage = Literal["decode", "process", "lookup", "apply", "handle"]
 _KINDS_WITH_MANY_SPELLINGS = (Kind.DECIMAL, Kind.FLOAT, Kind.INTERVAL)  # 1.0 and 1.00 are one key
 
 
@@ -26,6 +27,7 @@ class Failure(NamedTuple):
     error: str
     trace: str
     sink: str | None = None
+    event: RowEvent | None = None  # of a handler
 
 
 class Processed(NamedTuple):

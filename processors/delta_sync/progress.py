@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from delta_sync.applying import SinkNumbers
 from delta_sync.dumps import Dump, rate_and_left
+from delta_sync.events import HandlerNumbers
 from delta_sync.measures import (
     BATCH_BOUNDS,
     LATENCY_BOUNDS_S,
@@ -93,6 +94,7 @@ class Progress:
         self.position = position
         self.sinks: Mapping[str, SinkNumbers] = {}
         self.lookups: Mapping[str, LookupNumbers] = {}
+        self.handlers: Mapping[str, HandlerNumbers] = {}
         self.insert_lsn: int | None = None  # newest known end of the source's log
         self.bytes_between: Callable[[int, int], int | None] = lambda start, end: max(
             0, end - start
@@ -133,6 +135,7 @@ class Progress:
         if self._ended is not None:
             return self._ended
         waits = {f"sink {name}": numbers.busy for name, numbers in self.sinks.items() if numbers.busy} | self._waits
+        waits |= {f"handler {name}": numbers.busy for name, numbers in self.handlers.items() if numbers.busy}
         if waits:
             # An error's message may begin with whose it is.
             parts = (f"{who}: {reason.removeprefix(f'{who}: ')}" for who, reason in waits.items())

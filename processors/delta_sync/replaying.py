@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from delta_sync.delta_event import decode_event
+from delta_sync.changes import Change
+from delta_sync.delta_event import DeltaEvent, decode_event
 from delta_sync.errors import SinkRefused, Transient, UsageError
+from delta_sync.events import RowEvent
 from delta_sync.generations import GenerationStore, meant, open_generations
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, load_processor
@@ -98,8 +101,11 @@ def _replay(
     tables: Mapping[str, Table],
     lookups: Mapping[str, LookupCaller],
 ) -> Failed | None:
-    change = decode_event(letter.event).change
+    event = decode_event(letter.event)
+    change = event.change
     table, declared = tables.get(letter.table), pipeline.tables.get(letter.table)
+    if letter.stage == "handle":
+        return _handle_again(letter, event if table is None else _masked(table, event), pipeline)
     if table is None or declared is None:
         return Failed(letter.stage, f"The pipeline no longer has table {letter.table}.", "")
     if change is None or not change.key:
@@ -117,3 +123,25 @@ def _replay(
             if outcome.kind == "rejected":
                 return Failed("apply", outcome.reason, "")
     return None
+
+
+def _handle_again(letter: DeadLetter, event: DeltaEvent, pipeline: Pipeline) -> Failed | None:
+    """Call the handler with the change once more, whatever it has had since. Raises Transient when it says that."""
+    handler = next((one for one in pipeline.handlers.values() if one.place == letter.sink), None)
+    if handler is None:
+        raise UsageError(f"There is no handler {letter.sink} any more; discard dead letter {letter.id}.")
+    try:
+        handler.call([RowEvent.of(event)])
+    except Transient:
+        raise
+    except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
+        return Failed("handle", f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+    return None
+
+
+def _masked(table: Table, event: DeltaEvent) -> DeltaEvent:
+    """Return an event with both its rows masked, as `masked_again` does it."""
+    row, before = (
+        masked_again(table, Change(event.table, event.key, event.version, one)).row for one in (event.row, event.before)
+    )
+    return event._replace(row=row, before=before)

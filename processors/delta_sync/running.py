@@ -17,6 +17,7 @@ import structlog
 from delta_sync.applying import SinkWriter
 from delta_sync.dumps import Dump
 from delta_sync.errors import EpochRose, GenerationsChanged, StateBusy, Transient
+from delta_sync.events import HandlerRunner
 from delta_sync.generations import Generations, GenerationStore, follow, meant, open_generations, written
 from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
@@ -140,6 +141,8 @@ class Running:
         }
         self.progress.lookups = {name: caller.numbers for name, caller in lookups.items()}
         mender = Mender(DumpStore(state, spec.name), lookups, self._stopping)
+        handlers = [HandlerRunner(handler, self._giving_up) for handler in pipeline.handlers.values()]
+        self.progress.handlers = {runner.handler.name: runner.numbers for runner in handlers}
         samples = SharedSamples(watch_reader.new_samples)
         self.progress.bytes_between = watch_reader.bytes_between
         try:
@@ -209,6 +212,7 @@ class Running:
                 check_slot=lambda: transport.check(key_reader, state),
                 stopping=self._stopping,
                 giving_up=self._giving_up,
+                handlers=handlers,
             )
             loader = Loader(
                 pipeline=spec.name,
@@ -283,6 +287,8 @@ class Running:
                 writer.close()
             for name in plain.keys() - writers.keys():
                 plain[name].close()
+            for runner in handlers:
+                runner.close()
             for lookup in lookups.values():
                 lookup.close()
             for reader in readers:

@@ -132,7 +132,7 @@ class DeadLetter:
     key_text: str
     version: int
     sink: str | None = None
-    stage: Literal["decode", "process", "lookup", "apply"]
+    stage: Literal["decode", "process", "lookup", "apply", "handle"]
     error: str
     trace: str = ""
     event: bytes

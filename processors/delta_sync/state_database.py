@@ -13,14 +13,14 @@ import os
 import sqlite3
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import URL, make_url
 
-from delta_sync.errors import DeltaError, StateBusy, StateRefused, UsageError
+from delta_sync.errors import StateBusy, StateRefused, UsageError
 from delta_sync.secrets import redact, resolve_url
 from delta_sync.state_tables import VERSION_TABLE, Instant
 
@@ -252,32 +252,53 @@ _MARIADB_REFUSED = frozenset({1044, 1045, 1049, 1142, 1290, 1021})
 _MARIADB_BUSY = frozenset({1040, 1129, 1053, 1205, 1213, 1317, 1927, 2002, 2003, 2006, 2013, 2014, 2055})
 
 
+class Reading(NamedTuple):
+    """What a database's error means: it passes, it is for every statement, the file cannot be used; None: a defect."""
+
+    what: Literal["busy", "refused", "unusable"] | None
+    said: str  # the database's own words, without secrets
+
+
+def reading_of(error: exc.DBAPIError | exc.TimeoutError) -> Reading:
+    """Return what an error means, by the codes of each database."""
+    if isinstance(error, exc.TimeoutError):
+        return Reading("busy", "there is no free connection")
+    cause = error.orig
+    said = redact(" ".join(str(cause).split())).rstrip(".")
+    if isinstance(cause, sqlite3.Error):
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the extended codes are in the higher bits
+        if code in _SQLITE_BUSY:
+            return Reading("busy", said)
+        if code in _SQLITE_UNUSABLE:
+            return Reading("unusable", said)
+        return Reading("refused" if code in _SQLITE_REFUSED else None, said)
+    code = cause.args[0] if cause is not None and cause.args else None
+    if isinstance(code, int):  # MariaDB's; its SQLSTATEs say less
+        if code in _MARIADB_REFUSED:
+            return Reading("refused", said)
+        return Reading("busy" if code in _MARIADB_BUSY or error.connection_invalidated else None, said)
+    sqlstate = getattr(cause, "sqlstate", None)
+    if isinstance(sqlstate, str):
+        if sqlstate.startswith(_SQLSTATE_REFUSED):
+            return Reading("refused", said)
+        return Reading("busy" if sqlstate.startswith(_SQLSTATE_BUSY) else None, said)
+    if any(reason in said for reason in _LIBPQ_REFUSED):
+        return Reading("refused", said)
+    transient = error.connection_invalidated or isinstance(error, exc.OperationalError | exc.InterfaceError)
+    return Reading("busy" if transient else None, said)
+
+
 def translated(error: exc.DBAPIError | exc.TimeoutError, where: str) -> Exception:
     """Return what the database's error is to Delta; a defect of ours (bad SQL, a broken constraint) stays as it is."""
     if isinstance(error, exc.TimeoutError):
         return StateBusy(f"The state store {where} has no free connection.")
-    cause = error.orig
-    said = redact(" ".join(str(cause).split())).rstrip(".")
-    busy: DeltaError = StateBusy(f"The state store {where} is busy or unreachable: {said}.")
-    refused: DeltaError = StateRefused(f"The state store {where} refuses: {said}.")
-    if isinstance(cause, sqlite3.Error):
-        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the extended codes are in the higher bits
-        if code in _SQLITE_BUSY:
-            return busy
-        if code in _SQLITE_UNUSABLE:
+    what, said = reading_of(error)
+    match what:
+        case "busy":
+            return StateBusy(f"The state store {where} is busy or unreachable: {said}.")
+        case "refused":
+            return StateRefused(f"The state store {where} refuses: {said}.")
+        case "unusable":
             return UsageError(f"The state store {where} cannot be used: {said}.")
-        return refused if code in _SQLITE_REFUSED else error
-    code = cause.args[0] if cause is not None and cause.args else None
-    if isinstance(code, int):  # MariaDB's; its SQLSTATEs say less
-        if code in _MARIADB_REFUSED:
-            return refused
-        return busy if code in _MARIADB_BUSY or error.connection_invalidated else error
-    sqlstate = getattr(cause, "sqlstate", None)
-    if isinstance(sqlstate, str):
-        if sqlstate.startswith(_SQLSTATE_REFUSED):
-            return refused
-        return busy if sqlstate.startswith(_SQLSTATE_BUSY) else error
-    if any(reason in said for reason in _LIBPQ_REFUSED):
-        return refused
-    transient = error.connection_invalidated or isinstance(error, exc.OperationalError | exc.InterfaceError)
-    return busy if transient else error
+        case None:
+            return error

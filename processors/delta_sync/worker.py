@@ -35,6 +35,7 @@ from delta_sync.errors import (
     TooManyDeadLetters,
     Transient,
 )
+from delta_sync.events import HandlerRunner, RowEvent, Unhandled
 from delta_sync.generations import meant
 from delta_sync.load import Slice
 from delta_sync.lookups import LookupCaller
@@ -83,10 +84,11 @@ class Job(NamedTuple):
     batch: Batch | None = None
     decoded: Decoded | None = None
     slice: Slice | None = None
+    handled: Sequence[Future[list[Unhandled]]] = ()
 
     def done(self) -> bool:
-        """Whether every sink has answered."""
-        return all(result.done() for result in self.results)
+        """Whether every sink and every handler has answered."""
+        return all(result.done() for result in self.results) and all(result.done() for result in self.handled)
 
 
 class Worker:
@@ -122,6 +124,7 @@ class Worker:
         giving_up: threading.Event,
         gone: Callable[[str], bool] = lambda _: False,
         remember: Callable[[Sequence[Left]], None] = lambda _: None,
+        handlers: Sequence[HandlerRunner] = (),
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -144,6 +147,8 @@ class Worker:
         self._giving_up = giving_up
         self._gone = gone
         self._remember = remember
+        self._handlers = handlers
+        self._handled_tables = frozenset(runner.handler.table for runner in handlers)
         self._clock = clock
         self._wall_clock = wall_clock
         self._tables: dict[str, TableRuntime] = {}
@@ -281,7 +286,7 @@ class Worker:
         codecs = {name: runtime.codec for name, runtime in self._tables.items()}
         began = self._clock()
         stretches = [stretch for batch in batches for stretch in self._events_of(batch)]
-        decoded = decode(stretches, codecs, self._spec.heartbeat_prefix, self._ahead.by_table())
+        decoded = decode(stretches, codecs, self._spec.heartbeat_prefix, self._ahead.by_table(), self._handled_tables)
         self._progress.stages["decode"].add(self._clock() - began)
         if decoded.events:
             self._progress.batch_changes.add(decoded.events)
@@ -299,9 +304,20 @@ class Worker:
         if decoded.lacking:
             self._progress.stages["reread"].add(self._clock() - began)
         results = self._submit(changes, decoded.truncates, failures)
-        self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded))
-        if not results:
+        handled = self._hand_to_handlers(decoded.each)
+        self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded, handled=handled))
+        if not results and not handled:
             self.wake()
+
+    def _hand_to_handlers(self, events: Sequence[RowEvent]) -> list[Future[list[Unhandled]]]:
+        """Let each handler have its table's events, in the order of the log."""
+        handled: list[Future[list[Unhandled]]] = []
+        for runner in self._handlers if events else ():
+            own = [event for event in events if event.table == runner.handler.table]
+            handled += runner.submit(own)
+        for result in handled:
+            result.add_done_callback(lambda _: self.wake())
+        return handled
 
     def _events_of(self, batch: Batch) -> Iterable[Stretch]:
         """Return a batch's events, for as long as it takes. Raises SourceBusy when Delta stops before."""
@@ -460,7 +476,7 @@ class Worker:
 
     def _settle(self, job: Job) -> None:
         """Collect what became of a job, and keep its failures as dead letters. Raises what a sink raised."""
-        failures = [*job.failures, *_rejections(job.results)]
+        failures = [*job.failures, *_rejections(job.results), *_not_handled(job.handled)]
         if failures:
             self._bury(failures, "load" if job.slice is not None else "log")
 
@@ -595,6 +611,17 @@ def _rejections(results: Iterable[Future[list[Applied]]]) -> list[Failure]:
     ]
 
 
+def _not_handled(results: Iterable[Future[list[Unhandled]]]) -> list[Failure]:
+    """Return a failure for each event that a handler did not take. Raises HandlersBusy when Delta stopped before."""
+    return [
+        Failure(
+            Change(event.table, event.key, event.version, event.after), "handle", error, trace, handler.place, event
+        )
+        for result in results
+        for handler, event, error, trace in result.result()
+    ]
+
+
 def _read_before(job: Job, generation: int, decoded: Decoded) -> bool:
     """Tell whether a batch in flight may write a row with the version that this one's gets, which is read by its key.
 
@@ -619,11 +646,14 @@ def _undecodable(item: Undecodable, codecs: Mapping[str, TableCodec]) -> Failure
 
 def _letter(pipeline: str, item: Failure, origin: str) -> DeadLetter:
     now = dt.datetime.now(dt.UTC)
-    event = DeltaEvent.of(pipeline, item.change, now, "load" if origin == "load" else "log")
+    if item.event is None:
+        event = DeltaEvent.of(pipeline, item.change, now, "load" if origin == "load" else "log")
+    else:
+        event = item.event.delta_event(pipeline)
     try:
         encoded = encode_event(event)
     except TypeError:
-        encoded = encode_event(event._replace(row=None))
+        encoded = encode_event(event._replace(row=None, before=None))
     return DeadLetter(
         table=item.change.table,
         key_text=key_text(item.change.key) if item.change.key else "?",

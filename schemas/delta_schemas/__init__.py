@@ -27,8 +27,12 @@ def load(name: str) -> Schema:
 
     Raises FileNotFoundError.
     """
-    text = files(__name__).joinpath(f"{name}.avsc").read_text(encoding="utf-8")
-    return parse(json.loads(text))
+    return parse(source(name))
+
+
+def source(name: str) -> Schema:
+    """Return the schema as it stands in `<name>.avsc`: what a registry is to have. Raises FileNotFoundError."""
+    return cast(Schema, json.loads(files(__name__).joinpath(f"{name}.avsc").read_text(encoding="utf-8")))
 
 
 def parse(schema: Schema) -> Schema:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -114,10 +117,38 @@ def test_a_load_goes_on_where_its_killed_worker_left_it(scene: Callable[..., Sce
         assert table not in started
 
 
+def declare_handler(it: Scene, handled: Path, gate: Path) -> None:
+    """Let the processor note each change of an account in a file; none above the number in `gate`, while that is."""
+    processor = it.pipeline.home / "processor.py"
+    text = processor.read_text()
+    name = re.search(r"^(\w+) = Pipeline\(", text, re.MULTILINE)
+    assert name is not None
+    handler = f"""
+
+import json
+from pathlib import Path
+
+from delta_sync import Transient
+
+
+@{name[1]}.on("{it.shop.schema}.{ACCOUNT.name}", when=lambda event: event.op != "delete")
+def note(event):
+    gate = Path({str(gate)!r})
+    if gate.exists() and event.after["rev"] > int(gate.read_text()):
+        raise Transient("the gate is closed")
+    with open({str(handled)!r}, "a") as file:
+        print(json.dumps([event.id, event.after["rev"]]), file=file)
+"""
+    processor.write_text(text + handler)
+
+
 def test_a_capture_that_dies_is_started_again(scene: Callable[..., Scene]) -> None:
     it = scene(5)
+    handled, gate = it.pipeline.home / "handled.jsonl", it.pipeline.home / "closed"
+    declare_handler(it, handled, gate)
     run = it.run()
     in_step(it, run)
+    assert not handled.exists(), "a load calls no handler"
     first = run.capture_pid()
     assert first is not None
     os.kill(first, signal.SIGKILL)
@@ -126,6 +157,32 @@ def test_a_capture_that_dies_is_started_again(scene: Callable[..., Scene]) -> No
     wait_for_revision(it, "cache", 1, rev, run)
     assert run.capture_pid() not in (None, first)
     in_step(it, run)
+    handlers_have_each_change_in_order_though_the_worker_is_killed(it, run, handled, gate, rev)
+
+
+def handlers_have_each_change_in_order_though_the_worker_is_killed(
+    it: Scene, run: Run, handled: Path, gate: Path, rev: int
+) -> None:
+    """Killed while a handler stands still: some changes it has had, some are behind, and the sink has them all."""
+
+    def noted() -> list[tuple[str, int]]:
+        return [(id_, rev) for id_, rev in map(json.loads, handled.read_text().splitlines())]
+
+    assert {rev for _, rev in noted()} == {rev}
+    gate.write_text(str(rev + 2))
+    revs = [change(it, 1, f"change {number}") for number in range(6)]
+    wait_for_revision(it, "cache", 1, revs[-1], run)  # the sinks do not wait for handlers
+    wait_for_event(run, "handler_busy")
+    run.kill()
+    before = [one for one in noted() if one[1] != rev]
+    assert [number for _, number in before] == revs[:2]
+    gate.unlink()
+    again = it.run()
+    in_step(it, again)
+    after = [one for one in noted() if one[1] != rev][len(before) :]
+    assert [number for _, number in after] == revs[-len(after) :], "in order again, from an earlier change"
+    assert len(after) >= 4
+    assert sorted(dict(before + after).values()) == revs, "each change at least once, under one id"
 
 
 def test_a_sink_that_is_down_loses_nothing(scene: Callable[..., Scene], redis_server: Redis) -> None:

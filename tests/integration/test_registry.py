@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,12 +14,16 @@ import pytest
 import requests
 from kafka import KafkaConsumer, TopicPartition
 
+import delta_schemas
 from debezium_avro import MESSAGE, SOURCE, envelope
 from delta_debezium.distribution import distribution
 from delta_debezium.render import server_environment, server_properties
 from delta_debezium.server import DebeziumServer
+from delta_sync import delta_event
 from delta_sync.decoding import decode
 from delta_sync.errors import RegistryBusy, SchemaUnfit, SchemaUnknown
+from delta_sync.events import RowEvent
+from delta_sync.handlers.topic import Topic
 from delta_sync.kafka.avro import AvroDecoder, adjusted_name
 from delta_sync.kafka.consumer import Partition, Records
 from delta_sync.kafka.registry import Schema, SchemaRegistry
@@ -47,6 +52,7 @@ from integration.test_postgresql_values import (
 ANSWERS_S = 30.0
 ARRIVES_S = 60.0  # a start takes five seconds, on a busy machine some more
 EPOCH = 3
+AT = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
 
 
 def register(server: Apicurio, subject: str, schema: Any, references: Any = ()) -> int:
@@ -299,3 +305,58 @@ def shape(schema: Any) -> Any:
     if schema["type"] == "record":
         return [schema["name"], *((field["name"], shape(field["type"])) for field in schema["fields"])]
     return [schema["type"], shape(schema["items"])] if "items" in schema else shape(schema["type"])
+
+
+# ── events as a topic ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("registered", [True, False], ids=["with a registry", "alone"])
+def test_events_are_written_to_a_topic_in_order_and_read_back(
+    kafka: Kafka, registry: Apicurio, registered: bool
+) -> None:
+    """Whoever has the registry's schema reads them, and what a dead letter is read by reads them without."""
+    topic = f"events-{registered}".lower()
+    with closing(admin_client(kafka.url)) as admin:
+        admin.create_topics({topic: {"num_partitions": 3, "replication_factor": 1}})
+    rows: list[dict[str, Any]] = [{"id": key, "title": "Amélie", "price": None} for key in range(5)]
+    events = [
+        RowEvent("public.movie", (row["id"],), version, "update", {**row, "price": 1}, row, AT)
+        for version in range(1, 5)
+        for row in rows
+    ]
+    write = Topic(topic, bootstrap_servers=kafka.url, pipeline="movies", registry=registry.url if registered else None)
+    write(events[:3])
+    for event in events[3:]:
+        write(event)
+    write.close()
+    found: list[Any] = []
+    consumer = KafkaConsumer(topic, bootstrap_servers=kafka.url, auto_offset_reset="earliest")
+
+    def all_are_there() -> bool:
+        found.extend(one for batch in consumer.poll(100).values() for one in batch)
+        return len(found) >= len(events)
+
+    with closing(consumer):
+        wait_until(all_are_there, ARRIVES_S, "all events")
+    by_key: dict[bytes, list[RowEvent]] = {}
+    for one in found:
+        value = one.value
+        if registered:
+            assert value[:1] == b"\0"
+            with closing(SchemaRegistry(RegistrySpec(url=registry.url))) as client:
+                schema = client.schema(int.from_bytes(value[1:5], "big"))
+            # The registry writes names in full; the canonical form is the same.
+            assert delta_schemas.fingerprint(schema) == delta_schemas.fingerprint(delta_event.SCHEMA)
+            value = delta_event.encode_event(events[0].delta_event("movies"))[: delta_event.HEADER_BYTES] + value[5:]
+        kept = delta_event.decode_event(value)
+        assert kept.pipeline == "movies"
+        by_key.setdefault(one.key, []).append(RowEvent.of(kept))
+        assert dict(one.headers)["delta-id"].decode() == by_key[one.key][-1].id
+    assert by_key == {f"public.movie/{key}".encode(): [e for e in events if e.key == (key,)] for key in range(5)}
+    assert len({one.partition for one in found}) > 1
+
+
+def test_a_schema_that_is_registered_twice_has_one_id(registry: Apicurio, client: SchemaRegistry) -> None:
+    schema = json.dumps(record("Twice", "int"))
+    assert client.register("twice-value", schema) == client.register("twice-value", schema)
+    assert client.schema(client.register("twice-value", schema)) == json.loads(schema)

@@ -17,6 +17,7 @@ import yaml
 
 from delta_sync.applying import SinkNumbers
 from delta_sync.dumps import Dump
+from delta_sync.events import HandlerNumbers
 from delta_sync.measures import LookupNumbers, PartitionLag
 from delta_sync.observe import ProgressCollector
 from delta_sync.pipeline import Pipeline
@@ -235,6 +236,7 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
     progress = Progress(LogPosition(time.monotonic), time.monotonic)
     progress.sinks = {"cache": SinkNumbers()}
     progress.lookups = {"ratings": LookupNumbers()}
+    progress.handlers = {"notify": HandlerNumbers()}
     progress.loads = {"public.movie": {"state": "running", "rows": 1}}
     progress.insert_lsn = 3
     progress.position.sent(2)

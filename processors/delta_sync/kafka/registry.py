@@ -7,8 +7,9 @@ go on being decoded while the registry is away.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 from requests.auth import AuthBase, HTTPBasicAuth
@@ -58,6 +59,22 @@ class SchemaRegistry:
             known = self._known[schema_id] = self._fetch(schema_id)
         return known
 
+    def register(self, subject: str, schema: str) -> int:
+        """Register an Avro schema under a subject, and return its id: the same for the same schema.
+
+        Raises RegistryBusy; CheckFailed when the registry refuses it: another, incompatible schema has the subject.
+        """
+        content = {"Content-Type": "application/vnd.schemaregistry.v1+json"}
+        path = f"/subjects/{quote(subject, safe='')}/versions"
+        reply = self._request("POST", path, json.dumps({"schema": schema}), content, (200, 409, 422))
+        if reply.status_code != 200:
+            what = f"{self._who} refuses the schema of {subject}: {redact(reply.text[:500])}"
+            raise CheckFailed([Problem(WHERE, what, "give the topic another name, or remove that subject")])
+        body = self._body(reply)
+        if not isinstance(body, dict) or "id" not in body:
+            raise CheckFailed([self._not_a_registry("its reply has no id")])
+        return int(cast("dict[str, Any]", body)["id"])
+
     def check(self) -> list[Problem]:
         """Return what keeps this client from reading schemas: wrong address, credentials, no registry there."""
         try:
@@ -91,8 +108,17 @@ class SchemaRegistry:
 
     def _get(self, path: str) -> requests.Response:
         """Return a reply with status 200 or 404."""
+        return self._request("GET", path, None, None, (200, 404))
+
+    def _request(
+        self, method: str, path: str, data: str | None, headers: Mapping[str, str] | None, expected: Collection[int]
+    ) -> requests.Response:
+        """Return a reply with one of the statuses that are expected."""
         try:
-            reply = self._session.get(f"{self._url}{path}", timeout=self._timeout_s, verify=self._ca_file)
+            url = f"{self._url}{path}"
+            reply = self._session.request(
+                method, url, data=data, headers=headers, timeout=self._timeout_s, verify=self._ca_file
+            )
         except (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects) as error:
             raise CheckFailed([self._not_a_registry(redact(str(error)))]) from error
         except requests.exceptions.SSLError as error:
@@ -114,7 +140,7 @@ class SchemaRegistry:
             raise CheckFailed([Problem(WHERE, what, fix)])
         if status >= 500 or status in _BUSY:
             raise RegistryBusy(f"{self._who} is not available: status {status}", _retry_after_s(reply))
-        if status not in (200, 404):
+        if status not in expected:
             raise CheckFailed([self._not_a_registry(f"it answers {status} for {path}")])
         return reply
 

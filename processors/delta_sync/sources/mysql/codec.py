@@ -198,7 +198,14 @@ def members(type_: str) -> list[str]:
 
 def table_codec(table: Table) -> TableCodec:
     """Return how the events of a table are read."""
-    return TableCodec(table, row_decoder(table, log_converter), key_decoder(table, log_converter), lacks(table))
+    row, key = row_decoder(table, log_converter), key_decoder(table, log_converter)
+    not_logged = [column.name for column in table.columns if not column.in_log]
+    dates = [column.name for column in table.columns if column.kind in _DATES and not column.nullable]
+
+    def missing(image: Image) -> list[str]:
+        return [*not_logged, *(name for name in dates if image[name] in _ZERO_DATES)]
+
+    return TableCodec(table, row, key, lacks(table), missing)
 
 
 def lacks(table: Table) -> Callable[[Image], bool]:

@@ -13,6 +13,7 @@ import struct
 import typing
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Any, Final
 from uuid import UUID, SafeUUID
 
@@ -139,7 +140,7 @@ def _begins_with_garbage(value: Any) -> bool:
 def table_codec(table: Table) -> TableCodec:
     """Return how the events of a table are read."""
     key = key_decoder(table, _converter, PLACEHOLDER)
-    return TableCodec(table, row_decoder(table, _converter), key, lacks(table))
+    return TableCodec(table, row_decoder(table, _converter), key, lacks(table), partial(unavailable_columns, table))
 
 
 def lacks(table: Table) -> Callable[[Image], bool]:
