@@ -173,6 +173,7 @@ def handlers_have_each_change_in_order_though_the_worker_is_killed(
     revs = [change(it, 1, f"change {number}") for number in range(6)]
     wait_for_revision(it, "cache", 1, revs[-1], run)  # the sinks do not wait for handlers
     wait_for_event(run, "handler_busy")
+    stays_unconfirmed(it, it.shop.insert_lsn())
     run.kill()
     before = [one for one in noted() if one[1] != rev]
     assert [number for _, number in before] == revs[:2]
@@ -212,21 +213,26 @@ def test_nothing_is_confirmed_before_every_sink_has_it(scene: Callable[..., Scen
     rev = change(it, 1, "not everywhere")
     end = it.shop.insert_lsn()  # behind the commit: who confirms this is not sent the change again
     wait_for_revision(it, "docs", 1, rev, run)
-    replies = set[object]()
-
-    def enough_replies() -> bool:
-        assert it.shop.confirmed_lsn(it.pipeline.slot) < end, "confirmed, though the cache does not have it"
-        with it.shop.connect() as connection:
-            replies.update(connection.execute("SELECT reply_time FROM pg_stat_replication").fetchall())
-        return len(replies) > STATUS_REPLIES
-
-    wait_until(enough_replies, WAIT_S, "replies of the connector")
+    stays_unconfirmed(it, end)
     run.kill()
     assert it.shop.confirmed_lsn(it.pipeline.slot) < end
     redis_server.thaw()
     again = it.run()
     in_step(it, again)
     assert it.stores.revision("cache", ACCOUNT, 1) == rev
+
+
+def stays_unconfirmed(it: Scene, end: int) -> None:
+    """Let the connector tell the source some times how far it is: never to the end of what is not done."""
+    replies = set[object]()
+
+    def enough_replies() -> bool:
+        assert it.shop.confirmed_lsn(it.pipeline.slot) < end, "confirmed, though it is not done"
+        with it.shop.connect() as connection:
+            replies.update(connection.execute("SELECT reply_time FROM pg_stat_replication").fetchall())
+        return len(replies) > STATUS_REPLIES
+
+    wait_until(enough_replies, WAIT_S, "replies of the connector")
 
 
 @pytest.mark.parametrize("deleted", ["while it runs", "while it is stopped"])
