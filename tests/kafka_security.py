@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Collection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,7 +115,7 @@ class GuardedRegistry:
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
         self.schemes_seen: set[str] = set()
         accepted = {f"Basic {basic}", f"Bearer {token}"}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(port, accepted, self.schemes_seen))
+        self._server = _Server(("127.0.0.1", 0), _handler(port, accepted, self.schemes_seen))
         self._server.daemon_threads = True
         self._scheme = "https" if authority else "http"
         if authority is not None:
@@ -141,6 +142,12 @@ class GuardedRegistry:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ssl.SSLError):  # a client that trusts another authority, as it should say
+            super().handle_error(request, client_address)
 
 
 def _handler(port: int, accepted: Collection[str], schemes_seen: set[str]) -> type[BaseHTTPRequestHandler]:
