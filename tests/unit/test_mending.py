@@ -31,7 +31,7 @@ class Bench:
         self.down = True
         pipeline = Pipeline("movies")
 
-        @pipeline.lookup(required=False, deadline=0.001, trip_after=1, pause="1h", ttl=0)
+        @pipeline.lookup(required=False, deadline=60, trip_after=1, pause="1h", ttl=0)
         def ratings(keys: list[Any]) -> Mapping[Any, Any]:
             if self.down:
                 raise requests.ConnectionError("refused")
