@@ -141,7 +141,7 @@ def start(
         runs = spec.transport == "kafka" or app.is_running(name)
         if not runs:
             warn(f"Pipeline {name} is not running; the dump begins when it is.")
-        found = _follow(store, ids, as_json=app.json) if wait else _found(store, ids)
+        found = follow(store, ids, as_json=app.json) if wait else _found(store, ids)
     if app.json:
         print_json([as_json(one) for one in found])
     elif not wait:
@@ -192,7 +192,7 @@ def show(app: App, name: str, id_: int, wait: bool) -> None:
       deltactl dump show movies 3
     """
     with _dumps(app, name) as (_, store):
-        (found,) = _follow(store, [id_], as_json=app.json) if wait else _found(store, [id_])
+        (found,) = follow(store, [id_], as_json=app.json) if wait else _found(store, [id_])
         counts = store.counts().get(id_)
     if app.json:
         chunks = {"free": counts.free, "under_way": counts.leased} if counts else {"free": 0, "under_way": 0}
@@ -309,7 +309,7 @@ def as_bar(found: Dump, before: tuple[float, int] | None, now: float) -> str:
     return text + (f": {found.waits}" if found.waits else "")
 
 
-def _follow(store: DumpStore, ids: Sequence[int], *, as_json: bool) -> list[Dump]:
+def follow(store: DumpStore, ids: Sequence[int], *, as_json: bool) -> list[Dump]:
     """Show dumps until all have ended, to people on a terminal; return them."""
     first: dict[int, tuple[float, int]] = {}
     shows = sys.stdout.isatty() and not as_json

@@ -18,6 +18,7 @@ COMMANDS = {
     "dead": "deltactl.dead:dead",
     "dump": "deltactl.dump:dump",
     "pipeline": "deltactl.pipeline:pipeline",
+    "refresh": "deltactl.refresh:refresh",
     "run": "deltactl.run:run",
     "sidecar": "deltactl.sidecar:sidecar",
     "status": "deltactl.status:status",

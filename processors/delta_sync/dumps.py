@@ -14,8 +14,8 @@ from uuid import UUID
 
 from delta_sync.changes import Key
 from delta_sync.errors import UsageError
+from delta_sync.tables import Column, Table
 from delta_sync.tables import Kind as ColumnKind
-from delta_sync.tables import Table
 
 Kind = Literal["load", "table", "keys", "where"]
 State = Literal["pending", "running", "paused", "done", "cancelled", "failed"]
@@ -181,12 +181,15 @@ def key_from_text(table: Table, text: str) -> Key:
             " colon between them (and %3A for a colon, %25 for a percent sign within one)."
         )
     try:
-        return tuple(
-            _VALUES.get(table.column(name).kind, str)(part) for name, part in zip(table.key, parts, strict=True)
-        )
+        return tuple(value_from_text(table.column(name), part) for name, part in zip(table.key, parts, strict=True))
     except (ValueError, ArithmeticError) as error:
         kinds = ", ".join(f"{name} {table.column(name).type}" for name in table.key)
         raise UsageError(f"{text!r} is no key of {table.id} ({kinds}).") from error
+
+
+def value_from_text(column: Column, text: str) -> Any:
+    """Return a column's value from its text. Raises ValueError or ArithmeticError for one that is not of its type."""
+    return _VALUES.get(column.kind, str)(text)
 
 
 def _unescaped(part: str) -> str:

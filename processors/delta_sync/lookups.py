@@ -87,6 +87,9 @@ class LookupCaller:
         )
         self.inline = pool is not None  # whoever has a pool of his own decides about threads
         self._pool = pool or ThreadPoolExecutor(lookup.concurrency, thread_name_prefix=f"lookup-{lookup.name}")
+        self._caching = threading.Lock()
+        self._forgets = 0  # rises whenever something is dropped from the cache before its time
+        self._trusted: Callable[[], bool] = lambda: True
         self.numbers = LookupNumbers()
         self.spent_s = 0.0  # in `fetch`
         self._clock = clock
@@ -105,6 +108,23 @@ class LookupCaller:
         """Let go of the threads; a call that hangs is not waited for."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def heed(self, trusted: Callable[[], bool]) -> None:
+        """Use cached answers only when `trusted` says so, which is asked at the beginning of each `fetch`."""
+        self._trusted = trusted
+
+    def forget(self, keys: Iterable[Hashable] | None) -> None:
+        """Drop the cached answers for these keys, or all (None). Called by another thread than `fetch` is.
+
+        What is being asked for meanwhile is not cached either: it may have been answered before.
+        """
+        with self._caching:
+            self._forgets += 1
+            if keys is None:
+                self._cache.clear()
+            else:
+                for key in keys:
+                    self._cache.pop(key, None)
+
     def fetch(self, keys: Iterable[Hashable]) -> Answers:
         """Return the answers for distinct keys; None where the look-up has none.
 
@@ -122,12 +142,15 @@ class LookupCaller:
         failed: dict[Any, Exception] = {}
         missing: list[Any] = []
         left: list[Any] = []
-        for key in dict.fromkeys(keys):
-            cached = self._cache.get(key, _MISSING)
-            if cached is _MISSING:
-                missing.append(key)
-            else:
-                found[key] = cached
+        trusted = self._trusted()
+        with self._caching:
+            forgets = self._forgets
+            for key in dict.fromkeys(keys):
+                cached = self._cache.get(key, _MISSING) if trusted else _MISSING
+                if cached is _MISSING:
+                    missing.append(key)
+                else:
+                    found[key] = cached
         self.numbers.hits += len(found)
         self.numbers.asked += len(missing)
         batches = [missing[i : i + self._lookup.batch] for i in range(0, len(missing), self._lookup.batch)]
@@ -138,8 +161,11 @@ class LookupCaller:
                 left += batch
             for batch, result in done:
                 if not isinstance(result, Exception):
-                    for key in batch:
-                        found[key] = self._cache[key] = result.get(key)
+                    answers = {key: result.get(key) for key in batch}
+                    found.update(answers)
+                    with self._caching:
+                        if self._forgets == forgets:
+                            self._cache.update(answers)
                 elif len(batch) == 1:
                     failed[batch[0]] = result
                 else:

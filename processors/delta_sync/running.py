@@ -25,6 +25,7 @@ from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Mender
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, News, Progress
+from delta_sync.refreshing import NoticeReader, NoticeStore
 from delta_sync.rereads import Rereader
 from delta_sync.secrets import redact
 from delta_sync.sinks import AnySink, base_name, open_sink, open_sinks
@@ -140,6 +141,7 @@ class Running:
             for name, lookup in pipeline.lookups.items()
         }
         self.progress.lookups = {name: caller.numbers for name, caller in lookups.items()}
+        notices = NoticeReader(NoticeStore(state, spec.name), lookups, self._stopping)
         mender = Mender(DumpStore(state, spec.name), lookups, self._stopping)
         handlers = [HandlerRunner(handler, self._giving_up) for handler in pipeline.handlers.values()]
         self.progress.handlers = {runner.handler.name: runner.numbers for runner in handlers}
@@ -267,6 +269,7 @@ class Running:
                 loader,
                 housekeeping,
                 mender,
+                notices,
                 *transport.background(self.progress, self._stopping),
             ]
             for thread in threads:

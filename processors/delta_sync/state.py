@@ -46,6 +46,7 @@ from delta_sync.state_tables import (
     LEASES,
     LOADS,
     MEMBERS,
+    NOTICES,
     PIPELINES,
     REVISION,
     STATUSES,
@@ -247,7 +248,7 @@ class StateStore:
         """Delete all that is stored of a pipeline."""
         with self._transaction(write=True) as connection:
             # Leases first, as in a write with a lease: in another order the two could wait for each other.
-            for table in (LEASES, DUMPS, CHUNKS, LOADS, DEAD_LETTERS, STATUSES, MEMBERS, GENERATIONS):
+            for table in (LEASES, DUMPS, CHUNKS, LOADS, DEAD_LETTERS, STATUSES, MEMBERS, GENERATIONS, NOTICES):
                 connection.execute(sa.delete(table).where(table.c.pipeline == name))
             connection.execute(sa.delete(PIPELINES).where(PIPELINES.c.name == name))
 

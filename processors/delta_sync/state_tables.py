@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0006"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0007"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -202,5 +202,18 @@ GENERATIONS = sa.Table(
     sa.Column("state", _name(16), nullable=False),  # of the other; "": there is none
     sa.Column("newest", sa.Integer, nullable=False),  # numbers are never given twice
     sa.PrimaryKeyConstraint("pipeline", "sink", name="pk_delta_generation"),
+    **_OPTIONS,
+)
+
+NOTICES = sa.Table(
+    "delta_notice",
+    METADATA,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True),
+    sa.Column("pipeline", _name(64), nullable=False),
+    sa.Column("lookup", _name(255), nullable=False),
+    sa.Column("notice_keys", _blob(), nullable=False),
+    sa.Column("created_at", Instant, nullable=False),  # by the database's clock
+    sa.PrimaryKeyConstraint("id", name="pk_delta_notice"),
+    sqlite_autoincrement=True,  # an id is never given twice: processes know by it what they have heeded
     **_OPTIONS,
 )

@@ -15,6 +15,7 @@ from delta_sync.generations import GenerationStore, meant, open_generations, wri
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.progress import LogPosition
+from delta_sync.refreshing import NoticeReader, NoticeStore
 from delta_sync.repairing import DirectRepair
 from delta_sync.sinks import base_name
 from delta_sync.sources import open_reader
@@ -121,6 +122,11 @@ def open_verification(
         }
         for lookup in lookups.values():
             closing.callback(lookup.close)
+        ended = threading.Event()
+        notices = NoticeReader(NoticeStore(state, spec.name), lookups, ended)
+        notices.start()
+        closing.callback(notices.join)
+        closing.callback(ended.set)
         applied = AppliedLog(
             mark=lambda: position.heartbeat(spec.heartbeat_prefix),
             applied_to=_applied_to(spec, position, closing),

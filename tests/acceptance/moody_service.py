@@ -1,6 +1,8 @@
 """A service that rates movies and behaves as it is told: `python moody_service.py PORT SEED`.
 
     POST /stars, /stock  [1, 2]   →  [{"id": 1, "value": 17}, …]: for every id, as the mood allows
+    POST /label          [1, 2]   →  the same, whatever the mood; the values are as far from those as it is told
+    PUT  /label          1000     →  how far that is from now on
     PUT  /mood           "slow"   →  how often it was asked since the last change of its mood
     GET  /mood                    →  the same, without a change
 
@@ -31,12 +33,16 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     mood = "well"
     asked = 0
+    shift = 0
     rng = random.Random(0)
     lock = threading.Lock()
 
     def do_POST(self) -> None:
         """Rate what is asked for, as the mood allows."""
         ids: list[int] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/label":
+            self._answer(200, [{"id": id_, "value": value_of(id_) + Handler.shift} for id_ in ids])
+            return
         with Handler.lock:
             Handler.asked += 1
             mood, chance = Handler.mood, Handler.rng.random()
@@ -68,8 +74,12 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, answers)
 
     def do_PUT(self) -> None:
-        """Change the mood."""
-        mood: str = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        """Change the mood, or the labels."""
+        mood = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/label":
+            Handler.shift = mood
+            self._answer(200, mood)
+            return
         assert mood in MOODS
         with Handler.lock:
             asked, Handler.asked, Handler.mood = Handler.asked, 0, mood

@@ -1,7 +1,7 @@
 """Documents that are enriched by a real service in another process, in every mood that a service can be in.
 
 No change is lost, a document never goes back to an older row, what a required look-up answers is always there, and what
-an optional one left out is there in the end.
+an optional one left out is there in the end. What was cached and has changed is there once it is said so.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ stars = pipeline.lookup(**options)(lookup.http("stars", "{url}/stars", key="id",
 stock = pipeline.lookup(**options, required=False, deadline="250ms")(
     lookup.http("stock", "{url}/stock", key="id", timeout_s=3)
 )
+label = pipeline.lookup(ttl="1h")(lookup.http("label", "{url}/label", key="id"))
 
 
-@pipeline.table({table!r}, enrich={{"star": stars.by("id"), "some": stock.by("id")}})
-def movie(row, star, some):
-    return {{"id": row["id"], "rev": row["rev"], "stars": star["value"], "stock": some["value"] if some else None}}
+@pipeline.table({table!r}, enrich={{"star": stars.by("id"), "some": stock.by("id"), "name": label.by("id")}})
+def movie(row, star, some, name):
+    stock = some["value"] if some else None
+    return {{"id": row["id"], "rev": row["rev"], "stars": star["value"], "stock": stock, "label": name["value"]}}
 """
 
 
@@ -72,6 +74,9 @@ class Service:
 
     def becomes(self, mood: str) -> None:
         requests.put(f"{self.url}/mood", data=json.dumps(mood), timeout=30).raise_for_status()
+
+    def labels_are_shifted(self, by: int) -> None:
+        requests.put(f"{self.url}/label", data=json.dumps(by), timeout=30).raise_for_status()
 
 
 @pytest.fixture
@@ -101,7 +106,11 @@ def change(connection: psycopg.Connection, id_: int, rev: int, rng: random.Rando
     if rng.random() < 0.1:
         connection.execute("DELETE FROM movie WHERE id = %s", [id_])
     else:
-        connection.execute("INSERT INTO movie VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET rev = %s", [id_, rev, rev])
+        change_to(connection, id_, rev)
+
+
+def change_to(connection: psycopg.Connection, id_: int, rev: int) -> None:
+    connection.execute("INSERT INTO movie VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET rev = %s", [id_, rev, rev])
 
 
 class Reader(Actor):
@@ -156,10 +165,41 @@ def test_whatever_the_service_does(stage: Callable[..., Stage], service: Service
     told = lookups(it)
     assert told["stars"]["left"] == 0
     assert told["stock"]["left"] > 0
-    assert min(told[name]["calls"]["busy"] for name in told) > 0
+    assert min(told[name]["calls"]["busy"] for name in ("stars", "stock")) > 0
     assert run.events("lookup_left")
     assert run.events("lookup_mends")
+    refreshed(it, service, run)
     assert run.stop() == 0
+
+
+def refreshed(it: Stage, service: Service, run: Run) -> None:
+    """What the service says of some keys changes: nothing happens, until it is said so; then it is so for good."""
+
+    def labels(rev: int) -> list[int]:
+        """Write three rows; return how far their labels are from what they were, once the documents are there."""
+        with it.source.connect() as connection:
+            for id_ in (5, 6, 7):
+                change_to(connection, id_, rev)
+        it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
+        return shifts()
+
+    def shifts() -> list[int]:
+        found = documents(it.stores)
+        return [found[id_]["label"] - value_of(id_) for id_ in (5, 6, 7)]
+
+    refresh = ("refresh", it.pipeline.name, "--lookup", "label", "--keys")
+    assert labels(1_000_001) == [0, 0, 0]
+    service.labels_are_shifted(1000)
+    assert labels(1_000_002) == [0, 0, 0], f"{run.tail()}"
+    dry = it.pipeline.deltactl(*refresh, "5,6,0", "--dry-run", "--json")
+    assert json.loads(dry.stdout)["rows"] == {it.pipeline.tables[0]: 2}, dry.stderr
+    assert shifts() == [0, 0, 0]
+    done = it.pipeline.deltactl(*refresh, "5,6,0", "--wait")
+    assert done.returncode == 0, done.stderr
+    assert shifts() == [1000, 1000, 0], f"{run.tail()}"
+    assert labels(1_000_003) == [1000, 1000, 0], "the log's changes do not get what was cached before"
+    refused = it.pipeline.deltactl(*refresh, "five")
+    assert (refused.returncode, "'five' is no value" in refused.stderr) == (2, True), refused.stderr
 
 
 def mended(it: Stage, run: Run) -> None:
@@ -167,7 +207,10 @@ def mended(it: Stage, run: Run) -> None:
     it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
     with it.source.connect() as connection:
         rows: dict[int, int] = dict(connection.execute("SELECT id, rev FROM movie").fetchall())
-    wanted = {id_: {"id": id_, "rev": rev, "stars": value_of(id_), "stock": value_of(id_)} for id_, rev in rows.items()}
+    wanted = {
+        id_: {"id": id_, "rev": rev, "stars": value_of(id_), "stock": value_of(id_), "label": value_of(id_)}
+        for id_, rev in rows.items()
+    }
     found: dict[int, Any] = {}
 
     def equal() -> bool:

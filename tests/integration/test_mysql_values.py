@@ -135,6 +135,7 @@ def test_chunks_and_keys_of_every_type(session: Session, reader: MariaReader, na
     found = reader.read_keys(table, wanted, anything)
     assert found is not None
     assert dict(found.rows) == {key: row for key, row in whole.rows if key in wanted}
+    assert sorted(reader.keys_having(table, "k", [keys[0][0]]), key=repr) == sorted(keys[:2], key=repr)
 
 
 def test_a_chunk_ends_by_bytes_and_the_reader_goes_on(

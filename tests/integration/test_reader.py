@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from delta_sync.errors import SourceBusy
+from delta_sync.errors import SourceBusy, UsageError
 from delta_sync.sources.postgresql.connection import KEEP_ALIVE, connect
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import SourceSpec
@@ -82,6 +82,10 @@ def test_names_with_a_percent_sign_are_no_placeholders(postgresql: PostgreSQL) -
             assert rest is not None
             assert rest.rows == expected[1:]
             assert [reader.key_behind(table, after, 1) for after in (None, ("a",), ("b",))] == [("a",), ("b",), None]
+            assert reader.keys_having(table, "k%", ["a", "b"]) == [("a",), ("b",)]
+            assert reader.keys_having(table, "v%%(x)s", ["2", "'1%'", "1"]) == [("b",)]
+            with pytest.raises(UsageError, match=r"Rows cannot be found by .* invalid input value for enum"):
+                reader.keys_having(table, "k%", ["a", "c"])
         finally:
             connection.execute('DROP TABLE "per%s"; DROP TYPE "50%s"')
             reader.close()

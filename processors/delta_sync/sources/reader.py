@@ -235,6 +235,13 @@ class SourceReader(ABC):
         """
 
     @abstractmethod
+    def keys_having(self, table: Table, column: str, values: Sequence[Any]) -> list[Key]:
+        """Return the keys of the rows whose column has one of these values, as rows have them.
+
+        The whole table is read unless the column has an index. Raises UsageError for a value beyond the column's type.
+        """
+
+    @abstractmethod
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Any], bool]) -> Chunk | None:
         """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
 

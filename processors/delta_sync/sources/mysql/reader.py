@@ -285,6 +285,28 @@ class MariaReader(SourceReader):
             found = _fetch(session, query, (*parameters, rows - 1))
         return codec.row_maker(keys_alone)(found[0])[0] if found else None
 
+    def keys_having(self, table: Table, column: str, values: Sequence[Any]) -> list[Key]:
+        """Return the keys of the rows whose column has one of these values."""
+        of = table.column(column)
+        narrow = table._replace(columns=tuple(table.column(name) for name in dict.fromkeys((*table.key, column))))
+        to_row, wanted = codec.row_maker(narrow), frozenset(values)
+        found: list[Key] = []
+        with self._connected() as session:
+            for start in range(0, len(values), KEYS_AT_ONCE):
+                try:
+                    parameters = tuple(codec.parameter(of, value) for value in values[start : start + KEYS_AT_ONCE])
+                except ValueError as error:  # no member of an enumeration
+                    raise UsageError(f"Rows cannot be found by {table.id}.{column}: {error}.") from error
+                among = ", ".join(["%s"] * len(parameters))
+                query = (
+                    f"SELECT {codec.select_list(narrow)} FROM {_qualified(table)} AS t"  # noqa: S608 -- quoted
+                    f" WHERE t.{quoted(column)} IN ({among})"
+                )
+                rows = map(to_row, _fetch(session, query, parameters))
+                # A collation takes for equal what a look-up was not asked with.
+                found += [key for key, row in rows if row[column] in wanted]
+        return found
+
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
         """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
 

@@ -377,6 +377,25 @@ class PostgresReader(SourceReader):
             row = connection.execute(query, after or ()).fetchone()
         return None if row is None else _row_maker(keys_alone)(row)[0]
 
+    def keys_having(self, table: Table, column: str, values: Sequence[Any]) -> list[Key]:
+        """Return the keys of the rows whose column has one of these values."""
+        narrow = table._replace(columns=tuple(table.column(name) for name in dict.fromkeys((*table.key, column))))
+        query = sql.SQL("SELECT {} FROM {} AS t WHERE {} = ANY(%s::{}[])").format(
+            _fixed(codec.select_list(narrow)),
+            _fixed(_qualified(table)),
+            _fixed(sql.Identifier("t", column)),
+            _type(table.column(column)),
+        )
+        to_row, wanted = _row_maker(narrow), frozenset(values)
+        try:
+            with self._connected() as connection:
+                found = map(to_row, connection.execute(query, [list(values)]))
+                # A collation, or a padded type, takes for equal what a look-up was not asked with.
+                return [key for key, row in found if row[column] in wanted]
+        except (psycopg.DataError, psycopg.ProgrammingError) as error:
+            told = error.diag.message_primary or str(error)
+            raise UsageError(f"Rows cannot be found by {table.id}.{column}: {redact(told)}.") from error
+
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
         """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
 

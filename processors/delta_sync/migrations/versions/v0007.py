@@ -1,0 +1,53 @@
+"""Notices that what look-ups have answered is no longer so, for the caches of all processes.
+
+Types are spelled out instead of imported: what a migration does must not change when the code does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import mysql
+
+revision = "0007"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+
+TABLE_OPTIONS: dict[str, Any] = {
+    "mysql_charset": "utf8mb4",
+    "mariadb_charset": "utf8mb4",
+    "mysql_engine": "InnoDB",
+    "mariadb_engine": "InnoDB",
+}
+
+
+def _name(length: int) -> sa.types.TypeEngine[str]:
+    return sa.String(length).with_variant(mysql.VARCHAR(length, collation="utf8mb4_bin"), "mysql", "mariadb")
+
+
+def upgrade() -> None:
+    """Create it, unless a process that was killed has made it already (MariaDB knows no transaction here)."""
+    op.create_table(
+        "delta_notice",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True),
+        sa.Column("pipeline", _name(64), nullable=False),
+        sa.Column("lookup", _name(255), nullable=False),
+        sa.Column(
+            "notice_keys",
+            sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb"),
+            nullable=False,
+        ),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_delta_notice"),
+        if_not_exists=True,
+        sqlite_autoincrement=True,
+        **TABLE_OPTIONS,
+    )
+
+
+def downgrade() -> None:
+    """Going back is not offered: an older Delta refuses a newer store, and a store can always be made anew."""
+    raise NotImplementedError("The state store is not taken back to an older version.")

@@ -1,0 +1,180 @@
+"""What a look-up returned has changed: caches drop it, and the documents that used it are written anew.
+
+Whoever says so leaves a notice in the state store, with the keys. Every process that asks look-ups sees it within
+LOOK_S and drops these keys from its cache; one that has not been able to look for TRUSTED_S uses no cached answer. So,
+NOTICED_S after a notice is there, no process answers with what was cached before it, however many there are. Only then
+the rows with these keys are looked for in the source, and read anew by a dump of their keys:
+
+- a row that had such a key by then is in the dump, whose versions beat all that was written with an older answer;
+- one that gets such a key later comes through the log later, and is enriched with an answer that was asked for later.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+import structlog
+
+from delta_sync.delta_event import decode_keys, encode_keys
+from delta_sync.dumps import value_from_text
+from delta_sync.errors import Transient, UsageError
+from delta_sync.lookups import LookupCaller
+from delta_sync.pipeline import Pipeline
+from delta_sync.state import StateStore, now_of
+from delta_sync.state_tables import NOTICES
+from delta_sync.tables import Kind, Table
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+LOOK_S = 1.0  # between looks for notices: one small query of each process
+TRUSTED_S = 3.0  # since a look began: some may take long, or fail, before caches are of no use
+NOTICED_S = TRUSTED_S + 0.5  # clocks of two machines do not run equally fast
+KEPT_S = 3600.0  # a notice; a process that did not look for half of that drops all that it has
+KEYS_MOST = 100_000  # in one notice, which every process reads as a whole; as many as a cache has by default
+
+
+class Notice(NamedTuple):
+    """What was said to have changed: a look-up's answers for these keys."""
+
+    id: int
+    lookup: str
+    keys: Sequence[Any]
+
+
+class NoticeStore:
+    """A pipeline's notices in the state store. Safe to use from any number of threads and processes at once."""
+
+    def __init__(self, state: StateStore, pipeline: str) -> None:
+        self._state = state
+        self._pipeline = pipeline
+
+    def add(self, lookup: str, keys: Sequence[Any]) -> int:
+        """Leave a notice; return its id. Those that every process has seen long since are forgotten."""
+        with self._state.transaction(write=True) as connection:
+            now = now_of(connection)
+            old = (NOTICES.c.pipeline == self._pipeline, NOTICES.c.created_at < now - dt.timedelta(seconds=KEPT_S))
+            connection.execute(sa.delete(NOTICES).where(*old))
+            result = connection.execute(
+                sa.insert(NOTICES).values(
+                    pipeline=self._pipeline,
+                    lookup=lookup,
+                    notice_keys=encode_keys([(key,) for key in keys]),
+                    created_at=now,
+                )
+            )
+            (id_,) = result.inserted_primary_key or (0,)
+        return int(id_)
+
+    def ids(self) -> frozenset[int]:
+        """Return the ids of those that are there. They need not become visible in their order."""
+        with self._state.transaction() as connection:
+            query = sa.select(NOTICES.c.id).where(NOTICES.c.pipeline == self._pipeline)
+            return frozenset(connection.execute(query).scalars())
+
+    def get(self, ids: Collection[int]) -> list[Notice]:
+        """Return notices; one that is gone is left out."""
+        found: list[Notice] = []
+        for id_ in sorted(ids):
+            query = sa.select(NOTICES).where(NOTICES.c.pipeline == self._pipeline, NOTICES.c.id == id_)
+            with self._state.transaction() as connection:
+                row = connection.execute(query).one_or_none()
+            if row is not None:
+                found.append(Notice(row.id, row.lookup, [key for (key,) in decode_keys(row.notice_keys)]))
+        return found
+
+
+class NoticeReader(threading.Thread):
+    """Drops from this process's caches what notices are about. The callers use them only while it can look."""
+
+    def __init__(
+        self,
+        store: NoticeStore,
+        lookups: Mapping[str, LookupCaller],
+        stopping: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(name="notices", daemon=True)
+        self._store = store
+        self._lookups = lookups
+        self._stopping = stopping
+        self._clock = clock
+        self._seen: frozenset[int] = frozenset()
+        self._looked_s: float | None = None  # when the last look that succeeded began
+        for caller in lookups.values():
+            caller.heed(self.trusted)
+
+    def trusted(self) -> bool:
+        """Tell whether a cached answer may be used: no notice that was there TRUSTED_S ago is unheeded."""
+        return self._looked_s is not None and self._clock() - self._looked_s < TRUSTED_S
+
+    def run(self) -> None:
+        """Look every so often, until Delta stops."""
+        said = False
+        while self._lookups:
+            try:
+                self.look()
+                said = False
+            except Transient as error:
+                if not said:
+                    log.warning("notices_wait", reason=str(error))
+                said = True
+            except Exception as error:  # a defect here must not stop the stream: caches are not used, which is right
+                log.error("notices_failed", reason=str(error), exc_info=True)
+            if self._stopping.wait(LOOK_S):
+                return
+
+    def look(self) -> None:
+        """Heed the notices that are new. One step of `run`. Raises StateBusy."""
+        began_s = self._clock()
+        ids = self._store.ids()
+        if self._looked_s is not None and began_s - self._looked_s > KEPT_S / 2:
+            for caller in self._lookups.values():
+                caller.forget(None)
+        for notice in self._store.get(ids - self._seen):
+            if notice.lookup in self._lookups:
+                self._lookups[notice.lookup].forget(notice.keys)
+                log.info("lookup_forgets", lookup=notice.lookup, keys=len(notice.keys))
+        self._seen, self._looked_s = ids, began_s
+
+
+# ── whose documents they are ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def columns_by_table(pipeline: Pipeline, lookup: str) -> dict[str, list[str]]:
+    """Return by which columns tables ask a look-up. Raises UsageError: it is not there, or nobody asks it."""
+    if lookup not in pipeline.lookups:
+        are = f"it has {', '.join(pipeline.lookups)}" if pipeline.lookups else "it has none"
+        raise UsageError(f"--lookup: pipeline {pipeline.name} has no look-up {lookup!r}; {are}.")
+    found: dict[str, list[str]] = {}
+    for name, processor in pipeline.tables.items():
+        columns = [column for asked, column in processor.enrich.values() if asked.name == lookup]
+        if columns:
+            found[name] = list(dict.fromkeys(columns))
+    if not found:
+        raise UsageError(f"No table is enriched by look-up {lookup}, so there is nothing to refresh.")
+    return found
+
+
+def typed(table: Table, column: str, texts: Iterable[str]) -> list[Any]:
+    """Return keys of a look-up as the rows of a table have them, each once. Raises UsageError."""
+    of = table.column(column)
+    if of.mask is not None:
+        raise UsageError(
+            f"Look-up keys of {table.id}.{column} are masked, so its rows cannot be found by them; use `deltactl dump`."
+        )
+    if of.kind is Kind.INTERVAL:  # lists and JSON values ask no look-up at all
+        raise UsageError(
+            f"Rows cannot be found by {table.id}.{column}, of type {of.type}; refresh them with `deltactl dump`."
+        )
+    found: dict[Any, None] = {}
+    for text in texts:
+        try:
+            found[value_from_text(of, text)] = None
+        except (ValueError, ArithmeticError) as error:
+            raise UsageError(f"{text!r} is no value of {table.id}.{column} ({of.type}).") from error
+    return list(found)
