@@ -33,6 +33,7 @@ from delta_sync.delta_event import encode_key
 from delta_sync.dumps import Dump
 from delta_sync.errors import LeaseLost, LoadOverruled, StaleStateStore, StateBusy
 from delta_sync.generations import Generations, GenerationStore
+from delta_sync.refreshing import KEPT_S, NoticeStore
 from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad, identity_of
 from delta_sync.state_database import migration_lock
 from delta_sync.state_dumps import DumpStore
@@ -694,6 +695,21 @@ class StateContract:
         expected = status | {"since": "2024-02-29T12:30:15.123456Z", "é": "\\x00"}
         assert store.status("movies") == (expected, NOW)
 
+    def test_notices_have_their_keys_and_are_kept_for_a_while(self, store: StateStore, raw: sa.Engine) -> None:
+        notices = NoticeStore(store, "movies")
+        NoticeStore(store, "other").add("ratings", [1])
+        keys = [1, "it's \0 \u00e9", Decimal("1.50"), uuid.UUID(int=7), dt.date(2024, 2, 29), True]
+        old, new = notices.add("ratings", keys), notices.add("stock", list(range(20_000)))  # beyond a MariaDB BLOB
+        assert notices.ids() == {old, new}
+        assert [(notice.lookup, notice.keys) for notice in notices.get([old])] == [("ratings", tuple(keys))]
+        assert notices.get([new])[0].keys == tuple(range(20_000))
+        assert notices.get([old - 1]) == [], "another pipeline's"
+        with raw.begin() as connection:
+            past = sa.text("UPDATE delta_notice SET created_at = created_at - :us WHERE id = :id")
+            connection.execute(past, {"us": int(KEPT_S + 60) * 1_000_000, "id": old})
+        last = notices.add("ratings", [2])
+        assert notices.ids() == {new, last}
+
     def test_forgetting_leaves_other_pipelines_alone(self, store: StateStore, raw: sa.Engine) -> None:
         for name in ("movies", "other"):
             store.save_pipeline(PipelineState(name, 1, "1", 1))
@@ -704,6 +720,7 @@ class StateContract:
             store.save_member(name, "me", {})
             DumpStore(store, name).add(Dump(table="a.b", kind="keys"), [(1,)])
             GenerationStore(store, name).change(Generations("cache"), Generations("cache").begun())
+            NoticeStore(store, name).add("ratings", [1])
         store.forget("movies")
         with raw.connect() as connection:
             for table in METADATA.sorted_tables:

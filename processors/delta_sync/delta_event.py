@@ -93,23 +93,6 @@ def decode_key(data: bytes) -> Key:
     return _KEY.decode(data, _key)
 
 
-def encode_keys(keys: Sequence[Key]) -> bytes:
-    """Return keys as they are stored: each as `encode_key` writes it, with its length before it."""
-    parts = [encode_key(key) for key in keys]
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
-
-
-def decode_keys(data: bytes) -> tuple[Key, ...]:
-    """Return the keys that `encode_keys` wrote."""
-    keys: list[Key] = []
-    place = 0
-    while place < len(data):
-        length = int.from_bytes(data[place : place + 4], "big")
-        keys.append(decode_key(data[place + 4 : place + 4 + length]))
-        place += 4 + length
-    return tuple(keys)
-
-
 # ── values: a box is Avro's record Value ─────────────────────────────────────────────────────────────────────────
 
 _Box = dict[str, Any]  # {"value": a branch of the union}: (its name, the datum), or the bare datum when decoded

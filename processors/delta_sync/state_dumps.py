@@ -15,7 +15,7 @@ import orjson
 import sqlalchemy as sa
 
 from delta_sync.changes import Key
-from delta_sync.delta_event import decode_key, decode_keys, encode_key, encode_keys
+from delta_sync.delta_event import decode_key, encode_key
 from delta_sync.dumps import (
     ChunkCounts,
     ChunkLease,
@@ -295,7 +295,7 @@ class DumpStore:
             rest: tuple[Key | None, Key | None, tuple[Key, ...] | None]
             if keys is not None:
                 smaller = chunk._replace(keys=tuple(keys[0]))
-                rest, values = (None, None, tuple(keys[1])), {"chunk_keys": encode_keys(keys[0])}
+                rest, values = (None, None, tuple(keys[1])), {"chunk_keys": _keys_text(keys[0])}
             else:
                 assert to is not None, "it is split somewhere"
                 smaller = chunk._replace(to=to)
@@ -352,7 +352,7 @@ class DumpStore:
                 "pipeline": self._pipeline,
                 "after_key": None if after is None else encode_key(after),
                 "to_key": None if to is None else encode_key(to),
-                "chunk_keys": None if keys is None else encode_keys(keys),
+                "chunk_keys": None if keys is None else _keys_text(keys),
                 "owner": "",
                 "token": 0,
                 "expires_at": LONG_AGO,
@@ -468,5 +468,19 @@ def _key(data: bytes | None) -> Key | None:
     return None if data is None else decode_key(data)
 
 
+def _keys_text(keys: Sequence[Key]) -> bytes:
+    """Return keys as they are stored: each as `encode_key` writes it, with its length before it."""
+    parts = [encode_key(key) for key in keys]
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
 def _keys(data: bytes | None) -> tuple[Key, ...] | None:
-    return None if data is None else decode_keys(data)
+    if data is None:
+        return None
+    keys: list[Key] = []
+    place = 0
+    while place < len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        keys.append(decode_key(data[place + 4 : place + 4 + length]))
+        place += 4 + length
+    return tuple(keys)
