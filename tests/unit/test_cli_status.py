@@ -134,6 +134,30 @@ def test_what_cannot_be_verified(folder: Path, arguments: list[str], words: str)
     assert words in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lookup", "stars", "--keys", "1"], "pipeline movies has no look-up 'stars'; it has ratings, unused."),
+        (["--lookup", "unused", "--keys", "1"], "No table is enriched by look-up unused"),
+        (["--lookup", "ratings"], "Give --keys or --keys-file"),
+        (["--lookup", "ratings", "--keys", "1", "--keys-file", "keys.txt"], "Give --keys or --keys-file"),
+        (["--lookup", "ratings", "--keys", " , "], "--keys names no key."),
+        (["--lookup", "ratings", "--keys", ",".join(["1"] * 100_001)], "100,001 keys are more than 100,000"),
+        (["--lookup", "ratings", "--keys", "1"], "Pipeline movies never ran"),
+    ],
+)
+def test_what_cannot_be_refreshed(folder: Path, arguments: list[str], words: str) -> None:
+    (folder / "processor.py").write_text(
+        "from delta_sync import Pipeline\n\np = Pipeline('movies')\n\n\n"
+        "@p.lookup()\ndef ratings(keys):\n    return {}\n\n\n"
+        "@p.lookup()\ndef unused(keys):\n    return {}\n\n\n"
+        "@p.table('public.movie', enrich={'rating': ratings.by('id')})\ndef movie(row, rating):\n    return row\n"
+    )
+    done = deltactl("refresh", "movies", *arguments)
+    assert done.exit_code == 2
+    assert words in done.stderr
+
+
 @pytest.mark.usefixtures("folder")
 def test_a_repair_asks_first() -> None:
     done = deltactl("verify", "movies", "--repair")
