@@ -1,8 +1,11 @@
 """From commit to document, at 500 changes per second, with default settings; then what the idle pipeline costs.
 
-    python benchmarks/latency.py [--seconds 30] [--rate 500] [--transport kafka]
+    python benchmarks/latency.py [--seconds 30] [--rate 500] [--transport kafka] [--dump-rows 0]
 
 With Kafka: one broker, a registry, a sidecar and a worker. Brokers' and registry's CPU time is not counted.
+
+With `--dump-rows`, there is a second table of so many rows, and the changes come once more while the same worker dumps
+that, over and over. The ratio of the latencies is what counts.
 
 A row's `updated_at` is the clock just before its commit; an observer is told by Redis of every write, reads the
 document, and compares that with the same machine's clock. Also: time from the start of Delta to its first
@@ -20,7 +23,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,9 +31,13 @@ from typing import Any
 import psutil
 import psycopg
 import redis
-from common import bench_spec, cpu_s, fill, report, scratch, servers, write_pipeline
+from common import PROCESSOR, bench_spec, cpu_s, fill, report, scratch, servers, write_pipeline
 
+from delta_sync.dumps import Dump
 from delta_sync.kafka.topics import create_topics, wanted_topics
+from delta_sync.spec import PipelineSpec
+from delta_sync.state import StateStore
+from delta_sync.state_dumps import DumpStore
 
 ROWS = 20_000
 WARM_UP_S = 5.0
@@ -38,6 +45,14 @@ IDLE_S = 15.0
 UPDATE = (
     "UPDATE movie SET rating = round((1 + random() * 8.9)::numeric, 1), updated_at = clock_timestamp() WHERE id = %s"
 )
+DUMPED = "public.narrow"
+FILL_DUMPED = b"INSERT INTO narrow SELECT i, 'movie ' || i, 1900 + i %% 120 FROM generate_series(1, %d) AS i"
+DUMPED_PROCESSOR = """
+
+@bench.table("public.narrow")
+def narrow(row: Row) -> Document | None:
+    return {"id": row["id"], "title": row["title"], "year": row["year"]}
+"""
 
 
 def generate(url: str, rate: int, seconds: float) -> None:
@@ -80,6 +95,53 @@ class Observer(threading.Thread):
                 self.ages_ms.append(
                     (now - datetime.fromisoformat(json.loads(document)["updated_at"]).timestamp()) * 1e3
                 )
+
+
+class Dumps(threading.Thread):
+    """Dumps the second table over and over, one dump after the other."""
+
+    def __init__(self, spec: PipelineSpec, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self._spec = spec
+        self._folder = folder
+        self._enough = threading.Event()
+        self.rows = 0
+
+    def run(self) -> None:
+        """Start the next dump when one has ended."""
+        with StateStore.open(self._spec.state, self._folder) as state:
+            dumps = DumpStore(state, self._spec.name)
+            while not self._enough.is_set():
+                id_ = dumps.add(Dump(table=DUMPED, kind="table", reason="benchmark"))
+                while (dump := dumps.get(id_)) is not None and dump.unfinished and not self._enough.wait(0.1):
+                    pass
+                assert dump is not None
+                self.rows += dump.rows
+
+    def stop(self) -> None:
+        """Start no more of them."""
+        self._enough.set()
+        self.join()
+
+
+def during_dumps(
+    spec: PipelineSpec, folder: Path, measure: Callable[[], tuple[dict[str, float], dict[str, float]]]
+) -> dict[str, Any]:
+    """Measure while there are dumps."""
+    dumps = Dumps(spec, folder)
+    began = time.perf_counter()
+    dumps.start()
+    found, busy = measure()
+    dumps.stop()
+    return {**found, "cpu_of_a_core": busy, "dumped_rows_per_s": round(dumps.rows / (time.perf_counter() - began))}
+
+
+def fill_dumped(url: str, rows: int) -> None:
+    """Create the second table."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE narrow (id bigint PRIMARY KEY, title text, year int)")
+        connection.execute(FILL_DUMPED % rows)
+        connection.execute("VACUUM ANALYZE narrow")
 
 
 def installed_mb() -> int:
@@ -127,6 +189,24 @@ def share(before: Mapping[str, float], after: Mapping[str, float], seconds: floa
     return found | {"all": round(sum(found.values()), 3)}
 
 
+def latencies(
+    observer: Observer, runs: Mapping[str, subprocess.Popen[bytes]], url: str, rate: int, seconds: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Generate changes; return how old documents were when they appeared, and what part of a core each process used."""
+    command = [sys.executable, __file__, "--generate", url, "--rate", str(rate)]
+    generator = subprocess.Popen([*command, "--seconds", str(seconds + WARM_UP_S)])
+    time.sleep(WARM_UP_S)
+    before = cpu_of(runs)
+    observer.ages_ms = []
+    observer.measuring.set()
+    generator.wait()
+    busy = share(before, cpu_of(runs), seconds)
+    observer.measuring.clear()
+    ages = sorted(observer.ages_ms)
+    shares = {f"p{q}_ms": round(ages[min(len(ages) - 1, len(ages) * q // 100)], 1) for q in (50, 95, 99)}
+    return {"changes": len(ages), **shares}, busy
+
+
 def resident_mb(runs: Mapping[str, subprocess.Popen[bytes]]) -> dict[str, int]:
     """Return the resident memory of each, and of its children."""
     found: dict[str, int] = {}
@@ -144,6 +224,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--rate", type=int, default=500)
     parser.add_argument("--transport", choices=["embedded", "kafka"], default="embedded")
+    parser.add_argument("--dump-rows", type=int, default=0, help="of a second table, dumped meanwhile")
     parser.add_argument("--option", action="append", default=[], help="name=value, of the connector")
     parser.add_argument("--generate", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -155,10 +236,17 @@ def main() -> None:
         source, cache = exits.enter_context(servers())
         options: dict[str, Any] = dict(option.split("=", 1) for option in arguments.option)
         kafka = kafka_options(exits) if arguments.transport == "kafka" else {}
-        spec = bench_spec(source, cache, **kafka, **({"connector": options} if options else {}))
+        more: dict[str, Any] = {"connector": options} if options else {}
+        if arguments.dump_rows:
+            fill_dumped(source.url, arguments.dump_rows)
+            movies = {"sinks": {"cache": {"key": "movie:{id}"}}}
+            more["tables"] = {"public.movie": movies, DUMPED: {"sinks": {"cache": {"key": "narrow:{id}"}}}}
+        spec = bench_spec(source, cache, **kafka, **more)
         if spec.kafka is not None:  # `deltactl pipeline create` would have made them
             create_topics(spec.kafka, wanted_topics(spec))
-        write_pipeline(scratch_name, spec)
+        folder = write_pipeline(scratch_name, spec)
+        if arguments.dump_rows:
+            (folder / "processor.py").write_text(PROCESSOR + DUMPED_PROCESSOR)
         fill(source, ROWS, updates=False)
         observer = Observer(cache.url)
         observer.start()
@@ -168,36 +256,32 @@ def main() -> None:
             for command in (("sidecar", "worker") if kafka else ("run",))
         }
         client = redis.Redis.from_url(cache.url)
-        while client.dbsize() < ROWS:
+        while client.dbsize() < ROWS + arguments.dump_rows:
             assert all(run.poll() is None for run in runs.values()), "see the log above"
             time.sleep(0.05)
         assert observer.first is not None
         first_s = observer.first - started
         loaded_s = time.time() - started
-        seconds = str(arguments.seconds + WARM_UP_S)
-        generate_command = [sys.executable, __file__, "--generate", source.url, "--rate", str(arguments.rate)]
-        generator = subprocess.Popen([*generate_command, "--seconds", seconds])
-        time.sleep(WARM_UP_S)
-        before = cpu_of(runs)
-        observer.measuring.set()
-        generator.wait()
-        busy = share(before, cpu_of(runs), arguments.seconds)
-        observer.measuring.clear()
+        changes = runs, source.url, arguments.rate, arguments.seconds
+        found, busy = latencies(observer, *changes)
         time.sleep(2)
         before = cpu_of(runs)
         time.sleep(IDLE_S)
         idle = share(before, cpu_of(runs), IDLE_S)
         resident = resident_mb(runs)
-    ages = sorted(observer.ages_ms)
+        beside = during_dumps(spec, folder, lambda: latencies(observer, *changes)) if arguments.dump_rows else {}
+    if beside:
+        beside["p99_ratio"] = round(beside["p99_ms"] / found["p99_ms"], 2)
+    name = "latency" if arguments.transport == "embedded" else "latency_kafka"
     report(
-        "latency" if arguments.transport == "embedded" else "latency_kafka",
+        f"{name}_dumps" if beside else name,
         {
-            "changes": len(ages),
-            **{f"p{q}_ms": round(ages[min(len(ages) - 1, len(ages) * q // 100)], 1) for q in (50, 95, 99)},
+            **found,
+            **({"during_dumps": beside} if beside else {}),
             "cpu_of_a_core_busy": busy,
             "cpu_of_a_core_idle": idle,
             "first_document_s": round(first_s, 1),
-            "loaded_20000_rows_s": round(loaded_s, 1),
+            f"loaded_{ROWS + arguments.dump_rows}_rows_s": round(loaded_s, 1),
             "resident_mb": resident,
             "installed_mb": installed_mb(),
         },
