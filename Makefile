@@ -77,7 +77,7 @@ playground: setup ## the demo's servers, and a shell to type at them: docs/tutor
 
 # ── bench ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-bench: setup ## measure: the worker alone, end to end beside the engine alone, latency, footprint, Kafka (half an hour)
+bench: setup ## measure: the worker alone, end to end beside the engine alone, latency, footprint, Kafka, dumps (45 min)
 	$(BIN)/python benchmarks/worker.py
 	$(BIN)/python benchmarks/lookups.py
 	$(BIN)/python benchmarks/end_to_end.py
@@ -85,6 +85,9 @@ bench: setup ## measure: the worker alone, end to end beside the engine alone, l
 	$(BIN)/python benchmarks/kafka_worker.py --processes 1 2 4
 	$(BIN)/python benchmarks/latency.py --transport kafka
 	$(BIN)/python benchmarks/takeover.py
+	$(BIN)/python benchmarks/dump_beside_debezium.py
+	$(BIN)/python benchmarks/latency.py --dump-rows 500000
+	$(BIN)/python benchmarks/latency.py --transport kafka --dump-rows 500000
 
 # ── docs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,6 +1,6 @@
 """Delta's dumps beside Debezium's own incremental snapshot of the same table into Redis: rows per second, CPU per row.
 
-    python benchmarks/dump_beside_debezium.py [--rows 200000] [--rounds 3] [--client kafka-python] [--only TEXT]
+    python benchmarks/dump_beside_debezium.py [--rows 500000] [--rounds 2] [--client kafka-python] [--only TEXT]
 
 In turn, each with one worker, from the request until all rows are in a Redis that was empty:
 
@@ -407,8 +407,8 @@ def main() -> None:
         run_as_worker(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=500_000)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--client", default="kafka-python", choices=["kafka-python", "confluent-kafka"])
     parser.add_argument("--only", default="", help="those with this in their names")
     arguments = parser.parse_args()
