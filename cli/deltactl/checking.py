@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from delta_sync.errors import CheckFailed, Problem, Transient, UsageError
+from delta_sync.generations import Generations, open_generations
 from delta_sync.secrets import redact, remember, resolve
-from delta_sync.sinks import open_sinks, targets_of
+from delta_sync.sinks import targets_of
 from delta_sync.sources import open_reader
 from delta_sync.sources.inspection import Inspector
 from delta_sync.sources.postgresql.checks import new_slot_command
@@ -90,10 +91,13 @@ def check_history(spec: PipelineSpec, folder: Path) -> Findings:
     return Findings((), {}, (problem,))
 
 
-def check_sinks(spec: PipelineSpec, tables: Iterable[Table]) -> Findings:
-    """Look at the sinks. Raises UsageError when their options are wrong or two tables would share a place."""
+def check_sinks(spec: PipelineSpec, tables: Iterable[Table], generations: Mapping[str, Generations]) -> Findings:
+    """Look at the sinks, each of the `generations` of one that was rebuilt.
+
+    Raises UsageError when their options are wrong or two tables would share a place.
+    """
     found: list[Problem] = []
-    opened = open_sinks(spec)
+    opened = open_generations(spec, generations)
     try:
         for sink, targets in targets_of(opened.values(), tables, spec):
             try:

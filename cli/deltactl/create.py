@@ -12,6 +12,7 @@ import click
 from delta_debezium.connection import connection as connection_parts
 from delta_debezium.render import connector_json
 from delta_sync.errors import UsageError
+from delta_sync.generations import known_generations
 from delta_sync.sinks import installed, kind_of, open_sinks, targets_of
 from delta_sync.sources import check_supported, open_inspector
 from delta_sync.sources.inspection import Inspector
@@ -180,7 +181,8 @@ def _plan(
         if check:
             parts.append(check_source(inspector, spec, running=running, fresh=existing is None))
             tables = parts[0].tables
-            parts += [check_sinks(spec, tables.values()), check_transport(spec)]
+            generations = known_generations(spec, folder) if existing is not None else {}
+            parts += [check_sinks(spec, tables.values(), generations), check_transport(spec)]
             merge(parts).refuse_fatal()
         else:
             tables = inspector.tables(list(spec.tables))

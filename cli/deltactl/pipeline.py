@@ -10,6 +10,7 @@ import click
 
 from delta_debezium.render import connector_json
 from delta_sync.errors import DeltaError, Problem, Transient, UsageError
+from delta_sync.generations import known_generations
 from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.secrets import hidden
 from delta_sync.shaping import mask_functions, masked
@@ -150,7 +151,7 @@ def check(app: App, name: str) -> None:
     except Transient:
         if not transport.problems:  # or it has said already, and in better words, why Kafka does not answer
             raise
-    parts += [check_sinks(spec, parts[0].tables.values()), transport]
+    parts += [check_sinks(spec, parts[0].tables.values(), known_generations(spec, app.home(name))), transport]
     if all(table in parts[0].tables for table in spec.tables):
         parts.append(_check_files(app.home(name), spec, parts[0].tables))
     findings = merge(parts)

@@ -9,6 +9,7 @@ import click
 from delta_sync.changes import Change
 from delta_sync.dumps import key_from_text
 from delta_sync.errors import UsageError
+from delta_sync.generations import known_generations
 from delta_sync.pipeline import load_processor
 from delta_sync.sources import open_reader
 from delta_sync.starting import read_tables
@@ -64,7 +65,8 @@ def test(app: App, name: str, table: str | None, keys: str | None, events: Path 
             changes = {one: some for one, some in changes.items() if table in (None, one)}
     finally:
         reader.close()
-    tried = try_changes(pipeline, spec, tables, changes, recorded=events is not None)
+    generations = known_generations(spec, app.home(name))
+    tried = try_changes(pipeline, spec, tables, changes, generations, recorded=events is not None)
     if app.json:
         print_json([as_json(one) for one in tried])
     else:

@@ -10,6 +10,7 @@ complete. `docs/design/rebuild.md` has the whole of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import sqlalchemy as sa
@@ -154,6 +155,15 @@ def follow(serving: Callable[[], int], lead: Callable[[int], None]) -> int:
         if now == number:
             return number
         number = now
+
+
+def known_generations(spec: PipelineSpec, folder: Path) -> dict[str, Generations]:
+    """Return those of a pipeline in a folder, none when it never ran. Raises StateBusy."""
+    state = StateStore.open(spec.state, folder, create=False)
+    if state is None:
+        return {}
+    with state:
+        return GenerationStore(state, spec.name).all()
 
 
 Step = Literal["dump", "wait", "verify"]

@@ -8,13 +8,15 @@ and then asked with a single call until that succeeds: a service that is overloa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import email.utils
 import functools
 import inspect
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Generator, Hashable, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +29,7 @@ from delta_sync.errors import LookupBusy, ProcessorError
 from delta_sync.measures import LookupNumbers
 from delta_sync.pipeline import Lookup
 
+PERSON_WAITS_S = 30.0  # then the silence of the service is what there is to say
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 30.0  # a blip costs little; a service that is down is asked twice a minute
 RETRY_AFTER_MOST_S = 600.0  # a date far ahead is a mistake more often than a wish
 RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -371,6 +374,22 @@ def _await(coroutine: Coroutine[Any, Any, Mapping[Any, Any]], timeout_s: float) 
 # ── what may pass ────────────────────────────────────────────────────────────────────────────────────────────────
 
 _backoff = tenacity.wait_random_exponential(RETRY_FIRST_S, RETRY_MOST_S)
+
+
+@contextlib.contextmanager
+def asked_by_a_person(lookups: Mapping[str, Lookup]) -> Generator[dict[str, LookupCaller]]:
+    """Yield callers that insist on an answer, for PERSON_WAITS_S in all; then they raise LookupBusy."""
+    too_long = threading.Event()
+    timer = threading.Timer(PERSON_WAITS_S, too_long.set)
+    timer.daemon = True
+    timer.start()
+    callers = {name: LookupCaller(lookup, too_long, time.monotonic, insist=True) for name, lookup in lookups.items()}
+    try:
+        yield callers
+    finally:
+        timer.cancel()
+        for caller in callers.values():
+            caller.close()
 
 
 def is_transient(error: BaseException) -> bool:

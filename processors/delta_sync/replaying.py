@@ -5,8 +5,6 @@ A store cannot become older by it: what is newer there stays, and the replay cou
 
 from __future__ import annotations
 
-import threading
-import time
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,7 +16,7 @@ from delta_sync.delta_event import DeltaEvent, decode_event
 from delta_sync.errors import SinkRefused, Transient, UsageError
 from delta_sync.events import RowEvent
 from delta_sync.generations import GenerationStore, meant, open_generations
-from delta_sync.lookups import LookupCaller
+from delta_sync.lookups import LookupCaller, asked_by_a_person
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.processing import Stage, process
 from delta_sync.shaping import masked_again
@@ -26,8 +24,6 @@ from delta_sync.sinks import AnySink, target_for
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.tables import Table
-
-LOOKUP_BUDGET_S = 30.0  # a person waits: then the letter stays, and says that the service did not answer
 
 UNDECODED = "The event could not be decoded, so there is nothing to replay; load the table again, then discard it."
 
@@ -64,30 +60,21 @@ def replay(
     """
     pipeline = load_processor(folder, spec)
     sinks = open_generations(spec, GenerationStore(state, spec.name).all())
-    too_long = threading.Event()
-    timer = threading.Timer(LOOKUP_BUDGET_S, too_long.set)
-    timer.daemon = True
-    timer.start()
-    lookups = {
-        name: LookupCaller(lookup, too_long, time.monotonic, insist=True) for name, lookup in pipeline.lookups.items()
-    }
     done: list[Replayed] = []
     try:
-        for letter in letters:
-            try:
-                failed = _replay(letter, pipeline, spec, sinks, tables, lookups)
-            except (Transient, SinkRefused) as error:
-                return Replay(done, str(error))
-            if failed is None:
-                state.discard(spec.name, [letter.id])
-            else:
-                newest = replace(letter, stage=failed.stage, error=failed.error, trace=failed.trace)
-                state.add_dead_letters(spec.name, [newest])
-            done.append(Replayed(letter, None if failed is None else failed.error))
+        with asked_by_a_person(pipeline.lookups) as lookups:
+            for letter in letters:
+                try:
+                    failed = _replay(letter, pipeline, spec, sinks, tables, lookups)
+                except (Transient, SinkRefused) as error:
+                    return Replay(done, str(error))
+                if failed is None:
+                    state.discard(spec.name, [letter.id])
+                else:
+                    newest = replace(letter, stage=failed.stage, error=failed.error, trace=failed.trace)
+                    state.add_dead_letters(spec.name, [newest])
+                done.append(Replayed(letter, None if failed is None else failed.error))
     finally:
-        timer.cancel()
-        for lookup in lookups.values():
-            lookup.close()
         for sink in sinks.values():
             sink.close()
     return Replay(done, None)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import binascii
 import datetime as dt
 import re
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -15,11 +13,12 @@ import orjson
 from delta_sync.changes import Change, Key
 from delta_sync.delta_event import decode_event
 from delta_sync.errors import PipelineStopped, Transient, UndecodableChange, Unstorable, UsageError
-from delta_sync.lookups import LookupCaller
+from delta_sync.generations import Generations, open_generations
+from delta_sync.lookups import asked_by_a_person
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.processing import process
 from delta_sync.shaping import masked_again
-from delta_sync.sinks import AnySink, open_sinks
+from delta_sync.sinks import AnySink
 from delta_sync.sinks.base import Stored, Target
 from delta_sync.sources.codec import parse_json
 from delta_sync.sources.reader import SourceReader
@@ -29,7 +28,6 @@ from delta_sync.tables import Column, Kind, Table, key_of_parts, key_text
 from delta_sync.values import Document, Interval, Row, to_json
 from delta_sync.verifying import differing
 
-LOOKUP_BUDGET_S = 30.0  # a person waits: then the service's silence is what there is to say
 AVRO_MARKER = b"\xc3\x01"  # with which a Delta event in its own encoding begins
 
 Effect = Literal["created", "changed", "same", "removed", "absent", "stale", "failed", "rejected", "unknown"]
@@ -166,37 +164,29 @@ def try_changes(
     spec: PipelineSpec,
     tables: Mapping[str, Table],
     changes: Mapping[str, Sequence[Change]],
+    generations: Mapping[str, Generations],
     *,
     recorded: bool,
 ) -> list[Tried]:
     """Return what would become of changes, for each in each of its sinks. `recorded`: they have versions that count.
 
-    Look-ups are asked. Raises LookupBusy when one has not answered for LOOKUP_BUDGET_S, UsageError as a run does.
+    Look-ups are asked. Raises LookupBusy when one has not answered for some time, UsageError as a run does.
     """
     check_columns(pipeline, tables)
-    sinks = open_sinks(spec)
-    too_long = threading.Event()
-    timer = threading.Timer(LOOKUP_BUDGET_S, too_long.set)
-    timer.daemon = True
-    timer.start()
-    lookups = {
-        name: LookupCaller(lookup, too_long, time.monotonic, insist=True) for name, lookup in pipeline.lookups.items()
-    }
+    sinks = open_generations(spec, generations)
     tried: list[Tried] = []
     try:
-        for name, some in changes.items():
-            processed = process(tables[name], pipeline.tables[name], some, lookups)
-            tried += [
-                Tried(name, key_text(item.change.key), None, "failed", note=f"at stage {item.stage}: {item.error}")
-                for item in processed.failures
-            ]
-            for sink, target in targets_of_table(pipeline, sinks, tables[name], spec).items():
+        with asked_by_a_person(pipeline.lookups) as lookups:
+            for name, some in changes.items():
+                processed = process(tables[name], pipeline.tables[name], some, lookups)
+                tried += [
+                    Tried(name, key_text(item.change.key), None, "failed", note=f"at stage {item.stage}: {item.error}")
+                    for item in processed.failures
+                ]
                 made = [(write.key, write.document, write.version if recorded else None) for write in processed.writes]
-                tried += _compared(sinks[sink], target, made)
+                for sink, target in targets_of_table(pipeline, sinks, tables[name], spec).items():
+                    tried += _compared(sinks[sink], target, made)
     finally:
-        timer.cancel()
-        for lookup in lookups.values():
-            lookup.close()
         for one in sinks.values():
             one.close()
     return tried

@@ -150,10 +150,16 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
         wait_until(lambda: row(it) == Generations("cache", 2, None, "", 2), PATIENCE_S, f"the drop; {run.tail()}")
         assert not any(documents(it, "").values())
         seen("g2:")
+        checked = it.pipeline.deltactl("pipeline", "check", it.pipeline.name)
+        assert checked.returncode == 0, checked
     print(writer.done, reader.seen)
     assert writer.done
 
     it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
+    table = f"{it.source.schema}.{TABLES[0]}"
+    words = ["pipeline", "test", it.pipeline.name, "--table", table, "--keys", str(min(QUIET)), "--json"]
+    tried = json.loads(it.pipeline.deltactl(*words).stdout)
+    assert [(one["sink"], one["effect"]) for one in tried] == [("cache.2", "same")]
     with it.source.connect() as connection:
         for table, found in documents(it, "g2:").items():
             assert found == dict(connection.execute(f"SELECT id, n FROM {table}".encode()).fetchall())
