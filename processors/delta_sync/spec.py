@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -541,9 +542,9 @@ def _options_at(model: Any, place: Sequence[int | str]) -> list[str]:
             model = model.model_fields[str(part)].annotation
         else:  # a mapping by names of the user's own
             model = get_args(model)[-1]
-        model = next(
-            (kind for kind in get_args(model) if isinstance(kind, type) and issubclass(kind, BaseModel)), model
-        )
+        if get_origin(model) in (Union, UnionType):  # with None, or with what else may stand there
+            kinds = get_args(model)
+            model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), kinds[0])
     return list(model.model_fields)
 
 

@@ -59,6 +59,17 @@ def refusal(text: str) -> str:
         ),
         ("    url: redis://cache/0", "    url: redis://cache/0\n    clutser: true", "the options are format, "),
         ("name: movies", "name: &a [*a]", "it line 2: name: "),
+        ("  public.movie:\n", "  public.movie:\n    shap: {}\n", "no such option here; the options are shape, sinks."),
+        (
+            "  public.movie:\n",
+            "  public.movie:\n    shape: {exlude: [a]}\n",
+            "tables.public.movie.shape.exlude: there is no such option here; the options are where, include,",
+        ),
+        (
+            "  public.movie:\n",
+            "  public.movie:\n    shape: {mask: {a: {redakt: true}}}\n",
+            "there is no such option here; the options are hash, ",
+        ),
     ],
 )
 def test_a_mistake_has_its_line(old: str, new: str, words: str) -> None:
