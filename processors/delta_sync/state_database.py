@@ -250,6 +250,7 @@ _MARIADB_REFUSED = frozenset({1044, 1045, 1049, 1142, 1290, 1021})
 # Too many connections, host blocked, shutting down, lock timeout, deadlock, killed; and what the client calls the loss
 # of a connection: cannot connect, gone away, lost.
 _MARIADB_BUSY = frozenset({1040, 1129, 1053, 1205, 1213, 1317, 1927, 2002, 2003, 2006, 2013, 2014, 2055})
+_LIBPQ_ASKS = " Is the server running on that host"  # behind what it found; of no use to who reads one sentence
 
 
 class Reading(NamedTuple):
@@ -264,7 +265,7 @@ def reading_of(error: exc.DBAPIError | exc.TimeoutError) -> Reading:
     if isinstance(error, exc.TimeoutError):
         return Reading("busy", "there is no free connection")
     cause = error.orig
-    said = redact(" ".join(str(cause).split())).rstrip(".")
+    said = redact(" ".join(str(cause).split())).partition(_LIBPQ_ASKS)[0].rstrip(".")
     if isinstance(cause, sqlite3.Error):
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the extended codes are in the higher bits
         if code in _SQLITE_BUSY:
