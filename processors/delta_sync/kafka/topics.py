@@ -229,6 +229,7 @@ def read_cluster(spec: KafkaSpec, names: Sequence[str]) -> Cluster:
                 _values(configs["topic"][one["name"]]),
             )
             for one in (client.describe_topics(present) if present else ())
+            if one["partitions"]  # else it has been deleted since it was listed
         }
         (broker,) = configs["broker"].values()
         return Cluster(len(brokers), topics, _values(broker))
