@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -191,11 +192,12 @@ class DumpContract:
         old = store.take_lease("movies", "load", "old", FOR_EVER_S)
         assert old is not None
         store.release_lease(old)
-        for write in (
+        writes: list[Callable[[], object]] = [
             lambda: dumps.plan(dump.id, [(None, None)], old),
             lambda: dumps.finish(dump, old),
             lambda: dumps.supersede("a.b", "why", old),
-        ):
+        ]
+        for write in writes:
             with pytest.raises(LeaseLost):
                 write()
         assert dumps.get(dump.id) == dump
