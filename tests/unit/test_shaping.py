@@ -7,7 +7,7 @@ import hashlib
 import hmac
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -216,7 +216,15 @@ def test_a_replay_masks_what_was_kept_in_the_clear(tmp_path: Path) -> None:
     )
     sink = MemorySink("cache")
     table = masked(PERSON, people.shapes["public.person"])
-    failed = _replay(letter, load_processor(folder, people), people, {"cache": sink}, {table.id: table}, {}, Now(cast("Any", None), 1))
+    failed = _replay(
+        letter,
+        load_processor(folder, people),
+        people,
+        {"cache": sink},
+        {table.id: table},
+        {},
+        Now(cast("Any", None), 1),
+    )
     assert failed is None
     (document,) = sink.documents(target_for(sink, table, people)).values()
     assert (document["email"][:5], document["tags"]) == ("hmac:", "***")
