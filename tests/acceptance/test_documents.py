@@ -303,14 +303,14 @@ def test_documents_that_were_damaged_are_found_and_mended(stage: Callable[..., S
         name = f"{it.source.schema}.movie:"
         damaged = json.loads(client.get(f"{name}1"))
         damaged["reviews"].pop()
-        client.set(f"{name}1", json.dumps(damaged))
+        client.set(f"{name}1", json.dumps(damaged, separators=(",", ":")))
         client.delete(f"{name}2")
         extra = json.loads(client.get(f"{name}3"))
-        client.set(f"{name}777", json.dumps({**extra, "id": 777}))
+        client.set(f"{name}777", json.dumps({**extra, "id": 777}, separators=(",", ":")))
     status, found = verify(it)
     assert status == 1
     assert found == {"1": "different", "2": "missing", "777": "extra"}
-    status, found = verify(it, "--repair")
+    status, found = verify(it, "--repair", "--yes")
     assert status == 0, found
     assert there(it, redis_server) == wanted(it)
     tried = it.pipeline.deltactl(
