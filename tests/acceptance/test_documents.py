@@ -22,6 +22,7 @@ from delta_sync.testing.servers import PostgreSQL, Redis
 
 SEED = random.SystemRandom().randrange(1_000_000)
 PATIENCE_S = 120.0  # no test may depend on speed
+STATUS_REPLIES = 2  # of the connector to the source, every 5 s: so much time for a wrong confirmation to get there
 TABLES = ("studio", "person", "movie", "review", "genre", "movie_genre")
 MOVIES, STUDIOS, PEOPLE, GENRES = 40, 5, 12, 6
 SETUP = f"""
@@ -62,6 +63,7 @@ pipeline = Pipeline("{name}")
         "reviews": many("{schema}.review", parts={{"author": one("{schema}.person")}}),
         "genres": many("{schema}.genre", through="{schema}.movie_genre"),
     }},
+    debounce="{debounce}",
 )
 def movie(row):
     return row
@@ -217,9 +219,9 @@ def in_step(it: Stage, redis_server: Redis, run: Run) -> None:
     assert there(it, redis_server) == wanted(it)
 
 
-def begin(stage: Callable[..., Stage], **options: Any) -> Stage:
-    it = stage("CREATE SEQUENCE life;" + SETUP, TABLES, processor=None, load={"chunk_rows": 10}, **options)
-    text = PROCESSOR.format(name=it.pipeline.name, schema=it.source.schema)
+def begin(stage: Callable[..., Stage], debounce: str = "200ms") -> Stage:
+    it = stage("CREATE SEQUENCE life;" + SETUP, TABLES, processor=None, load={"chunk_rows": 10})
+    text = PROCESSOR.format(name=it.pipeline.name, schema=it.source.schema, debounce=debounce)
     (it.pipeline.home / "processor.py").write_text(text)
     it.pipeline.parts = {f"{it.source.schema}.{table}" for table in TABLES if table != "movie"}
     return it
@@ -257,6 +259,46 @@ def test_each_change_of_a_part_builds_its_documents_anew(stage: Callable[..., St
         in_step(it, redis_server, run)
     assert run.stop() == 0
     assert it.pipeline.dead_letters() == []
+
+
+def not_confirmed(it: Stage, lsn: int) -> None:
+    """Wait until a wrong confirmation would have got to the source; there must be none."""
+    replies: set[Any] = set()
+
+    def enough_replies() -> bool:
+        assert it.source.confirmed_lsn(it.pipeline.slot) < lsn, "confirmed, though a document is not built"
+        with it.source.connect() as connection:
+            replies.update(connection.execute("SELECT reply_time FROM pg_stat_replication").fetchall())
+        return len(replies) > STATUS_REPLIES
+
+    wait_until(enough_replies, PATIENCE_S, "replies of the connector")
+
+
+def test_a_document_that_waits_for_its_time_is_not_lost(stage: Callable[..., Stage], redis_server: Redis) -> None:
+    """An hour after it was built last: nothing is confirmed until then, and both ways to end lead to it at once."""
+    it = begin(stage, debounce="1h")
+    run = it.run()
+    in_step(it, redis_server, run)
+
+    def title(movie: int) -> str:
+        return str(there(it, redis_server)[movie]["title"])
+
+    def change(movie: int, text: str) -> None:
+        it.source.execute(f"UPDATE movie SET title = '{text}' WHERE id = {movie}")
+
+    for movie, end in ((1, "kill"), (2, "stop")):
+        change(movie, "first")
+        wait_until(lambda movie=movie: title(movie) == "first", PATIENCE_S, f"the first change; {run.tail()}")  # type: ignore[misc]  # a default binds it now
+        change(movie, "second")
+        change(movie + 10, "behind it")
+        wait_until(lambda movie=movie: title(movie + 10) == "behind it", PATIENCE_S, f"what is behind; {run.tail()}")  # type: ignore[misc]  # a default binds it now
+        assert title(movie) == "first", "it is not its time"
+        if end == "kill":
+            not_confirmed(it, it.source.insert_lsn())
+        getattr(run, end)()
+        run = it.run()
+        in_step(it, redis_server, run)
+    assert run.stop() == 0
 
 
 def test_documents_are_the_source_s_join_whatever_is_killed_meanwhile(
