@@ -22,12 +22,14 @@ from delta_sync.progress import Progress
 from delta_sync.sources.reader import Snapshot, SourceReader
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
+from delta_sync.versions import epoch_of, position_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 KEYS_MOST = 10_000  # documents that one batch's changes of a table build at once; more are left to a dump
 DUMPS_MOST = 8  # of one table that wait to begin; with more, everything is dumped once
 WITHHELD_MOST = 10_000  # documents that wait for their time; more are built at once
+BUILT_MOST = 100_000  # documents of which it is known when they were built; of others it is as if it were long ago
 POLL_S = 0.003  # a transaction is visible some microseconds after its commit is in the log
 RETRY_S = 1.0
 NOTICE_S = 2.0  # then one wants to know for whom a snapshot waits
@@ -41,9 +43,10 @@ class Debounce:
     Times are seconds of one clock. What is withheld is asked for by `ripe`.
     """
 
-    def __init__(self, wait_s: float, most: int = WITHHELD_MOST) -> None:
+    def __init__(self, wait_s: float, most: int = WITHHELD_MOST, built_most: int = BUILT_MOST) -> None:
         self._wait_s = wait_s
         self._most = most
+        self._built_most = built_most
         self._built: dict[Key, float] = {}  # the oldest first
         self._withheld: set[Key] = set()
         self._times: list[tuple[float, int, Key]] = []  # a heap
@@ -91,7 +94,7 @@ class Debounce:
 
     def _forget(self, now: float) -> None:
         for key, built in list(self._built.items()):
-            if now - built < self._wait_s:
+            if now - built < self._wait_s and len(self._built) <= self._built_most:
                 break
             del self._built[key]
 
@@ -122,7 +125,7 @@ class DocumentBuilder:
         self._load_again = load_again
         self._progress = progress
         self._stopping = stopping
-        self._unseen: dict[int, int] = {}  # transactions that no snapshot has been known to show, with a position
+        self._unseen: dict[int, int] = {}  # transactions that no snapshot is known to show, with a version
 
     def watched(self, codec_of: Callable[[Table], TableCodec]) -> dict[str, list[Watching]]:
         """Return what is to be noted of the changes of each table."""
@@ -140,7 +143,8 @@ class DocumentBuilder:
         Those of a change that is about too many are left to a dump, which sees that change, too: it claims a position
         above it.
         """
-        self._unseen.update(touched.seen)
+        # Of an older epoch the source may have lost transactions: those that it has, every snapshot shows by now.
+        self._unseen |= {xid: version for xid, version in touched.seen.items() if epoch_of(version) == self._epoch}
         for names, why in ((touched.emptied, "was truncated"), (touched.blind, "its log did not say what rows were")):
             for name in names:
                 roots = [root for root, spec in self._specs.items() if name in spec.tables]
@@ -221,7 +225,7 @@ class DocumentBuilder:
                 raise SourceBusy("Delta stops before documents could be read.")
 
     def _shows_all(self, snapshot: Snapshot) -> bool:
-        if not all(snapshot.shows(position, xid) for xid, position in self._unseen.items()):
+        if not all(snapshot.shows(position_of(version), xid) for xid, version in self._unseen.items()):
             return False
         self._unseen.clear()
         return True

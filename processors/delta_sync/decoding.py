@@ -80,7 +80,7 @@ class Touched:
     """Which values the changes of some batches had in columns that lead to documents, before and after each.
 
     `by_watch` has the values, by the document's root and the watch; `seen` the transactions of which a snapshot has to
-    show all, each with its last position. `emptied` are tables that were truncated, and `blind` those of which an event
+    show all, each with its last version. `emptied` are tables that were truncated, and `blind` those of which an event
     does not tell what the row was before, though it should.
     """
 
@@ -218,8 +218,8 @@ def _touch(
 ) -> None:
     """Note what a change says about documents."""
     source = event["source"]
-    xid, position = source["txId"] or 0, source["lsn"]
-    touched.seen[xid] = max(position, touched.seen.get(xid, 0))
+    xid = source["txId"] or 0
+    touched.seen[xid] = max(version, touched.seen.get(xid, 0))
     if event["op"] == "t":
         touched.emptied.add(table)
         return

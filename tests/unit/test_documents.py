@@ -19,6 +19,7 @@ from delta_sync.pipeline import TableProcessor
 from delta_sync.processing import process
 from delta_sync.sources.postgresql.codec import table_codec
 from delta_sync.tables import Column, Kind, Table
+from delta_sync.versions import version_of
 
 
 def table(name: str, *columns: str, key: tuple[str, ...] = ("id",), full: bool = False) -> Table:
@@ -246,7 +247,7 @@ def test_both_sides_of_a_moved_row_are_noted_and_every_transaction() -> None:
     )
     assert values(found) == {"review": {(5,), (6,), (7,), (8,)}, "person": {(4,)}, "movie": {(9,)}}
     assert found is not None
-    assert found.seen == {700: 16, 701: 24, 702: 32, 703: 40}
+    assert found.seen == {xid: version_of(1, lsn) for xid, lsn in ((700, 16), (701, 24), (702, 32), (703, 40))}
     assert (found.emptied, found.blind) == (set(), set())
 
 
@@ -311,3 +312,10 @@ def test_too_many_that_wait_are_built_at_once() -> None:
     assert debounce.split(keys, 1) == (keys, [])
     assert debounce.split(keys, 2) == (keys[2:], keys[:2])
     assert Debounce(0).split(keys, 1) == (keys, [])
+
+
+def test_what_was_built_is_not_remembered_without_bound() -> None:
+    debounce = Debounce(1000, built_most=3)
+    for number in range(10):
+        assert debounce.split([(number,)], number) == ([(number,)], [])
+    assert debounce.split([(0,), (8,)], 10) == ([(0,)], [(8,)])
