@@ -37,6 +37,7 @@ from delta_sync.state import StateStore, TableLoad
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.transport import Transport
+from delta_sync.verified import VerifiedStore
 from delta_sync.versions import dump_version
 from delta_sync.watch import ANSWER_S, Watch
 from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
@@ -49,6 +50,7 @@ T = TypeVar("T")
 
 REPORT_S = 1.0  # how often the status is saved
 GONE = ""  # in place of a table's columns: it is not there
+VERIFIED_LOOK_S = 10.0  # between looks at what was verified: metrics are read no more often
 DROP_LOOK_S = 2.0  # between looks whether a generation of a sink is to be removed: nobody waits for that
 HOUSEKEEPING_S = 600.0  # what expires after days may stay for minutes more
 STOP_BUDGET_S = 15.0  # for the threads that only read
@@ -456,9 +458,14 @@ class Running:
         return note
 
     def _report(self, state: StateStore) -> None:
-        """Save the status about once a second, until the run has ended."""
+        """Save the status about once a second, until the run has ended; look now and then at what was verified."""
+        looked_at = -VERIFIED_LOOK_S
         while not self._ended.wait(REPORT_S):
             self._save_status(state)
+            if time.monotonic() - looked_at >= VERIFIED_LOOK_S:
+                looked_at = time.monotonic()
+                with contextlib.suppress(StateBusy):  # that was said when the status could not be saved
+                    self.progress.note_verified(VerifiedStore(state, self._spec.name).all())
 
     def _save_status(self, state: StateStore) -> None:
         for event, fields in self._news.look():

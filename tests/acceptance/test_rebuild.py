@@ -184,8 +184,8 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
 
         # MongoDB: a collection beside the other, with the indexes that readers have.
         documents_reader.wait_for("")
-        with MongoClient[dict[str, Any]](it.stores.sinks["docs"].url) as client:
-            database = client.get_default_database()
+        with MongoClient[dict[str, Any]](it.stores.sinks["docs"].url) as mongo:
+            database = mongo.get_default_database()
             database[TABLES[0]].create_index("n", name="theirs")
             rebuild(it, sink="docs")
             documents_reader.wait_for(".g2")
@@ -219,6 +219,6 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
     with client.from_url(it.stores.sinks["cache"].url) as client:
         left = [key for key in client.scan_iter() if it.source.schema.encode() in key]
         assert left == [], "neither documents, nor tombstones, nor pointers"
-    with MongoClient[dict[str, Any]](it.stores.sinks["docs"].url) as client:
-        database = client.get_default_database()
+    with MongoClient[dict[str, Any]](it.stores.sinks["docs"].url) as mongo:
+        database = mongo.get_default_database()
         assert [name for name in database.list_collection_names() if database[name].find_one() is not None] == []

@@ -198,10 +198,10 @@ def _read(world: World, name: str, number: int, rules: Rules) -> World | None:
         free = [c for c in world.chunks if (c.free if rules.gives_out_expired else c.holder == NOBODY)]
         if not in_turn([world.dump], {1: world.counts}) or not free:
             return None
-        chunk = free[0]._replace(holder=number, expired=False)
-        return _now(_with(world, chunk), number, "read", chunk)
+        leased = free[0]._replace(holder=number, expired=False)
+        return _now(_with(world, leased), number, "read", leased)
+    assert reader.chunk is not None, "it has one"
     chunk = reader.chunk
-    assert chunk is not None, "it has one"
     mine = any(one.number == chunk.number and one.holder == number for one in world.chunks)
     match name:
         case "split":
@@ -271,14 +271,14 @@ def mirrored(world: World) -> World:
     if (zero.phase, zero.chunk or ()) <= (one.phase, one.chunk or ()):
         return world
     swapped = {0: 1, 1: 0}
-    readers = tuple(
+    zero, one = (
         reader
         if reader.chunk is None
         else Reader(reader.phase, reader.chunk._replace(holder=swapped[reader.chunk.holder]))
         for reader in (one, zero)
     )
     chunks = tuple(chunk._replace(holder=swapped.get(chunk.holder, chunk.holder)) for chunk in world.chunks)
-    return world._replace(readers=readers, chunks=chunks)
+    return world._replace(readers=(zero, one), chunks=chunks)
 
 
 HELPFUL = {"plan", "finish", "resume", "expire", "lease", "hand over", "apply", "record"}
@@ -422,9 +422,9 @@ class Real:
                 with self._engine.begin() as connection:
                     return bool(connection.execute(sa.update(CHUNKS).where(*mine).values(expires_at=LONG_AGO)).rowcount)
             case "renew":
-                before = self.counts
+                counts = self.counts
                 self._dumps.renew(self._owners[number], FOR_EVER_S)
-                return self.counts != before
+                return self.counts != counts
             case "kill" | "stop":
                 if name == "stop":
                     self._dumps.release(self._owners[number])
