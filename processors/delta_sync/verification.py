@@ -105,21 +105,31 @@ class Repair(Protocol):
     def __call__(self, subject: Subject, damages: Sequence[Damage]) -> None: ...
 
 
+class Made(NamedTuple):
+    """What is made of rows for some sinks: the document of each row, and of the rows whose processing fails, why."""
+
+    sinks: Sequence[str]
+    documents: Sequence[tuple[Key, Document | None]]
+    failed: Sequence[tuple[Key, str]]
+
+
 class Makers:
     """Makes documents of rows: the pipeline's processors and look-ups. `skipped` look-ups are not asked: None."""
 
     def __init__(self, pipeline: Pipeline, lookups: Mapping[str, LookupCaller], skipped: frozenset[str]) -> None:
-        self._processors = {name: _without(one, skipped) for name, one in pipeline.tables.items()}
+        self._pipeline = pipeline
+        self._skipped = skipped
         self._lookups = lookups
 
-    def documents(
-        self, table: Table, rows: Iterable[tuple[Key, Row]]
-    ) -> tuple[list[tuple[Key, Document | None]], list[tuple[Key, str]]]:
-        """Return the document of each row, and of the rows whose processing fails, why. Raises LookupBusy."""
+    def documents(self, table: Table, rows: Iterable[tuple[Key, Row]], sinks: Iterable[str]) -> list[Made]:
+        """Return what is made of rows for these sinks. Raises LookupBusy."""
         changes = [Change(table.id, key, 1, row) for key, row in rows]
-        made = process(table, self._processors[table.id], changes, self._lookups)
-        failed = [(failure.change.key, failure.error) for failure in made.failures]
-        return [(write.key, write.document) for write in made.writes], failed
+        found: list[Made] = []
+        for processor, some in self._pipeline.made_by(table.id, sinks):
+            made = process(table, _without(processor, self._skipped), changes, self._lookups)
+            failed = [(failure.change.key, failure.error) for failure in made.failures]
+            found.append(Made(some, [(write.key, write.document) for write in made.writes], failed))
+        return found
 
 
 def _without(processor: TableProcessor, skipped: frozenset[str]) -> TableProcessor:
@@ -336,19 +346,23 @@ class Verifier:
 
     def _look(self, work: _Work, rows: Sequence[tuple[Key, Row]], seen_to: int, pool: Executor) -> None:
         """Compare a chunk; what looks different is suspect. No claim is needed for what is equal."""
-        made, failed = self._makers.documents(work.subject.table, rows)
+        targets = work.subject.targets
+        made = self._makers.documents(work.subject.table, rows, targets)
         beyond = version_of(self._epoch, seen_to)
-        looks = [
-            pool.submit(self._compare, work.subject, name, made, failed, work.ids[name], beyond)
-            for name in work.subject.targets
-        ]
-        for name, look in zip(work.subject.targets, looks, strict=True):
+        looks = {
+            name: pool.submit(self._compare, work.subject, name, documents, failed, work.ids[name], beyond)
+            for names, documents, failed in made
+            for name in names
+        }
+        for name, look in looks.items():
             for key, sighting in look.result():
                 work.suspects.setdefault(key, {})[name] = sighting
         work.tally.rows += len(rows)
         work.tally.documents += len(rows) * len(work.subject.targets)
-        if failed:
-            self._note_failed(work, None, failed)
+        for names, _, failed in made:
+            whole = len(names) == len(targets)
+            for one in ([None] if whole else names) if failed else ():
+                self._note_failed(work, one, failed)
 
     def _compare(
         self,
@@ -543,14 +557,16 @@ class Verifier:
         """Yield what the sinks in question should hold for suspects, of which these are the rows."""
         subject = work.subject
         present = [(key, row) for key, row in rows.items() if row is not None]
-        made, failed = self._makers.documents(subject.table, present)
-        documents, errors = dict(made), dict(failed)
-        for key in rows:
-            for name in list(work.suspects.get(key, ())):
-                if key in errors:
-                    yield key, name, Expected(None, errors[key])
-                else:
-                    yield key, name, _expected(self._sinks[name], subject.targets[name], documents.get(key))
+        for names, made, failed in self._makers.documents(subject.table, present, subject.targets):
+            documents, errors = dict(made), dict(failed)
+            for key in rows:
+                for name in names:
+                    if name not in work.suspects.get(key, ()):
+                        continue
+                    if key in errors:
+                        yield key, name, Expected(None, errors[key])
+                    else:
+                        yield key, name, _expected(self._sinks[name], subject.targets[name], documents.get(key))
 
     def _read_sinks(self, work: _Work, keys: Sequence[Key]) -> dict[str, dict[Key, Stored | None]]:
         found: dict[str, dict[Key, Stored | None]] = {}
