@@ -104,7 +104,7 @@ def rebuild(stage: KafkaStage, *runs: Run, frozen: Run) -> None:
     writer = stage.writing(ROWS, 2)
     stage.comes_through("before", *runs, frozen)
     frozen.freeze()
-    done = stage.pipeline.deltactl(*words)
+    done = stage.pipeline.deltactl(*words, timeout_s=600)  # it waits for new runs, dumps and verifications
     assert done.returncode == 0, done.stdout + done.stderr
     assert generations(stage) == Generations("cache", 2, 1, "kept", 2)
     done = stage.pipeline.deltactl(*words, "--drop-old", "--yes")

@@ -25,6 +25,7 @@ from delta_sync.testing.processes import wait_until
 
 SEED = random.SystemRandom().randrange(1_000_000)
 PATIENCE_S = 120.0  # no test may depend on speed
+REBUILD_TIMEOUT_S = 600.0  # it waits for a new run, a dump and a verification
 ROWS = 400
 QUIET = range(1, 41)  # keys that are always there; whoever reads one must find it
 TABLES = ("film", "actor")
@@ -144,7 +145,7 @@ def command(it: Stage, *options: str, sink: str = "cache") -> list[str]:
 
 
 def rebuild(it: Stage, *options: str, sink: str = "cache") -> None:
-    done = it.pipeline.deltactl(*command(it, *options, sink=sink))
+    done = it.pipeline.deltactl(*command(it, *options, sink=sink), timeout_s=REBUILD_TIMEOUT_S)
     assert done.returncode == 0, done.stderr
 
 
@@ -181,7 +182,7 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
         reader.wait_for("g2:")
 
         # There and back: the old one had all changes, too.
-        verified = it.pipeline.deltactl("verify", it.pipeline.name, "--json")
+        verified = it.pipeline.deltactl("verify", it.pipeline.name, "--json", timeout_s=REBUILD_TIMEOUT_S)
         assert verified.returncode == 0, verified.stdout
         rebuild(it, "--back")
         reader.wait_for("")
