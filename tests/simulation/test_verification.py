@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -431,6 +432,16 @@ def test_every_history_ends_well(history: Callable[[int], None], monkeypatch: py
     monkeypatch.setattr(verification, "REACHED_S", 0.0)
     for seed in SEEDS:
         history(seed)
+
+
+def test_a_generation_is_compared_with_what_its_own_function_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Pipeline("movies")
+    other.table("public.movie")(lambda row: {"another": row["n"]})
+    other.table("public.movie", to=["cache.1"])(movie)  # the sink was never rebuilt, so that is what it is
+    monkeypatch.setattr(sys.modules[__name__], "pipeline", other)
+    for seed in SEEDS[:5]:
+        nothing_damaged(seed)
+        some_damaged(seed)
 
 
 # ── it can fail ──────────────────────────────────────────────────────────────────────────────────────────────────
