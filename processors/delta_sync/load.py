@@ -112,7 +112,8 @@ class Loader(threading.Thread):
     Each of `readers` is for one thread that reads chunks; `reader` is for planning and for heartbeats. `finished` is
     called when a dump that removes what it did not meet has met everything. Where several processes carry out dumps,
     `keeper` has the lease of the one that plans; `owner` is another one in each. `fills` tells whether this process
-    writes to the sinks that a dump is for: one into a new generation begins in the run that has it.
+    writes to the sinks that a dump is for: one into a new generation begins in the run that has it. `unchanged` raises
+    GenerationsChanged when the sinks are others by now; then no chunk is recorded that some of them lack.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Loader(threading.Thread):
         stopping: threading.Event,
         keeper: LeaseKeeper | None = None,
         fills: Callable[[Dump], bool] = lambda _: True,
+        unchanged: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="load", daemon=True)
         self._pipeline = pipeline
@@ -159,6 +161,7 @@ class Loader(threading.Thread):
         self._stopping = stopping
         self._keeper = keeper
         self._fills = fills
+        self._unchanged = unchanged
         self._asking = threading.Lock()  # of `reader`, which is used by two threads
         self._news = threading.Condition()
         self._reloads: dict[str, Reload] = {}
@@ -597,6 +600,7 @@ class Loader(threading.Thread):
         lease = rows.lease
         try:
             if lease.dump.table in self._tables():
+                self._keep_trying(self._unchanged)
                 self._keep_trying(lambda: self._dumps.finish_chunk(lease, len(rows.rows)))
             else:
                 self._keep_trying(lambda: self._dumps.release_chunk(lease))

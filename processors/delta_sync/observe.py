@@ -80,6 +80,24 @@ class ProgressCollector(Collector):
             loaded.add_metric([pipeline, table], load.get("rows", 0))
         yield loaded
         yield from self._dumps()
+        yield from self._verified()
+
+    def _verified(self) -> Iterable[Metric]:
+        """Yield what `deltactl verify` has found, by whichever process."""
+        labels = ["pipeline", "table"]
+        age = GaugeMetricFamily(
+            "delta_verified_age_seconds", "No row's last verification is older; absent: there was none.", labels=labels
+        )
+        rows = CounterMetricFamily("delta_verified_rows", "Rows verified.", labels=labels)
+        differences = CounterMetricFamily("delta_verified_differences", "Differences found.", labels=labels)
+        repaired = CounterMetricFamily("delta_verified_repaired", "Differences repaired.", labels=labels)
+        for one in self._progress.verified_now():
+            if one.age_s is not None:
+                age.add_metric([self._pipeline, one.table], one.age_s)
+            rows.add_metric([self._pipeline, one.table], one.rows)
+            differences.add_metric([self._pipeline, one.table], one.differences)
+            repaired.add_metric([self._pipeline, one.table], one.repaired)
+        yield from (age, rows, differences, repaired)
 
     def _dumps(self) -> Iterable[Metric]:
         """Yield what is known of dumps under way, in the process that plans them."""

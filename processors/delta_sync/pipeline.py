@@ -101,6 +101,7 @@ class Pipeline:
     def __init__(self, name: str) -> None:
         self.name = name
         self.tables: dict[str, TableProcessor] = {}
+        self.generations: dict[str, dict[str, TableProcessor]] = {}  # by table, and by the generation of a sink
         self.lookups: dict[str, Lookup] = {}
         self.handlers: dict[str, Handler] = {}
         self.documents: dict[str, DocumentSpec] = {}
@@ -165,7 +166,9 @@ class Pipeline:
         The function is called with the row, a dict that it may keep and change (but not the lists and dicts that a
         column holds: they are kept for a dead letter), and, by name, with each value of
         `enrich`. It must depend on nothing else: it runs again whenever a row is read again. `to` names sinks of the
-        specification; without it the documents go to all of them.
+        specification; without it the documents go to all of them. A second function of the same table may be for a
+        generation of a sink, such as `to=["search.1"]`: while the sink is rebuilt, that one gets its documents instead.
+        A sink that was never rebuilt is its first generation.
 
         Raises UsageError: unknown sink or table, table declared twice, arguments that do not match `enrich`.
         """
@@ -176,10 +179,14 @@ class Pipeline:
         def declare(function: FunctionT) -> FunctionT:
             where = _where(function)
             _check_to(to, where)
-            if table in self.tables:
-                raise UsageError(
-                    f"{where}: table {table} is declared twice, before in {_where(self.tables[table].function)}."
-                )
+            of_generations = _are_generations(to or (), where)
+            same = self.generations.setdefault(table, {}) if of_generations else self.tables
+            for name in to or () if of_generations else (table,):
+                if name in same:
+                    what = f"{table} for {name}" if of_generations else table
+                    raise UsageError(
+                        f"{where}: table {what} is declared twice, before in {_where(same[name].function)}."
+                    )
             enrichments = dict(enrich or {})
             for name, enrichment in enrichments.items():
                 if not isinstance(enrichment, Enrichment):  # pyright: ignore[reportUnnecessaryIsInstance] -- users need not type-check
@@ -188,10 +195,26 @@ class Pipeline:
             spec = _spec_beside(function)
             if spec is not None:
                 _check_against(spec, self.name, table, to or (), where)
-            self.tables[table] = TableProcessor(table, function, tuple(to or ()), enrichments)
+            declared = TableProcessor(table, function, tuple(to or ()), enrichments)
+            same.update(dict.fromkeys((to or ()) if of_generations else (table,), declared))
             return function
 
         return declare
+
+    def functions(self) -> list[TableProcessor]:
+        """Return every function that is declared for a table's rows."""
+        return [*self.tables.values(), *(one for some in self.generations.values() for one in some.values())]
+
+    def made_by(self, table: str, sinks: Iterable[str]) -> list[tuple[TableProcessor, list[str]]]:
+        """Return what makes a table's documents for these sinks, each with those that it is for. Pure."""
+        own = self.generations.get(table)
+        if not own:
+            return [(self.tables[table], list(sinks))]
+        found: dict[int, tuple[TableProcessor, list[str]]] = {}
+        for sink in sinks:
+            processor = own.get(sink if "." in sink else f"{sink}.1", self.tables[table])
+            found.setdefault(id(processor), (processor, []))[1].append(sink)
+        return list(found.values())
 
     def on(
         self,
@@ -359,6 +382,19 @@ def _check_to(to: object, where: str) -> None:
         raise UsageError(f"{where}: `to` names {twice!r} twice.")
 
 
+def _are_generations(to: Iterable[str], where: str) -> bool:
+    """Tell whether these are generations of sinks, as `search.1`. Raises UsageError when some are and some are not."""
+    parts = [name.partition(".") for name in to]
+    if not any(dot for _, dot, _ in parts):
+        return False
+    if not all(dot and number.isdecimal() for _, dot, number in parts):
+        raise UsageError(
+            f'{where}: `to` names a generation, as "search.1", so it can name nothing else; declare one function for'
+            " the sinks, and another for the generation."
+        )
+    return True
+
+
 def _check_signature(function: ProcessorFunction, where: str, enrich: Mapping[str, Enrichment]) -> None:
     if not _is_plain(function):
         raise UsageError(f"{where}: a processor is a plain function; it returns a document or None.")
@@ -381,14 +417,14 @@ def _check_against(spec: PipelineSpec, name: str, table: str, to: Iterable[str],
     if table not in spec.tables:
         raise UsageError(f"{where}: table {table!r} is not in {SPEC_FILE}, which has {', '.join(spec.tables)}.")
     for sink in to:
-        if sink not in spec.sinks:
+        if sink.partition(".")[0] not in spec.sinks:
             raise UsageError(f"{where}: there is no sink {sink!r} in {SPEC_FILE}, which has {', '.join(spec.sinks)}.")
 
 
 def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
     """Raise UsageError unless pipeline and specification name the same tables and sinks."""
-    for table, processor in pipeline.tables.items():
-        _check_against(spec, pipeline.name, table, processor.to, _where(processor.function))
+    for processor in pipeline.functions():
+        _check_against(spec, pipeline.name, processor.table, processor.to, _where(processor.function))
     for handler in pipeline.handlers.values():
         _check_against(spec, pipeline.name, handler.table, (), _where(handler.function))
     for root, document in pipeline.documents.items():
@@ -404,7 +440,8 @@ def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
 
 def check_columns(pipeline: Pipeline, tables: Mapping[str, Table]) -> None:
     """Raise UsageError unless every look-up is asked by a column that is there, and whose values can be compared."""
-    for name, processor in pipeline.tables.items():
+    for processor in pipeline.functions():
+        name = processor.table
         columns = {column.name: column for column in tables[name].columns} if name in tables else {}
         for argument, (lookup, column_name) in processor.enrich.items():
             where = f"{_where(processor.function)}: {argument}={lookup.name}.by({column_name!r})"
@@ -455,6 +492,7 @@ def with_shapes(pipeline: Pipeline, spec: PipelineSpec) -> Pipeline:
     made = Pipeline(pipeline.name)
     made.lookups, made.tables = pipeline.lookups, dict(pipeline.tables)
     made.handlers, made.documents = pipeline.handlers, pipeline.documents
+    made.generations = dict(pipeline.generations)
     parts = {table for document in pipeline.documents.values() for table in document.tables}
     for name, shape in spec.shapes.items():
         if name in parts and name not in pipeline.tables:
@@ -466,6 +504,8 @@ def with_shapes(pipeline: Pipeline, spec: PipelineSpec) -> Pipeline:
             continue
         declared = pipeline.tables.get(name) or TableProcessor(name, _as_it_is, (), {})
         made.tables[name] = declared._replace(shape=compiled(shape))
+        own = pipeline.generations.get(name, {})
+        made.generations[name] = {sink: one._replace(shape=made.tables[name].shape) for sink, one in own.items()}
     return made
 
 

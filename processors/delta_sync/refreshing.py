@@ -151,7 +151,8 @@ def columns_by_table(pipeline: Pipeline, lookup: str) -> dict[str, list[str]]:
         are = f"it has {', '.join(pipeline.lookups)}" if pipeline.lookups else "it has none"
         raise UsageError(f"--lookup: pipeline {pipeline.name} has no look-up {lookup!r}; {are}.")
     found: dict[str, list[str]] = {}
-    for name, processor in pipeline.tables.items():
+    for processor in pipeline.functions():
+        name = processor.table
         columns = [column for asked, column in processor.enrich.values() if asked.name == lookup]
         if columns:
             found[name] = list(dict.fromkeys(columns))

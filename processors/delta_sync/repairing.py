@@ -62,16 +62,15 @@ class DirectRepair:
         for one in damages:
             by_key.setdefault(one.key, []).append(one.sink)
         for rows, claim, chunk in self._keys.parts(subject.table, by_key, at_least):
-            made, failed = self._makers.documents(
-                subject.table, [(key, row) for key, row in rows.items() if row is not None]
-            )
-            documents: dict[Key, Document | None] = dict(made)
-            unknown = {key for key, _ in failed}
             version = chunk.version(self._epoch, claim)
             writes = {name: list[Write]() for name in subject.targets}
-            for key in rows.keys() - unknown:
-                for name in by_key[key]:
-                    writes[name].append(Write(key, version, documents.get(key)))
+            present = [(key, row) for key, row in rows.items() if row is not None]
+            for names, made, failed in self._makers.documents(subject.table, present, subject.targets):
+                documents: dict[Key, Document | None] = dict(made)
+                for key in rows.keys() - {key for key, _ in failed}:
+                    for name in by_key[key]:
+                        if name in names:
+                            writes[name].append(Write(key, version, documents.get(key)))
             # Then no reader sees a row go back: what this reading holds is in the sinks already.
             self._applied.pass_now()
             self._check_load(subject.table.id)

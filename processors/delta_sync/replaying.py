@@ -119,18 +119,19 @@ def _replay(
         return Failed(letter.stage, UNDECODED, letter.trace)
     else:
         change = masked_again(table, change)
-    processed = process(table, declared, [change], lookups)
-    if processed.failures:
-        first = processed.failures[0]
-        return Failed(first.stage, first.error, first.trace)
     wanted = [letter.sink] if letter.sink else declared.to or None
     for name in wanted or ():
         if not any(meant([name], sink) for sink in sinks):
             raise UsageError(f"There is no sink {name} any more; discard dead letter {letter.id}.")
-    for sink in [sink for name, sink in sinks.items() if meant(wanted, name)]:
-        for outcome in sink.apply(target_for(sink, table, spec), processed.writes):
-            if outcome.kind == "rejected":
-                return Failed("apply", outcome.reason, "")
+    for processor, names in pipeline.made_by(letter.table, [name for name in sinks if meant(wanted, name)]):
+        processed = process(table, processor, [change], lookups)
+        if processed.failures:
+            first = processed.failures[0]
+            return Failed(first.stage, first.error, first.trace)
+        for sink in map(sinks.__getitem__, names):
+            for outcome in sink.apply(target_for(sink, table, spec), processed.writes):
+                if outcome.kind == "rejected":
+                    return Failed("apply", outcome.reason, "")
     return None
 
 

@@ -18,7 +18,7 @@ from delta_sync import documents
 from delta_sync.applying import SinkWriter
 from delta_sync.building import DocumentBuilder
 from delta_sync.dumps import Dump
-from delta_sync.errors import EpochRose, GenerationsChanged, StateBusy, Transient
+from delta_sync.errors import DeltaError, EpochRose, GenerationsChanged, SinkRefused, StateBusy, Transient
 from delta_sync.events import HandlerRunner
 from delta_sync.generations import Generations, GenerationStore, follow, meant, open_generations, written
 from delta_sync.leases import LeaseKeeper
@@ -31,15 +31,15 @@ from delta_sync.refreshing import NoticeReader, NoticeStore
 from delta_sync.rereads import Rereader
 from delta_sync.secrets import redact
 from delta_sync.sinks import AnySink, base_name, open_sink, open_sinks
-from delta_sync.sinks.base import Target
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
-from delta_sync.starting import load_fingerprint, targets_of_table
+from delta_sync.starting import load_fingerprint, targets_of_sink, targets_of_table
 from delta_sync.state import StateStore, TableLoad
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.transport import Transport
+from delta_sync.verified import VerifiedStore
 from delta_sync.versions import dump_version
 from delta_sync.watch import ANSWER_S, Watch
 from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
@@ -52,6 +52,8 @@ T = TypeVar("T")
 
 REPORT_S = 1.0  # how often the status is saved
 GONE = ""  # in place of a table's columns: it is not there
+VERIFIED_LOOK_S = 10.0  # between looks at what was verified: metrics are read no more often
+DROP_LOOK_S = 2.0  # between looks whether a generation of a sink is to be removed: nobody waits for that
 HOUSEKEEPING_S = 600.0  # what expires after days may stay for minutes more
 STOP_BUDGET_S = 15.0  # for the threads that only read
 
@@ -167,10 +169,13 @@ class Running:
                 made_of = documents.fingerprint(table, columns)
                 return load_fingerprint(made_of, targets_of_table(pipeline, plain, table, spec), plain)
 
-            def check(reader: SourceReader) -> None:
-                transport.check(reader, state)
+            def unchanged() -> None:
                 if written(generations.all()) != written(rows):
                     raise GenerationsChanged("A sink gets another generation, or loses one.")
+
+            def check(reader: SourceReader) -> None:
+                transport.check(reader, state)
+                unchanged()
 
             def refresh(wanted: list[str]) -> Mapping[str, TableRuntime]:
                 """Read tables again; those that changed are loaded again, because old documents have old columns.
@@ -216,7 +221,7 @@ class Running:
                 spec=spec,
                 pipeline=pipeline,
                 epoch=source.epoch,
-                capture=transport.capture(source, lambda: worker.tables, self.progress),
+                capture=transport.capture(source, lambda: worker.tables, self.progress, unchanged),
                 stretches=transport.stretches,
                 writers=writers,
                 lookups=lookups,
@@ -260,6 +265,7 @@ class Running:
                 failed=worker.fail,
                 stopping=self._stopping,
                 keeper=keeper,
+                unchanged=unchanged,
             )
             watch = Watch(
                 reader=watch_reader,
@@ -279,19 +285,24 @@ class Running:
             for name in spec.tables:
                 for sink, target in worker.targets(name).items():
                     writers[sink].sweep([target])
-            tended = self._until_reached(
-                lambda: self._tended(generations, DumpStore(state, spec.name), rows, pipeline, sinks, source.tables)
-            )
-            if tended is None:
+            led = self._until_reached(lambda: self._lead_readers(generations, rows, pipeline, sinks, source.tables))
+            if led is None:
                 return
             self._worker = worker
             housekeeping = threading.Thread(
                 target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
             )
+            dropping = threading.Thread(
+                target=self._drop_given_up,
+                args=(generations, state, pipeline, sinks, source.tables, keeper),
+                name="generations",
+                daemon=True,
+            )
             threads = [
                 watch,
                 loader,
                 housekeeping,
+                dropping,
                 mender,
                 notices,
                 *transport.background(self.progress, self._stopping),
@@ -301,6 +312,9 @@ class Running:
             try:
                 with keeper or contextlib.nullcontext():
                     worker.run()
+            except SinkRefused:
+                unchanged()  # it was frozen, and wrote to a generation that was dropped meanwhile
+                raise
             finally:
                 self._stopping.set()
                 loader.wake()
@@ -361,51 +375,75 @@ class Running:
                 removed = sinks[sink].truncate(target, beginning)
                 log.info("unmet_removed", table=dump.table, sink=sink, documents=removed)
 
-    def _tended(
+    def _lead_readers(
         self,
         generations: GenerationStore,
-        dumps: DumpStore,
         rows: Mapping[str, Generations],
         pipeline: Pipeline,
         sinks: Mapping[str, AnySink],
         tables: Mapping[str, Table],
     ) -> bool:
-        """Lead readers to what is meant to serve, in case somebody died over it; remove what is given up.
-
-        The log's changes go nowhere yet, and there is no other run: so nobody writes to what is removed. Returns True.
-        """
+        """Lead readers to what is meant to serve, in case somebody died over it. Returns True."""
         now = generations.all()
         if written(now) != written(rows):
             raise GenerationsChanged("A sink gets another generation, or loses one.")
         for name, row in now.items():
             if name not in self._spec.sinks:
                 continue
-            generation = {number: sinks.get(row.name(number)) for number in row.written}
 
-            def targets(sink: AnySink) -> list[Target]:
-                of_tables = (
-                    targets_of_table(pipeline, {sink.name: sink}, table, self._spec) for table in tables.values()
-                )
-                return [target for some in of_tables for target in some.values()]
-
-            def lead(number: int, of: Mapping[int, AnySink | None] = generation) -> None:
-                sink = of.get(number)
+            def lead(number: int, of: Generations = row) -> None:
+                sink = sinks.get(of.name(number))
                 if sink is None:
                     raise GenerationsChanged("A sink has got another generation meanwhile.")
-                sink.lead_readers(targets(sink))
+                sink.lead_readers(targets_of_sink(pipeline, sink, tables.values(), self._spec))
 
             follow(lambda name=name: generations.all()[name].serving, lead)  # type: ignore[misc]  # a default binds it now
-            if row.state == "dropping":
-                assert row.other is not None, "it is dropped"
-                self._cancel_dumps(dumps, row.name(row.other))
-                doomed = open_sink(name, self._spec.sinks[name], self._spec.tombstone_ttl, row.other)
-                try:
-                    documents = sum(doomed.drop(target) for target in targets(doomed))
-                finally:
-                    doomed.close()
-                generations.change(row, row.gone())
-                log.info("generation_dropped", sink=doomed.name, documents=documents)
         return True
+
+    def _drop_given_up(
+        self,
+        generations: GenerationStore,
+        state: StateStore,
+        pipeline: Pipeline,
+        sinks: Mapping[str, AnySink],
+        tables: Mapping[str, Table],
+        keeper: LeaseKeeper | None,
+    ) -> None:
+        """Remove the generations that are given up, once nobody writes to them; of several processes one does."""
+        while not self._stopping.wait(DROP_LOOK_S):
+            if keeper is not None and not keeper.held:
+                continue
+            try:
+                for name, row in generations.all().items():
+                    if row.state != "dropping" or name not in self._spec.sinks:
+                        continue
+                    assert row.other is not None, "it is dropped"
+                    doomed = row.name(row.other)
+                    if doomed not in sinks and self._transport.nobody_writes(state, doomed):
+                        self._drop(generations, DumpStore(state, self._spec.name), row, pipeline, tables)
+            except Transient as error:
+                log.warning("drop_waits", reason=redact(str(error)))
+            except DeltaError as error:  # it can wait, and the stream goes on
+                log.warning("drop_failed", reason=redact(str(error)))
+
+    def _drop(
+        self,
+        generations: GenerationStore,
+        dumps: DumpStore,
+        row: Generations,
+        pipeline: Pipeline,
+        tables: Mapping[str, Table],
+    ) -> None:
+        assert row.other is not None, "it is dropped"
+        self._cancel_dumps(dumps, row.name(row.other))
+        doomed = open_sink(row.sink, self._spec.sinks[row.sink], self._spec.tombstone_ttl, row.other)
+        try:
+            targets = targets_of_sink(pipeline, doomed, tables.values(), self._spec)
+            documents = sum(doomed.drop(target) for target in targets)
+        finally:
+            doomed.close()
+        generations.change(row, row.gone())
+        log.info("generation_dropped", sink=doomed.name, documents=documents)
 
     def _cancel_dumps(self, dumps: DumpStore, sink: str) -> None:
         """Cancel the dumps into a generation that nobody writes to any more: they would never end."""
@@ -444,9 +482,14 @@ class Running:
         return note
 
     def _report(self, state: StateStore) -> None:
-        """Save the status about once a second, until the run has ended."""
+        """Save the status about once a second, until the run has ended; look now and then at what was verified."""
+        looked_at = -VERIFIED_LOOK_S
         while not self._ended.wait(REPORT_S):
             self._save_status(state)
+            if time.monotonic() - looked_at >= VERIFIED_LOOK_S:
+                looked_at = time.monotonic()
+                with contextlib.suppress(StateBusy):  # that was said when the status could not be saved
+                    self.progress.note_verified(VerifiedStore(state, self._spec.name).all())
 
     def _save_status(self, state: StateStore) -> None:
         for event, fields in self._news.look():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import structlog
@@ -129,6 +129,12 @@ def targets_of_table(
         return {}
     to = pipeline.tables[table.id].to
     return {name: target_for(sink, table, spec) for name, sink in sinks.items() if not to or base_name(name) in to}
+
+
+def targets_of_sink(pipeline: Pipeline, sink: AnySink, tables: Iterable[Table], spec: PipelineSpec) -> list[Target]:
+    """Return where the documents of all tables go that go to this sink."""
+    of_tables = (targets_of_table(pipeline, {sink.name: sink}, table, spec) for table in tables)
+    return [target for some in of_tables for target in some.values()]
 
 
 def load_fingerprint(columns: str, targets: Mapping[str, Target], sinks: Mapping[str, AnySink]) -> str:

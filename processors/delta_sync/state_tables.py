@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0008"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0011"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -216,5 +216,21 @@ NOTICES = sa.Table(
     sa.Column("created_at", Instant, nullable=False),  # by the database's clock
     sa.PrimaryKeyConstraint("id", name="pk_delta_notice"),
     sqlite_autoincrement=True,  # an id is never given twice: processes know by it what they have heeded
+    **_OPTIONS,
+)
+
+VERIFIED = sa.Table(
+    "delta_verified",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("table_name", _name(255)),
+    sa.Column("made_for", _name(64), nullable=False),  # a digest: another one begins anew
+    sa.Column("began_at", Instant),  # the verification under way, by the database's clock; NULL: none
+    sa.Column("after_key", _blob()),  # up to which it has come
+    sa.Column("looked_at", Instant),  # when the last one began that came to the end
+    sa.Column("row_count", sa.BigInteger, nullable=False),
+    sa.Column("differences", sa.BigInteger, nullable=False),
+    sa.Column("repaired", sa.BigInteger, nullable=False),
+    sa.PrimaryKeyConstraint("pipeline", "table_name", name="pk_delta_verified"),
     **_OPTIONS,
 )

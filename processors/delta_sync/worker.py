@@ -510,19 +510,22 @@ class Worker:
         for name in {**changes, **truncates}:
             runtime = self._tables[name]
             before_s = {lookup: caller.spent_s for lookup, caller in self._lookups.items()}
-            processed = process(runtime.codec.table, self._pipeline.tables[name], changes.get(name, ()), self._lookups)
+            targets = {sink: target for sink, target in runtime.targets.items() if meant(only, sink)}
+            written = 0
+            for processor, sinks in self._pipeline.made_by(name, targets):
+                processed = process(runtime.codec.table, processor, changes.get(name, ()), self._lookups)
+                whole = len(sinks) == len(runtime.targets)
+                failures += processed.failures if whole else _for_each(processed.failures, sinks)
+                left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]
+                written = max(written, len(processed.writes))
+                for sink in sinks:
+                    part = Part(targets[sink], processed.writes, processed.changes, truncates.get(name))
+                    if part.writes or part.truncate is not None:
+                        parts.setdefault(sink, []).append(part)
             # They are asked at the same time, so the slowest one is what was waited for.
             spent = (caller.spent_s - before_s[lookup] for lookup, caller in self._lookups.items())
             looked_up_s += max(spent, default=0.0)
-            failures += processed.failures
-            left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]
-            self._progress.writes += len(processed.writes)
-            for sink, target in runtime.targets.items():
-                if not meant(only, sink):
-                    continue
-                part = Part(target, processed.writes, processed.changes, truncates.get(name))
-                if part.writes or part.truncate is not None:
-                    parts.setdefault(sink, []).append(part)
+            self._progress.writes += written
         if changes:
             self._progress.stages["process"].add(max(0.0, self._clock() - began - looked_up_s))
             if self._lookups:
@@ -707,6 +710,11 @@ class Worker:
             except BaseException as error:  # noqa: BLE001 -- a defect: the worker stops with it
                 self.fail(error)
                 return
+
+
+def _for_each(failures: Iterable[Failure], sinks: Sequence[str]) -> list[Failure]:
+    """Return failures of a function that is not for all of a table's sinks: others may have the document."""
+    return [failed._replace(sink=sink) for failed in failures for sink in sinks]
 
 
 def _rejections(results: Iterable[Future[list[Applied]]]) -> list[Failure]:

@@ -416,11 +416,9 @@ class Pipeline:
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "deltactl.main", *arguments, "--dir", str(self.folder / "pipelines")]
 
-    def deltactl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def deltactl(self, *arguments: str, timeout_s: float = CREATE_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        return subprocess.run(
-            self._command(*arguments), capture_output=True, text=True, timeout=CREATE_TIMEOUT_S, check=False
-        )
+        return subprocess.run(self._command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False)
 
     def background(self, *arguments: str) -> Run:
         """Start another command in the background; what it prints is in the log of its name."""

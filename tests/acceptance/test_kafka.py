@@ -11,7 +11,10 @@ from kafka import TopicPartition
 
 from acceptance.harness import SHAPES, Run, Shop, metrics
 from acceptance.kafka_harness import KafkaStage, kafka_stage
+from delta_sync.generations import Generations, GenerationStore
 from delta_sync.kafka.names import topic_name
+from delta_sync.spec import load_spec
+from delta_sync.state import StateStore
 from delta_sync.testing.kafka import Kafka, admin_client
 from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.registry import Apicurio
@@ -90,6 +93,33 @@ def dump(stage: KafkaStage, port_of_second: int) -> None:
     wait_until(second_wrote, 120.0, "a chunk for the second worker")
 
 
+def generations(stage: KafkaStage) -> Generations | None:
+    with StateStore.open(load_spec(stage.pipeline.home).state, stage.pipeline.home) as state:
+        return GenerationStore(state, stage.pipeline.name).all().get("cache")
+
+
+def rebuild(stage: KafkaStage, *runs: Run, frozen: Run) -> None:
+    """A sink is rebuilt while rows change, and dropped; one worker notices late, and another when all is over."""
+    words = ["pipeline", "rebuild", stage.pipeline.name, "--sink", "cache"]
+    writer = stage.writing(ROWS, 2)
+    stage.comes_through("before", *runs, frozen)
+    frozen.freeze()
+    done = stage.pipeline.deltactl(*words, timeout_s=600)  # it waits for new runs, dumps and verifications
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert generations(stage) == Generations("cache", 2, 1, "kept", 2)
+    done = stage.pipeline.deltactl(*words, "--drop-old", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Only once no worker that is alive writes to it.
+    wait_until(lambda: generations(stage) == Generations("cache", 2, None, "", 2), 90.0, f"the drop; {runs[-1].tail()}")
+    assert [one["sink"] for run in runs for one in run.events("generation_dropped")] == ["cache.1"]
+    stage.stores.sinks["cache"].number = 2  # from here on this is what is compared
+    frozen.thaw()
+    stage.comes_through("after a frozen worker woke", *runs, frozen)
+    writer.stop()
+    stage.in_step(*runs, frozen)
+    assert writer.transactions > 20
+
+
 def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) -> None:
     sidecar, worker = stage.start("sidecar"), stage.start("worker")
     stage.in_step(sidecar, worker)
@@ -109,6 +139,10 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     assert worker.events("lease_taken")  # of the load
     dump(stage, port)
     stage.in_step(sidecar, worker, second)
+    third = stage.start("worker")
+    wait_until(lambda: bool(third.events("partitions_assigned")), 60.0, f"partitions for the third; {third.tail()}")
+    rebuild(stage, sidecar, worker, second, frozen=third)
+    assert third.stop() == 0
     worker.kill()
     write(stage.shop, "after one was killed")
     stage.in_step(sidecar, second)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping
 
 import pytest
 
 from delta_sync.capture import Batch
-from delta_sync.errors import StateBusy
+from delta_sync.errors import GenerationsChanged, StateBusy
 from delta_sync.kafka import capture as module
 from delta_sync.kafka.capture import KafkaCapture, lag_of
 from delta_sync.kafka.consumer import KafkaBusy, Partition, PositionsExpired, Records
 from delta_sync.measures import PartitionLag
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.testing.processes import wait_until
 
 TOPIC = "delta_movies.public.movie"
 EPOCH_S = 1_700_000_000.0  # when the clock of a bench was at 0
@@ -97,8 +99,15 @@ class Bench:
         self.progress = Progress(LogPosition(lambda: self.now), lambda: self.now)
         self.expired: list[tuple[list[Partition], dict[Partition, int]]] = []  # and what was committed at that moment
         self.failing: Exception | None = None
+        self.unchanged: Callable[[], None] = lambda: None
         self.capture = KafkaCapture(
-            self._open, [TOPIC], self.progress, self._note_expired, lambda: self.now, lambda: EPOCH_S + self.now
+            self._open,
+            [TOPIC],
+            self.progress,
+            self._note_expired,
+            lambda: self.unchanged(),
+            lambda: self.now,
+            lambda: EPOCH_S + self.now,
         )
         self.capture.start()
 
@@ -127,7 +136,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Bench:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(module, "ASKED_S", 60.0)  # the state store's answer is there before a poll returns
     made = Bench()
     made.poll(made.group.give(P0, P1))
     return made
@@ -263,6 +273,72 @@ def test_a_new_start_begins_behind_what_was_committed(bench: Bench) -> None:
     assert bench.group.committed == {}
     bench.capture.confirm(new)
     bench.poll()
+    assert bench.group.committed == {P0: 5}
+
+
+# ── sinks that are others meanwhile ──────────────────────────────────────────────────────────────────────────────────
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def ask() -> None:
+        raise error
+
+    return ask
+
+
+def test_nothing_is_committed_once_a_sink_has_got_another_generation(bench: Bench) -> None:
+    bench.capture.confirm(bench.batch([records(P0, 5)]))
+    bench.unchanged = raising(GenerationsChanged("another"))
+    with pytest.raises(GenerationsChanged):
+        bench.poll()
+    bench.group.take(P0)()
+    bench.capture.stop()
+    assert bench.groups[0].commits == []
+    assert bench.groups[0].closed
+
+
+def test_without_the_state_store_the_stream_goes_on_and_nothing_is_committed_until_it_is_back(bench: Bench) -> None:
+    bench.capture.confirm(bench.batch([records(P0, 5)]))
+    bench.unchanged = raising(StateBusy("it restarts"))
+    for number in range(6, 30):  # more than may be unconfirmed
+        bench.capture.confirm(bench.batch([records(P0, number)]))
+    assert bench.group.commits == []
+    assert bench.progress.state() == ("waiting", "commit: it restarts")
+    bench.unchanged = lambda: None
+    bench.poll()
+    assert bench.group.committed == {P0: 29}
+    assert bench.progress.state()[0] != "waiting"
+
+
+def test_an_answer_says_nothing_of_what_was_read_after_the_question(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ASKED_S", 0.0)
+    monkeypatch.setattr(module, "ASKED_LAST_S", 0.0)
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        asked.set()
+        assert answer.wait(60.0)
+
+    bench.unchanged = hang
+    bench.capture.confirm(bench.batch([records(P0, 5), records(P1, 5)]))
+    bench.poll()
+    assert asked.wait(60.0)
+    bench.capture.confirm(bench.batch([records(P0, 6), records(P1, 6)]))
+    bench.poll(bench.group.take(P1), bench.group.give(P1))  # another may have been further meanwhile
+    assert bench.group.commits == []
+    bench.unchanged = raising(GenerationsChanged("another"))
+    answer.set()
+
+    def told() -> bool:
+        try:
+            bench.poll()
+        except GenerationsChanged:
+            return True
+        return False
+
+    wait_until(told, 60.0, "the answer to the second question")
     assert bench.group.committed == {P0: 5}
 
 

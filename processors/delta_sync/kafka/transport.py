@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
 
+from delta_sync.applied_log import says_it_runs
 from delta_sync.capture import Batch, Capture
 from delta_sync.decoding import Stretch, Undecodable
 from delta_sync.errors import EpochRose, SourceBusy
@@ -78,8 +79,8 @@ class KafkaTransport(Transport):
         check_columns(pipeline, tables)
         return Source(known.epoch, tables, {name: columns.get(name, "") for name in tables})
 
-    def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
-        """Return a member of the consumer group."""
+    def capture(self, source: Source, tables: Tables, progress: Progress, unchanged: Callable[[], None]) -> Capture:
+        """Return a member of the consumer group, which commits while the sinks are unchanged."""
         self._epoch = source.epoch
         self._tables = tables
 
@@ -90,6 +91,7 @@ class KafkaTransport(Transport):
             self._topics,
             progress,
             lambda partitions: self._load_again(partitions, progress),
+            unchanged,
         )
         return self._capture
 
@@ -161,6 +163,17 @@ class KafkaTransport(Transport):
     def load_lease(self, state: StateStore) -> LeaseKeeper:
         """Return who keeps the lease of the one worker that loads."""
         return LeaseKeeper(state, self._spec.name, LOAD_LEASE, self._member, LOAD_LEASE_S)
+
+    def nobody_writes(self, state: StateStore, sink: str) -> bool:
+        """Tell whether no worker that has said of late that it is there has this sink.
+
+        One that is frozen is not waited for: what it still writes it cannot commit, nor is it seen by readers.
+        """
+        now = state.database_now()
+        return not any(
+            sink in status.get("sinks", {}) and says_it_runs(status, now - saved_at)
+            for _, status, saved_at in state.members(self._spec.name)
+        )
 
     def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
         """Save it as this member's."""
