@@ -42,8 +42,8 @@ CREATE TABLE movie (id bigint PRIMARY KEY, title text, year int, rating numeric(
                     updated_at timestamptz);
 CREATE TABLE casting (id bigint PRIMARY KEY, movie_id bigint NOT NULL REFERENCES movie (id), person text, role text,
                       rev int NOT NULL DEFAULT 0);
-INSERT INTO movie SELECT i, 'Movie title number ' || i, 1950 + (i % 75), round((1 + (i * 7919 % 90) / 10.0)::numeric, 1),
-    i % 500, now() FROM generate_series(1, {MOVIES}) i;
+INSERT INTO movie SELECT i, 'Movie title number ' || i, 1950 + (i % 75),
+    round((1 + (i * 7919 % 90) / 10.0)::numeric, 1), i % 500, now() FROM generate_series(1, {MOVIES}) i;
 INSERT INTO casting SELECT i, 1 + (i - 1) / {CHILDREN}, 'Person ' || md5(i::text), 'role ' || (i % 37), 0
     FROM generate_series(1, {MOVIES * CHILDREN}) i;
 CREATE INDEX ON casting (movie_id);

@@ -147,6 +147,12 @@ class Pipeline:
                 raise UsageError(f"{where}: {error}.") from None
             if debounce_s < 0:
                 raise UsageError(f"{where}: debounce cannot be below 0.")
+            _check_to(to, where)
+            if to and _are_generations(to, where):
+                raise UsageError(
+                    f"{where}: the parts are the same in every generation; declare its function with"
+                    f' @….table("{table}", to={list(to)}).'
+                )
             document = DocumentSpec(table, dict(parts or {}), query, debounce_s)
             _check_parts(document.parts, where)
             spec = _spec_beside(function)

@@ -407,7 +407,7 @@ class Real:
                 self._dumps.plan(self.id, [((first,) if first else None, (end,) if end < KEYS else None)])
                 return True
             case "finish":
-                return is_over(self.dump, self.counts) and self._dumps.finish(self.dump)
+                return is_over(self.dump, self.counts) and self._dumps.finish(self.dump) is not None
             case "pause" | "resume" | "cancel":
                 try:
                     before = self.dump.state

@@ -180,6 +180,7 @@ def test_a_document_is_a_table_s_processor_with_parts() -> None:
         ({"parts": {"reviews": "public.review"}}, r'takes one\("schema.name"\) or many'),
         ({"parts": {"reviews": many("public.review", most=0)}}, "most must be above 0"),
         ({"parts": {"reviews": many("public.review", to={"a": "b"})}}, "`to` is of the table that is named by"),
+        ({"parts": {"reviews": many("public.review")}, "to": ["search.1"]}, r"declare its function with @….table"),
         ({"parts": {"reviews": many("public.review")}, "debounce": "soon"}, "soon"),
         ({"parts": {"reviews": many("public.review")}, "debounce": -1}, "debounce cannot be below 0|-1"),
     ],
