@@ -236,6 +236,7 @@ class Running:
                 failed=worker.fail,
                 stopping=self._stopping,
                 keeper=keeper,
+                changes_come=lambda: worker.changes_come,
             )
             watch = Watch(
                 reader=watch_reader,
