@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import structlog
 
@@ -572,6 +572,8 @@ class Loader(threading.Thread):
 
     def _cut(self) -> Iterator[tuple[Slice, Rows, bool]]:
         """Yield slices of the chunks that the log has come past, and whether each is its chunk's last."""
+        # What a NamedTuple's own does, without its call of a Python function.
+        new = cast("Callable[..., Change]", tuple.__new__)  # pyright: ignore[reportUnknownMemberType] -- it is generic
         while self._passed:
             with self._news:
                 rows = self._passed.popleft()
@@ -586,7 +588,7 @@ class Loader(threading.Thread):
             start = 0
             while start < len(rows.rows):
                 end = start + (SLICE_ROWS_BESIDE_LOG if self._changes_come() else SLICE_ROWS)
-                changes = [Change(dump.table, key, rows.version, row) for key, row in rows.rows[start:end]]
+                changes = [new(Change, (dump.table, key, rows.version, row)) for key, row in rows.rows[start:end]]
                 yield Slice(dump.table, changes, Future(), sinks), rows, end >= len(rows.rows)
                 start = end
 

@@ -405,7 +405,7 @@ class Worker:
         failures: list[Failure],
         slice_: Slice | None = None,
     ) -> list[Future[list[Applied]]]:
-        """Process the changes of all tables and hand the writes to the sinks, to each its part; a slice's to its own."""
+        """Process the changes of all tables and hand the writes to the sinks, each its part (a slice's: to its own)."""
         parts: dict[str, list[Part]] = {}
         left: list[Left] = []
         began, looked_up_s = self._clock(), 0.0
