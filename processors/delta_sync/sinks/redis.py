@@ -378,6 +378,11 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
             versions = [version for reply in replies for version in reply]
             yield [(key.decode(), int(version)) for key, version in zip(keys, versions, strict=True) if version]
 
+    def scan_ids(self, target: Target) -> Iterator[list[str]]:
+        """Yield keys without asking for what they hold."""
+        for keys in self._scan_keys(target):
+            yield [key.decode() for key in keys]
+
     def _scan_keys(self, target: Target) -> Iterator[list[bytes]]:
         template = _template(target)
         kind = b"hash" if self._scripts is HASH else b"string"
