@@ -83,8 +83,8 @@ def main() -> None:
     with scratch() as scratch_name, servers() as (source, cache):
         with psycopg.connect(source.url, autocommit=True) as connection:
             connection.execute("CREATE TABLE narrow (id bigint PRIMARY KEY, title text, year int)")
-            for first in range(1, rows + 1, FILL_ROWS):
-                connection.execute(FILL % (first, min(first + FILL_ROWS - 1, rows)))
+            for start in range(1, rows + 1, FILL_ROWS):
+                connection.execute(FILL % (start, min(start + FILL_ROWS - 1, rows)))
             connection.execute("VACUUM ANALYZE narrow")
             connection.execute("CHECKPOINT")
         spec = bench_spec(source, cache, tables={TABLE: {"sinks": {"cache": {"key": "narrow:{id}"}}}})
