@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0007"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0008"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -161,6 +161,7 @@ DUMPS = sa.Table(
     sa.Column("epoch", sa.Integer),
     sa.Column("fingerprint", _text()),
     sa.Column("covered_from", sa.BigInteger),
+    sa.Column("floor", sa.BigInteger),  # a version; NULL: an older Delta began it
     sa.Column("planned_to", _blob()),
     sa.Column("planned", sa.Integer, nullable=False),  # 1: to the end of the table
     sa.Column("next_chunk", sa.BigInteger, nullable=False),  # numbers are never given twice
