@@ -266,6 +266,7 @@ class Running:
                 stopping=self._stopping,
                 keeper=keeper,
                 unchanged=unchanged,
+                changes_come=lambda: worker.changes_come,
             )
             watch = Watch(
                 reader=watch_reader,

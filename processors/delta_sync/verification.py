@@ -407,8 +407,8 @@ class Verifier:
 
         def scanned() -> IdSums:
             there = IdSums()
-            for batch in sink.scan(target):
-                there.add(id_ for id_, _ in batch)
+            for batch in sink.scan_ids(target):
+                there.add(batch)
             return there
 
         everything = self._share >= 1

@@ -51,6 +51,7 @@ from delta_sync.sinks.base import Target
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore, identity_of
 from delta_sync.tables import Table, key_text
+from delta_sync.turns import Turns
 from delta_sync.values import Row
 from delta_sync.versions import version_of
 
@@ -58,8 +59,6 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 JOBS_MOST = 4  # log batches in flight: one per stage (decode, two in a sink's threads, confirm)
 EVENTS_AT_ONCE = 8192  # waiting batches are joined up to this: larger batches cost sinks less per change
-LOAD_JOBS_MOST = 2  # slices of dumps in flight: one in a sink's threads while the next is processed
-LOG_BEFORE_SLICE = 4  # log batches that go before a waiting slice: the log has priority, but not for ever
 DRAIN_BUDGET_S = 10.0  # after SIGTERM, for what is in flight; container runtimes kill after 10 to 30 s
 RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # of the capture
 DEAD_LETTER_WINDOW_S = 60.0
@@ -175,7 +174,7 @@ class Worker:
         self._changed_tables: set[str] = set()
         self._jobs: deque[Job] = deque()
         self._load_jobs: list[Job] = []
-        self._since_slice = 0
+        self._turns = Turns(clock)
         self._passed_lsn = 0
         self._recent_letters: deque[tuple[float, str]] | None = None  # of the last minute, of earlier runs, too
         self._fatal: BaseException | None = None
@@ -192,6 +191,11 @@ class Worker:
     def targets(self, table: str) -> Mapping[str, Target]:
         """Where a table's documents go, by sink."""
         return self._tables[table].targets
+
+    @property
+    def changes_come(self) -> bool:
+        """Whether the log brings changes, at the moment."""
+        return self._turns.changes_come
 
     def hand_over(self, slice_: Slice) -> None:
         """Take a slice of a load; its `done` tells when every sink has acknowledged it."""
@@ -259,7 +263,8 @@ class Worker:
     def _turn(self) -> None:
         """Finish what is done, begin what is next, or wait for either."""
         with self._news:
-            self._news.wait_for(self._has_something, self._until_ripe_s())
+            while not self._has_something() and self._news.wait(self._until_next_s()):
+                pass
             if self._fatal is not None:
                 raise self._fatal
             changed, self._changed_tables = self._changed_tables, set()
@@ -281,7 +286,7 @@ class Worker:
             or (self._jobs and self._jobs[0].done())
             or any(job.done() for job in self._load_jobs)
             or (self._batches and self._has_room())
-            or (self._slices and len(self._load_jobs) < LOAD_JOBS_MOST)
+            or (self._slices and self._slice_waits_s() == 0)
         )
 
     def _has_room(self) -> bool:
@@ -290,20 +295,28 @@ class Worker:
             sum(not job.withheld for job in self._jobs) < JOBS_MOST and len(self._jobs) < JOBS_MOST + WITHHOLDING_JOBS
         )
 
-    def _until_ripe_s(self) -> float | None:
-        times = [time for debounce in self._debounces.values() if (time := debounce.next_time) is not None]
-        return max(0.0, min(times) - self._clock()) if times else None
+    def _until_next_s(self) -> float | None:
+        """Return after which time there is something to do if nothing happens: a document's time, or a slice's turn."""
+        now = self._clock()
+        times = [time - now for debounce in self._debounces.values() if (time := debounce.next_time) is not None]
+        if self._slices and (waits_s := self._slice_waits_s()) is not None:
+            times.append(waits_s)
+        return max(0.0, min(times)) if times else None
+
+    def _slice_waits_s(self) -> float | None:
+        in_sinks = any(not result.done() for job in self._jobs for result in job.results)
+        return self._turns.slice_waits_s(
+            in_flight=len(self._load_jobs), log_in_hand=in_sinks or (bool(self._batches) and self._has_room())
+        )
 
     def _take(self) -> tuple[list[Batch], Slice | None]:
         """Take the batches that wait, joined up to EVENTS_AT_ONCE, or a slice when it is its turn."""
         with self._news:
-            slice_is_next = self._slices and len(self._load_jobs) < LOAD_JOBS_MOST
-            if slice_is_next and (not self._batches or self._since_slice >= LOG_BEFORE_SLICE):
-                self._since_slice = 0
+            if self._slices and self._slice_waits_s() == 0:
+                self._turns.slice_began()
                 return [], self._slices.popleft()
             if not self._batches or not self._has_room():
                 return [], None
-            self._since_slice += 1
             taken = [self._batches.popleft()]
             events = taken[0].events
             while self._batches and self._batches[0].generation == taken[0].generation:
@@ -328,6 +341,7 @@ class Worker:
         )
         self._progress.stages["decode"].add(self._clock() - began)
         if decoded.events:
+            self._turns.changed()
             self._progress.batch_changes.add(decoded.events)
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
@@ -449,7 +463,7 @@ class Worker:
 
     def _begin_slice(self, slice_: Slice) -> None:
         failures: list[Failure] = []
-        results = self._submit({slice_.table: slice_.changes}, {}, failures, slice_.sinks)
+        results = self._submit({slice_.table: slice_.changes}, {}, failures, slice_)
         self._load_jobs.append(Job(results, failures, slice=slice_))
         if not results:
             self.wake()
@@ -501,12 +515,13 @@ class Worker:
         changes: Mapping[str, Sequence[Change]],
         truncates: Mapping[str, int],
         failures: list[Failure],
-        only: Collection[str] | None = None,
+        slice_: Slice | None = None,
     ) -> list[Future[list[Applied]]]:
-        """Process the changes of all tables and hand the writes to the sinks, to each its part (or `only` to some)."""
+        """Process the changes of all tables and hand the writes to the sinks, each its part (a slice's: to its own)."""
         parts: dict[str, list[Part]] = {}
         left: list[Left] = []
         began, looked_up_s = self._clock(), 0.0
+        only = None if slice_ is None else slice_.sinks
         for name in {**changes, **truncates}:
             runtime = self._tables[name]
             before_s = {lookup: caller.spent_s for lookup, caller in self._lookups.items()}
@@ -534,7 +549,7 @@ class Worker:
             self._remember_first(left)
         results: list[Future[list[Applied]]] = []
         for sink, sink_parts in parts.items():
-            result = self._writers[sink].submit(sink_parts)
+            result = self._writers[sink].submit(sink_parts, of_dump=slice_ is not None)
             result.add_done_callback(lambda _: self.wake())
             results.append(result)
         return results

@@ -45,6 +45,7 @@ from delta_sync.versions import format_lsn, parse_lsn
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 ROWS_AT_ONCE = 4  # of a table with long values: what may be in memory beyond the chunk's byte limit
+FETCHED_AT_ONCE = 500  # of other tables: no other thread runs while psycopg makes objects of them
 KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
 LOCK_NOTICE_AGE_S = 1.0
 FLUSHING_MESSAGES = 170000
@@ -368,7 +369,7 @@ class PostgresReader(SourceReader):
             to_row = row_maker(own)
             with _condition(where):
                 if not self._has_long_values(connection, table):
-                    rows.extend(to_row(values) for values in connection.execute(query, parameters))
+                    rows = _all(connection.execute(query, parameters), to_row)
                     chunk = Chunk(seen_to, rows, rows[-1][0] if len(rows) == rows_most else None)
                 else:
                     chunk = _limited(connection, query, parameters, to_row, seen_to, bytes_most)
@@ -427,7 +428,7 @@ class PostgresReader(SourceReader):
             to_row = row_maker(own)
             columns = [list(column) for column in zip(*keys, strict=True)]
             if not self._has_long_values(connection, table):
-                chunk = Chunk(seen_to, [to_row(values) for values in connection.execute(query, columns)], None)
+                chunk = Chunk(seen_to, _all(connection.execute(query, columns), to_row), None)
             else:
                 chunk = _limited(connection, query, columns, to_row, seen_to, KEYS_BYTES)
             return _with_parts(connection, table, chunk, snapshot)
@@ -518,6 +519,16 @@ class Slot(CapturePosition):
     def text(self, position: int) -> str:
         """Return an LSN as PostgreSQL writes it."""
         return format_lsn(position)
+
+
+def _all(
+    cursor: psycopg.Cursor[tuple[Any, ...]], to_row: Callable[[Sequence[Any]], tuple[Key, Row]]
+) -> list[tuple[Key, Row]]:
+    """Return what a query has. Many rows at once take psycopg a third of the time that it needs for one by one."""
+    rows: list[tuple[Key, Row]] = []
+    while some := cursor.fetchmany(FETCHED_AT_ONCE):
+        rows.extend(map(to_row, some))
+    return rows
 
 
 def _limited(

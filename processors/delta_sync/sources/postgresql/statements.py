@@ -35,6 +35,10 @@ def row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
     places = [names.index(name) for name in table.key]
     masks = [(column.name, column.mask.function()) for column in table.columns if column.mask]
 
+    def with_one_key_column(values: Sequence[Any]) -> tuple[Key, Row]:
+        """Of most tables: half the time of the other one."""
+        return (values[place],), dict(zip(names, values))  # noqa: B905 -- as the query was made of them
+
     def to_row(values: Sequence[Any]) -> tuple[Key, Row]:
         row = dict(zip(names, values, strict=True))
         for name, mask in masks:
@@ -42,7 +46,8 @@ def row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
                 row[name] = mask(row[name])
         return tuple(values[place] for place in places), row
 
-    return to_row
+    place = places[0]
+    return to_row if masks or len(places) > 1 else with_one_key_column
 
 
 def key_columns(table: Table) -> sql.Composable:
