@@ -15,6 +15,7 @@ import decimal
 import pstats
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -26,7 +27,7 @@ from delta_sync.sinks.sql import SqlOptions, SqlSink, SqlTargetOptions
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.servers import PostgreSQL
 
-MOVIE = Table("public", "movie", (Column("id", Kind.INTEGER, "bigint", nullable=False),), ("id",))
+MOVIE = Table("public", "movie", (Column("id", "bigint", Kind.INTEGER, nullable=False),), ("id",))
 COPIED = """
 DROP TABLE IF EXISTS copied;
 CREATE TABLE copied (_delta_id text COLLATE "C" PRIMARY KEY, _version bigint NOT NULL, _delta_deleted_ms bigint,
@@ -89,7 +90,7 @@ def main() -> None:
             writes = [Write((one["id"],), version, one) for one in documents]
             if options.profile:
                 profile.enable()
-            figures[name] = timed(lambda some=writes: write(sink, target, some, options.batch), options.rows)
+            figures[name] = timed(partial(write, sink, target, writes, options.batch), options.rows)
             profile.disable()
         sink.close()
     if options.profile:

@@ -54,7 +54,7 @@ def run_through_epochs(make: Callable[[], Running], name: str, host: str, port: 
     while not stopping.is_set():
         running = make()
         current[:] = [running]
-        server = observe.serve(name, running.progress, host, port) if port is not None else None
+        server = observe.serve(name, running.progress, host, port, running.notice_door()) if port is not None else None
         try:
             if not stopping.is_set():
                 running.run()

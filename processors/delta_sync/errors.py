@@ -87,6 +87,10 @@ class StateBusy(Transient):
     """The state store is locked by another process for too long, unreachable, or restarting."""
 
 
+class NoticesWait(Transient):
+    """No notice can be taken at the moment: the pipeline is just starting, or too many wait to be heeded."""
+
+
 class RegistryBusy(Transient):
     """The schema registry is unreachable, timed out, or asked to slow down."""
 

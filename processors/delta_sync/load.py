@@ -340,7 +340,8 @@ class Loader(threading.Thread):
 
     def _as_begun(self, dump: Dump, table: Table, covered_from: int | None, fingerprint: str) -> Dump:
         with self._asking:
-            estimate = self._reader.estimated_rows(table) if dump.kind in ("load", "table") else dump.estimate
+            whole = dump.kind in ("load", "table", "refresh")
+            estimate = self._reader.estimated_rows(table) if whole else dump.estimate
         return dataclasses.replace(
             dump, epoch=self._epoch, fingerprint=fingerprint, covered_from=covered_from, estimate=estimate
         )

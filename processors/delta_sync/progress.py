@@ -111,6 +111,8 @@ class Progress:
         self.batch_changes = Histogram(BATCH_BOUNDS)
         self.latency = Histogram(LATENCY_BOUNDS_S)  # each batch counts its changes by its oldest one
         self.partition_lags: Mapping[tuple[str, int], PartitionLag] = {}  # of this process, by topic and number
+        self.notices: Mapping[tuple[str, str], int] = {}  # by where they come from, and `accepted` or `refused`
+        self.enrichment_ages_s: Mapping[str, float] = {}  # by table, of look-ups with `refresh_after`; who plans knows
         self.standby = False  # another process leads, and this one could take over
         self._waits: dict[str, str] = {}
         self._ended: tuple[State, str] | None = None
@@ -125,6 +127,10 @@ class Progress:
             self._waits.pop(who, None)
         else:
             self._waits[who] = reason
+
+    def ages(self, found: Mapping[str, float]) -> None:
+        """Note how long ago the last round of enriching began that has enriched every row, by table."""
+        self.enrichment_ages_s = found
 
     def end(self, state: State, reason: str) -> None:
         """Note that the run has ended, and why."""
@@ -210,6 +216,11 @@ class Progress:
                 }
                 for name, numbers in self.lookups.items()
             },
+            "notices": {
+                outcome: sum(count for (_, of), count in dict(self.notices).items() if of == outcome)
+                for outcome in ("accepted", "refused")
+            },
+            "enrichment_ages_s": {table: round(age_s) for table, age_s in self.enrichment_ages_s.items()},
             "loads": {table: dict(load) for table, load in self.loads.items()},
             "dumps": [self._dump(dump, now) for dump in dumps],
             "partition_lags": {

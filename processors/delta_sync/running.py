@@ -23,11 +23,14 @@ from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Mender
+from delta_sync.notices import NoticeIntake
+from delta_sync.observe import NoticeDoor
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, News, Progress
+from delta_sync.refresher import Refresher
 from delta_sync.refreshing import NoticeReader, NoticeStore
 from delta_sync.rereads import Rereader
-from delta_sync.secrets import redact
+from delta_sync.secrets import redact, resolve
 from delta_sync.sinks import AnySink, base_name, open_sink, open_sinks
 from delta_sync.sinks.base import Target
 from delta_sync.sources import open_reader
@@ -73,7 +76,14 @@ class Running:
         self._readers: list[SourceReader] = []
         self.position = LogPosition(time.monotonic)
         self.progress = Progress(self.position, time.monotonic)
+        self.notices = NoticeIntake()
+        self.progress.notices = self.notices.counts
         self._news = News(self.progress)
+
+    def notice_door(self) -> NoticeDoor | None:
+        """Return what `POST /notices` leads to; None where the specification has no token. Raises UsageError."""
+        token = self._spec.notices.token
+        return None if token is None else NoticeDoor(resolve(token), self.notices)
 
     def stop(self) -> None:
         """End the run: drain what is in flight, confirm it, and return from `run`."""
@@ -133,7 +143,8 @@ class Running:
         check_reader = open_reader(spec, f"delta {spec.name} check", ANSWER_S)
         load_reader, key_reader = (open_reader(spec, f"delta {spec.name} {use}") for use in ("load", "read"))
         chunk_readers = [open_reader(spec, f"delta {spec.name} dump") for _ in range(spec.load.parallel)]
-        readers = self._readers = [watch_reader, check_reader, load_reader, key_reader, *chunk_readers]
+        refresh_reader = open_reader(spec, f"delta {spec.name} refresh")  # a large table may be read for its keys
+        readers = self._readers = [watch_reader, check_reader, load_reader, key_reader, refresh_reader, *chunk_readers]
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
         lookups = {
@@ -261,6 +272,17 @@ class Running:
             if tended is None:
                 return
             self._worker = worker
+            if pipeline.lookups:
+                self.notices.open(pipeline, lambda: worker.tables, NoticeStore(state, spec.name))
+            refresher = Refresher(
+                pipeline=pipeline,
+                state=state,
+                reader=refresh_reader,
+                tables=lambda: {n: table for n, table in worker.tables.items() if columns[n] != GONE},
+                ages=self.progress.ages,
+                stopping=self._stopping,
+                keeper=keeper,
+            )
             housekeeping = threading.Thread(
                 target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
             )
@@ -270,7 +292,9 @@ class Running:
                 housekeeping,
                 mender,
                 notices,
+                refresher,
                 *transport.background(self.progress, self._stopping),
+                *transport.notices(self.notices, self._stopping),
             ]
             for thread in threads:
                 thread.start()

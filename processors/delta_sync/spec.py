@@ -360,6 +360,24 @@ class KafkaSpec(_Model):
         return self
 
 
+class NoticesSpec(_Model):
+    """How others say that a look-up's answers have changed. Without it: `deltactl refresh` alone."""
+
+    token: str | None = Field(
+        default=None,
+        description="POST /notices at --port takes notices with this bearer token, a reference: ${env:NAME} or"
+        " ${file:/path}.",
+    )
+    topic: str | None = Field(
+        default=None, min_length=1, max_length=249, description="Kafka's topic with notices, for transport: kafka."
+    )
+
+    @field_validator("token")
+    @classmethod
+    def _reference(cls, value: str | None) -> str | None:
+        return _must_refer(value, "notices.token")
+
+
 class PipelineSpec(_Model):
     """A pipeline: a source, its tables, a processor, sinks, a transport."""
 
@@ -383,6 +401,7 @@ class PipelineSpec(_Model):
     )
     errors: ErrorSpec = ErrorSpec()
     load: LoadSpec = LoadSpec()
+    notices: NoticesSpec = NoticesSpec()
     connector: dict[str, str | int | bool] = Field(
         default_factory=dict, description="Debezium options to add or change, by Debezium's names."
     )
@@ -427,6 +446,8 @@ class PipelineSpec(_Model):
                     )
         if (self.transport == "kafka") != (self.kafka is not None):
             raise ValueError("transport: kafka and the section kafka: belong together")
+        if self.notices.topic is not None and self.kafka is None:
+            raise ValueError("notices.topic needs transport: kafka; over HTTP, notices.token takes notices with any")
         if self.kafka is not None and self.kafka.retention >= self.tombstone_ttl:
             raise ValueError(
                 "kafka.retention must be below tombstone_ttl, or an old record could bring a deleted row back"

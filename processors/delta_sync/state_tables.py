@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0007"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0010"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -213,6 +213,7 @@ NOTICES = sa.Table(
     sa.Column("lookup", _name(255), nullable=False),
     sa.Column("notice_keys", _blob(), nullable=False),
     sa.Column("created_at", Instant, nullable=False),  # by the database's clock
+    sa.Column("pending", sa.Integer, nullable=False, server_default="0"),  # 1: its rows are still to be looked for
     sa.PrimaryKeyConstraint("id", name="pk_delta_notice"),
     sqlite_autoincrement=True,  # an id is never given twice: processes know by it what they have heeded
     **_OPTIONS,

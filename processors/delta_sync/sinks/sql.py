@@ -491,7 +491,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             upsert = self._upserting(table, sqlite.insert(table))
             return set(connection.execute(upsert, live, execution_options=paged).scalars())
 
-    def _upserting(self, table: sa.Table, insert: postgresql.Insert | sqlite.Insert) -> sa.ReturningInsert[tuple[str]]:
+    def _upserting(self, table: sa.Table, insert: postgresql.Insert | sqlite.Insert) -> sa.sql.dml.ReturningInsert[str]:
         """Return the statement that replaces the rows that are not newer, and names those that it has written."""
         return insert.on_conflict_do_update(
             index_elements=[table.c[ID_COLUMN]],
