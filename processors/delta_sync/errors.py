@@ -161,6 +161,10 @@ class LoadOverruled(DeltaError):
     """How far a load is was to be recorded, and the table is to be loaded from the start since: begin anew."""
 
 
+class Outgrown(DeltaError):
+    """The process has more memory than it may have. Everything is confirmed; another process goes on."""
+
+
 class EpochRose(DeltaError):
     """A new epoch has begun in another process, or has to begin: what runs in the old one ends, and begins anew."""
 

@@ -41,6 +41,11 @@ class ProgressCollector(Collector):
             ("delta_writes", "Documents written or deleted, whatever the number of sinks.", progress.writes),
             ("delta_dead_letters", "Changes kept as dead letters.", progress.dead_letters),
             ("delta_reread_rows", "Rows read by key because an event lacked a value.", progress.reread_rows),
+            (
+                "delta_processor_timeouts",
+                "Changes on which processor.py took too long, and was ended.",
+                progress.processor_timeouts(),
+            ),
             ("delta_capture_restarts", "Starts of the capture after it ended.", progress.capture_restarts),
             (
                 "delta_positions_expired",

@@ -113,6 +113,7 @@ class Progress:
         self.partition_lags: Mapping[tuple[str, int], PartitionLag] = {}  # of this process, by topic and number
         self.notices: Mapping[tuple[str, str], int] = {}  # by where they come from, and `accepted` or `refused`
         self.enrichment_ages_s: Mapping[str, float] = {}  # by table, of look-ups with `refresh_after`; who plans knows
+        self.processor_timeouts: Callable[[], int] = lambda: 0  # changes on which processor.py was ended
         self.standby = False  # another process leads, and this one could take over
         self._waits: dict[str, str] = {}
         self._ended: tuple[State, str] | None = None
@@ -190,6 +191,7 @@ class Progress:
                 "changes": self.events,
                 "writes": self.writes,
                 "dead_letters": self.dead_letters,
+                "processor_timeouts": self.processor_timeouts(),
                 "reread_rows": self.reread_rows,
                 "capture_restarts": self.capture_restarts,
                 "positions_expired": self.positions_expired,

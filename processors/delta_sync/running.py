@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import gc
+import os
 import threading
 import time
 import uuid
@@ -16,7 +17,7 @@ import structlog
 
 from delta_sync.applying import SinkWriter
 from delta_sync.dumps import Dump
-from delta_sync.errors import EpochRose, GenerationsChanged, StateBusy, Transient
+from delta_sync.errors import EpochRose, GenerationsChanged, Outgrown, PipelineStopped, StateBusy, Transient
 from delta_sync.events import HandlerRunner
 from delta_sync.generations import Generations, GenerationStore, follow, meant, open_generations, written
 from delta_sync.leases import LeaseKeeper
@@ -43,6 +44,7 @@ from delta_sync.tables import Table
 from delta_sync.transport import Transport
 from delta_sync.versions import dump_version
 from delta_sync.watch import ANSWER_S, Watch
+from delta_sync.watchdog import AtHand, Watchdog
 from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -76,6 +78,7 @@ class Running:
         self._readers: list[SourceReader] = []
         self.position = LogPosition(time.monotonic)
         self.progress = Progress(self.position, time.monotonic)
+        self._outgrown: str | None = None
         self.notices = NoticeIntake()
         self.progress.notices = self.notices.counts
         self._news = News(self.progress)
@@ -102,7 +105,8 @@ class Running:
     def run(self) -> None:
         """Run the pipeline. Raises PipelineStopped, UsageError or CheckFailed with what to do.
 
-        Raises EpochRose when a new epoch has begun, or has to: then another run is to follow at once.
+        Raises EpochRose when a new epoch has begun, or has to, and Outgrown when it has more memory than it may: then
+        another run is to follow at once, after Outgrown in a new process.
         """
         spec = self._spec
         pipeline = load_processor(self._folder, spec)
@@ -117,8 +121,10 @@ class Running:
             reporter.start()
             try:
                 self._run(pipeline, state)
+                if self._outgrown is not None:
+                    raise Outgrown(self._outgrown)
                 self.progress.end("stopped", "it was asked to stop")
-            except EpochRose as error:
+            except (EpochRose, Outgrown) as error:
                 log.warning("run_begins_anew", reason=str(error))
                 self.progress.end("stopped", str(error))
                 raise
@@ -204,6 +210,7 @@ class Running:
                 for name in names:
                     loader.reload(name, "its columns changed")
 
+            at_hand = AtHand()
             reread = Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping)
             worker = Worker(
                 spec=spec,
@@ -226,7 +233,18 @@ class Running:
                 stopping=self._stopping,
                 giving_up=self._giving_up,
                 handlers=handlers,
+                at_hand=at_hand,
             )
+            watchdog = Watchdog(
+                at_hand,
+                timeout_s=spec.processor.timeout,
+                memory_most=spec.processor.memory,
+                note=lambda said: self.progress.waits("processor", said),
+                give_up=lambda said: self._give_up(said, state),
+                outgrown=self._outgrow,
+                stopping=self._stopping,
+            )
+            self.progress.processor_timeouts = lambda: watchdog.timeouts
             loader = Loader(
                 pipeline=spec.name,
                 owner=uuid.uuid4().hex,
@@ -287,6 +305,7 @@ class Running:
                 target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
             )
             threads = [
+                watchdog,
                 watch,
                 loader,
                 housekeeping,
@@ -320,6 +339,21 @@ class Running:
                 lookup.close()
             for reader in readers:
                 reader.close()
+
+    def _give_up(self, said: str, state: StateStore) -> None:
+        """End this process: its main thread does not come back. Nothing of it was confirmed."""
+        log.error("processor_hangs", reason=said)
+        self.progress.end("failed", said)
+        self._save_status(state)
+        os._exit(PipelineStopped.exit_status)
+
+    def _outgrow(self, bytes_: int) -> None:
+        """Drain, confirm and end: a new process has the memory that this one has lost."""
+        most = self._spec.processor.memory or 0
+        said = f"this process has {bytes_ >> 20:,} MiB of memory, and processor.memory is {most >> 20:,} MiB"
+        log.warning("worker_outgrown", mib=bytes_ >> 20, most_mib=most >> 20, changes=self.progress.events)
+        self._outgrown = said
+        self.stop()
 
     def _until_reached(self, call: Callable[[], T]) -> T | None:
         """Repeat a call until source, sinks and state store answer; None when Delta is stopped before."""

@@ -70,6 +70,27 @@ Duration = Annotated[
 ]
 
 
+_SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_SIZE = re.compile(r"^(\d+)\s*([kmg]?)(?:i?b)?$", re.IGNORECASE)
+
+
+def parse_bytes(value: object) -> int:
+    """Return bytes of `800MB`, `1GiB` (both in powers of 1,024) or a plain number. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.match(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write it like 800MiB or 1GiB")
+    return int(match[1]) * _SIZE_UNITS[match[2].lower()]
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    WithJsonSchema({"type": ["string", "integer"], "pattern": _SIZE.pattern, "examples": ["800MiB", "1GiB"]}),
+]
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -360,6 +381,20 @@ class KafkaSpec(_Model):
         return self
 
 
+class ProcessorSpec(_Model):
+    """What processor.py may take, before it is kept from holding up everything."""
+
+    timeout: Duration = Field(
+        default=60.0, gt=0, description="For one row. One that takes longer is ended, and the row is a dead letter."
+    )
+    memory: Bytes | None = Field(
+        default=None,
+        ge=256 << 20,
+        description="Resident memory of the process, such as 1GiB. One that has more finishes what it has begun, and"
+        " starts itself anew.",
+    )
+
+
 class NoticesSpec(_Model):
     """How others say that a look-up's answers have changed. Without it: `deltactl refresh` alone."""
 
@@ -401,6 +436,7 @@ class PipelineSpec(_Model):
     )
     errors: ErrorSpec = ErrorSpec()
     load: LoadSpec = LoadSpec()
+    processor: ProcessorSpec = ProcessorSpec()
     notices: NoticesSpec = NoticesSpec()
     connector: dict[str, str | int | bool] = Field(
         default_factory=dict, description="Debezium options to add or change, by Debezium's names."

@@ -52,6 +52,7 @@ from delta_sync.state import DeadLetter, StateStore, identity_of
 from delta_sync.tables import Table, key_text
 from delta_sync.values import Row
 from delta_sync.versions import version_of
+from delta_sync.watchdog import AtHand
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -125,6 +126,7 @@ class Worker:
         gone: Callable[[str], bool] = lambda _: False,
         remember: Callable[[Sequence[Left]], None] = lambda _: None,
         handlers: Sequence[HandlerRunner] = (),
+        at_hand: AtHand | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -148,6 +150,7 @@ class Worker:
         self._gone = gone
         self._remember = remember
         self._handlers = handlers
+        self._at_hand = at_hand
         self._handled_tables = frozenset(runner.handler.table for runner in handlers)
         self._clock = clock
         self._wall_clock = wall_clock
@@ -401,7 +404,9 @@ class Worker:
         for name in {**changes, **truncates}:
             runtime = self._tables[name]
             before_s = {lookup: caller.spent_s for lookup, caller in self._lookups.items()}
-            processed = process(runtime.codec.table, self._pipeline.tables[name], changes.get(name, ()), self._lookups)
+            processed = process(
+                runtime.codec.table, self._pipeline.tables[name], changes.get(name, ()), self._lookups, self._at_hand
+            )
             # They are asked at the same time, so the slowest one is what was waited for.
             spent = (caller.spent_s - before_s[lookup] for lookup, caller in self._lookups.items())
             looked_up_s += max(spent, default=0.0)
