@@ -169,6 +169,7 @@ class Loader(threading.Thread):
         self._held = 0  # bytes
         self._last = 0  # the dump of which a chunk was read last
         self._under_way = False
+        self.recorded = 0  # chunks that every sink has, by this process
 
     # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
 
@@ -595,6 +596,7 @@ class Loader(threading.Thread):
         try:
             if lease.dump.table in self._tables():
                 self._keep_trying(lambda: self._dumps.finish_chunk(lease, len(rows.rows)))
+                self.recorded += 1
             else:
                 self._keep_trying(lambda: self._dumps.release_chunk(lease))
         except LeaseLost as error:

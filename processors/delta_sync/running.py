@@ -241,7 +241,7 @@ class Running:
                 memory_most=spec.processor.memory,
                 note=lambda said: self.progress.waits("processor", said),
                 give_up=lambda said: self._give_up(said, state),
-                outgrown=self._outgrow,
+                outgrown=lambda bytes_: self._outgrow(bytes_, loader),
                 stopping=self._stopping,
             )
             self.progress.processor_timeouts = lambda: watchdog.timeouts
@@ -347,13 +347,19 @@ class Running:
         self._save_status(state)
         os._exit(PipelineStopped.exit_status)
 
-    def _outgrow(self, bytes_: int) -> None:
-        """Drain, confirm and end: a new process has the memory that this one has lost."""
+    def _outgrow(self, bytes_: int, loader: Loader) -> bool:
+        """Drain, confirm and end: a new process has the memory that this one has lost. Return whether it was time.
+
+        Not before a dump that is under way has got on by a chunk, or it never would: what is left of one is read again.
+        """
+        if loader.busy and not loader.recorded:
+            return False
         most = self._spec.processor.memory or 0
         said = f"this process has {bytes_ >> 20:,} MiB of memory, and processor.memory is {most >> 20:,} MiB"
         log.warning("worker_outgrown", mib=bytes_ >> 20, most_mib=most >> 20, changes=self.progress.events)
         self._outgrown = said
         self.stop()
+        return True
 
     def _until_reached(self, call: Callable[[], T]) -> T | None:
         """Repeat a call until source, sinks and state store answer; None when Delta is stopped before."""

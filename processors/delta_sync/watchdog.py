@@ -50,8 +50,8 @@ class Watchdog(threading.Thread):
     """Looks after the function and the process's memory. Make it in the main thread, which is the one that it watches.
 
     `note` is told for which change the pipeline waits, and None when it no longer does. `give_up` is called with a
-    sentence when no signal helps, and `outgrown` once, when the process has more than `memory_most` bytes. `rss`
-    returns how many it has.
+    sentence when no signal helps. `outgrown` is told how many bytes the process has when these are more than
+    `memory_most`, until it returns that it has been heeded. `rss` returns how many it has.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Watchdog(threading.Thread):
         memory_most: int | None,
         note: Callable[[str | None], None],
         give_up: Callable[[str], None],
-        outgrown: Callable[[int], None],
+        outgrown: Callable[[int], bool],
         stopping: threading.Event,
         rss: Callable[[], int] = lambda: resident_bytes(),
     ) -> None:
@@ -114,8 +114,7 @@ class Watchdog(threading.Thread):
         if self._memory_most is not None and not self._is_outgrown:
             found = self._rss()
             if found > self._memory_most:
-                self._is_outgrown = True
-                self._outgrown(found)
+                self._is_outgrown = self._outgrown(found)
 
     def _judge(self, change: Change, for_s: float) -> None:
         if for_s < min(SLOW_S, self._timeout_s):

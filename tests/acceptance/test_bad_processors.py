@@ -11,7 +11,7 @@ from acceptance.harness import Stage
 from delta_sync.testing.processes import wait_until
 
 ROWS = 300
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 MEMORY_MIB = 256
 PROCESSOR = """
 import time
