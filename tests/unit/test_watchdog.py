@@ -166,7 +166,11 @@ def test_when_no_signal_helps_the_process_is_given_up(watched: Watched) -> None:
                 gave_up.wait(FOR_EVER_S)
         return row
 
-    watched.dog._give_up = lambda said: (watched.given_up.append(said), gave_up.set())[0]
+    def give_up(said: str) -> None:
+        watched.given_up.append(said)
+        gave_up.set()
+
+    watched.dog._give_up = give_up
     watched.process(heeds_nothing)
     assert "public.movie 2 has been in processor.py" in watched.given_up[0]
     assert "nothing ends it" in watched.given_up[0]
