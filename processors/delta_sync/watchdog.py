@@ -94,14 +94,14 @@ class Watchdog(threading.Thread):
             self._stopping.wait(LOOK_S)
             if self._stopping.is_set():
                 if self._at_hand.change is None:
-                    self._wind(0.0)
+                    self.wind(0.0)
                     return
                 threading.Event().wait(LOOK_S)
             self.look()
 
     def look(self) -> None:
         """Look once, LOOK_S after the last time."""
-        self._wind(self._timeout_s)
+        self.wind(self._timeout_s)
         change = self._at_hand.change
         if change is not self._seen or change is None:
             self._seen, self._looks, self._signals, self._hangs = change, 0, 0, None
@@ -119,7 +119,7 @@ class Watchdog(threading.Thread):
     def _judge(self, change: Change, for_s: float) -> None:
         if for_s < min(SLOW_S, self._timeout_s):
             return
-        frame = sys._current_frames().get(self._main.ident or 0)
+        frame = sys._current_frames().get(self._main.ident or 0)  # pyright: ignore[reportPrivateUsage] -- CPython's documented one
         where = place_of(frame)
         said = f"{change.table} {key_text(change.key)} has been in processor.py for {for_s:.0f} s, at {where}"
         self._note(said)
@@ -140,7 +140,7 @@ class Watchdog(threading.Thread):
                 f"{said}, and nothing ends it. Nothing was dropped; correct the processor, then run the pipeline again."
             )
 
-    def _wind(self, seconds: float) -> None:
+    def wind(self, seconds: float) -> None:
         """Let the kernel send a signal after so much CPU time, which a process that is only frozen does not use."""
         if self._in_main:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds)

@@ -750,7 +750,7 @@ def test_notices_are_taken_from_a_topic_and_bad_messages_do_not_stand_in_their_w
     assert producer.flush(WAIT_S) == 0
     stopping, intake, pipeline = threading.Event(), NoticeIntake(), Pipeline("movies")
     lookup = pipeline.lookup()(ratings)
-    pipeline.table("public.movie", enrich={"rating": lookup.by("id")})(lambda row, rating: {**row, "rating": rating})
+    pipeline.table("public.movie", enrich={"rating": lookup.by("id")})(movie)
     table = Table("public", "movie", (Column("id", "bigint", Kind.INTEGER),), ("id",))
     with StateStore.open("sqlite:///state.db", tmp_path) as state:
         store = FailingAtFirst(state, "movies")
@@ -779,6 +779,10 @@ class FailingAtFirst(NoticeStore):
             self.failed = True
             raise StateBusy("It is locked.")
         return super().add(lookup, keys, pending=pending)
+
+
+def movie(row: dict[str, Any], rating: Any) -> dict[str, Any]:
+    return {**row, "rating": rating}
 
 
 def ratings(keys: list[Any]) -> dict[Any, Any]:

@@ -30,6 +30,7 @@ class Watched:
         self.at_hand = AtHand()
         self.noted: list[str | None] = []
         self.given_up: list[str] = []
+        self.gave_up = threading.Event()
         self.grown: list[int] = []
         self.rss = 0
         self.dog = Watchdog(
@@ -37,11 +38,15 @@ class Watched:
             timeout_s=timeout_s,
             memory_most=1000,
             note=self.noted.append,
-            give_up=self.given_up.append,
+            give_up=self.give_up,
             outgrown=self.outgrown,
             stopping=threading.Event(),
             rss=lambda: self.rss,
         )
+
+    def give_up(self, said: str) -> None:
+        self.given_up.append(said)
+        self.gave_up.set()
 
     def outgrown(self, bytes_: int) -> bool:
         self.grown.append(bytes_)
@@ -77,7 +82,7 @@ class Watched:
 def watched() -> Iterator[Watched]:
     made = Watched()
     yield made
-    made.dog._wind(0.0)
+    made.dog.wind(0.0)
 
 
 def spins(row: dict[str, Any]) -> Any:
@@ -130,7 +135,7 @@ def test_one_that_lets_no_other_thread_run_is_ended_by_the_kernels_timer() -> No
     watched = Watched(timeout_s=0.5)
     watched.dog.look()
     found = watched.process(matches_for_ever, looks=1)
-    watched.dog._wind(0.0)
+    watched.dog.wind(0.0)
     (failed,) = found.failures
     assert [write.key for write in found.writes] == [(1,), (3,)]
     assert failed.error.startswith("ProcessorTimeout: It had not returned after 0.5 s")
@@ -158,19 +163,12 @@ def test_one_that_is_only_slow_is_left_alone(watched: Watched) -> None:
 
 
 def test_when_no_signal_helps_the_process_is_given_up(watched: Watched) -> None:
-    gave_up = threading.Event()
-
     def heeds_nothing(row: dict[str, Any]) -> Any:
-        while row["id"] == 2 and not gave_up.is_set():
+        while row["id"] == 2 and not watched.gave_up.is_set():
             with contextlib.suppress(BaseException):  # as a call that never looks at signals
-                gave_up.wait(FOR_EVER_S)
+                watched.gave_up.wait(FOR_EVER_S)
         return row
 
-    def give_up(said: str) -> None:
-        watched.given_up.append(said)
-        gave_up.set()
-
-    watched.dog._give_up = give_up
     watched.process(heeds_nothing)
     assert "public.movie 2 has been in processor.py" in watched.given_up[0]
     assert "nothing ends it" in watched.given_up[0]

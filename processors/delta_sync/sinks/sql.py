@@ -42,6 +42,7 @@ from pydantic import Field
 from sqlalchemy import event, exc
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.sql.dml import ReturningInsert
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import ColumnsAdded, DeltaError, Problem, SinkBusy, SinkRefused, Unstorable, UsageError
@@ -491,7 +492,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             upsert = self._upserting(table, sqlite.insert(table))
             return set(connection.execute(upsert, live, execution_options=paged).scalars())
 
-    def _upserting(self, table: sa.Table, insert: postgresql.Insert | sqlite.Insert) -> sa.sql.dml.ReturningInsert[str]:
+    def _upserting(self, table: sa.Table, insert: postgresql.Insert | sqlite.Insert) -> ReturningInsert[str]:
         """Return the statement that replaces the rows that are not newer, and names those that it has written."""
         return insert.on_conflict_do_update(
             index_elements=[table.c[ID_COLUMN]],
