@@ -60,15 +60,16 @@ class KafkaTransport(Transport):
         self._tables: Tables = dict
         self._capture: KafkaCapture | None = None
         self._state: StateStore | None = None
+        self._pipeline: Pipeline | None = None
 
     def prepare(
         self, pipeline: Pipeline, reader: SourceReader, state: StateStore, sinks: Mapping[str, AnySink]
     ) -> Source:
         """Wait for the sidecar: it makes sure of publication and slot, and decides the epoch."""
         del sinks
-        self._state = state
+        self._state, self._pipeline = state, pipeline
         known = state.pipeline(self._spec.name)
-        if known is None or not state.loads(self._spec.name).keys() >= self._spec.tables.keys():
+        if known is None or not state.loads(self._spec.name).keys() >= pipeline.tables.keys():
             raise SourceBusy(
                 f"No sidecar has prepared these tables yet; start one: `deltactl sidecar {self._spec.name}`."
             )
@@ -96,8 +97,9 @@ class KafkaTransport(Transport):
 
     def _load_again(self, partitions: Collection[Partition], progress: Progress) -> None:
         """Have the tables of these partitions loaded again, by whichever worker loads. Raises StateBusy."""
-        tables = sorted({self._topics[partition.topic] for partition in partitions})
         assert self._state is not None, "it was prepared"
+        assert self._pipeline is not None, "it was prepared"
+        tables = self._pipeline.affected(self._topics[partition.topic] for partition in partitions)
         self._state.load_again(self._spec.name, tables, POSITIONS_EXPIRED)
         progress.positions_expired += len(partitions)
         log.warning("tables_loaded_again", tables=tables, reason=POSITIONS_EXPIRED)
