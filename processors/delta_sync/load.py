@@ -117,8 +117,8 @@ class Loader(threading.Thread):
     called when a dump that removes what it did not meet has met everything. Where several processes carry out dumps,
     `keeper` has the lease of the one that plans; `owner` is another one in each. `fills` tells whether this process
     writes to the sinks that a dump is for: one into a new generation begins in the run that has it. `unchanged` raises
-    GenerationsChanged when the sinks are others by now; then no chunk is recorded that some of them lack. `changes_come`
-    tells whether the log brings changes, to which a dump gives way.
+    GenerationsChanged when the sinks are others by now; then no chunk is recorded that some of them lack.
+    `changes_come` tells whether the log brings changes, to which a dump gives way.
     """
 
     def __init__(
@@ -179,6 +179,7 @@ class Loader(threading.Thread):
         self._held_bytes = self._held_rows = 0
         self._last = 0  # the dump of which a chunk was read last
         self._under_way = False
+        self.recorded = 0  # chunks that every sink has, by this process
 
     # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
 
@@ -350,7 +351,8 @@ class Loader(threading.Thread):
 
     def _as_begun(self, dump: Dump, table: Table, covered_from: int | None, fingerprint: str) -> Dump:
         with self._asking:
-            estimate = self._reader.estimated_rows(table) if dump.kind in ("load", "table") else dump.estimate
+            whole = dump.kind in ("load", "table", "refresh")
+            estimate = self._reader.estimated_rows(table) if whole else dump.estimate
             clock = self._reader.clock() if table.is_document else None
         assert covered_from is not None, "it begins"
         floor = dump_version(self._epoch, covered_from) if clock is None else version_of(self._epoch, clock)
@@ -621,6 +623,7 @@ class Loader(threading.Thread):
             if lease.dump.table in self._tables():
                 self._keep_trying(self._unchanged)
                 self._keep_trying(lambda: self._dumps.finish_chunk(lease, len(rows.rows)))
+                self.recorded += 1
             else:
                 self._keep_trying(lambda: self._dumps.release_chunk(lease))
         except LeaseLost as error:

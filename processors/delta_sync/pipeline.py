@@ -32,6 +32,7 @@ from delta_sync.values import Document
 ProcessorFunction = Callable[..., Document | None]
 LookupFunction = Callable[[list[Any]], "Mapping[Any, Any] | Awaitable[Mapping[Any, Any]]"]
 DEADLINE = "2s"  # of a look-up that is not required: what readers of a document would wait for it, too
+REFRESH_LEAST_S = 2.0  # a round of dumps is begun and ended by looks a second apart
 HandlerT = TypeVar("HandlerT", bound=Callable[[Any], object])
 FunctionT = TypeVar("FunctionT", bound=ProcessorFunction)
 
@@ -54,6 +55,7 @@ class Lookup:
         trip_after: int,
         pause_s: float,
         complete: bool,
+        refresh_after_s: float | None = None,
     ) -> None:
         self.function = function
         self.name = function.__name__
@@ -68,6 +70,12 @@ class Lookup:
         self.cache_size = cache_size
         self.timeout_s = timeout_s
         self.concurrency = concurrency
+        self.refresh_after_s = refresh_after_s
+
+    @property
+    def rounds_s(self) -> float | None:
+        """How old an answer may be in a document before it is asked for again, without what the cache adds to it."""
+        return None if self.refresh_after_s is None else self.refresh_after_s - max(self.ttl_s, self.missing_ttl_s)
 
     def by(self, column: str) -> Enrichment:
         """Return the enrichment that asks this look-up with the value of `column` (not asked when that is None)."""
@@ -279,6 +287,7 @@ class Pipeline:
         trip_after: int = 5,
         pause: str | float = "10s",
         complete: bool = False,
+        refresh_after: str | float | None = None,
     ) -> Callable[[LookupFunction], Lookup]:
         """Declare a batched call to a service: a list of distinct keys in, a mapping from key to answer out.
 
@@ -292,7 +301,8 @@ class Pipeline:
         `required`: a change waits for its answer, as long as it takes. If it is not, its documents are written without
         (the argument is None) when the service has not answered within `deadline` (2 s by default), and again when it
         is back. `complete`: the service answers for every key, if only with None; an answer that lacks some is
-        repeated.
+        repeated. `refresh_after`: so old, and no older, an answer becomes in a document while the pipeline runs; the
+        tables that ask are read over and over, at a rate that suffices for it. At least twice `ttl`.
 
         Raises UsageError: a look-up of that name exists, a wrong signature, a limit that is not above 0.
         """
@@ -319,12 +329,18 @@ class Pipeline:
                 ttl_s, timeout_s, pause_s = map(parse_duration_s, (ttl, timeout, pause))
                 missing_ttl_s = ttl_s if missing_ttl is None else parse_duration_s(missing_ttl)
                 deadline_s = None if required else parse_duration_s(DEADLINE if deadline is None else deadline)
+                refresh_after_s = None if refresh_after is None else parse_duration_s(refresh_after)
             except ValueError as error:
                 raise UsageError(f"{where}: {error}.") from None
             if min(numbers.values()) < 1 or timeout_s <= 0 or min(ttl_s, missing_ttl_s) < 0:
                 raise UsageError(f"{where}: batch, cache_size, concurrency, trip_after and timeout must be above 0.")
             if pause_s <= 0 or (deadline_s is not None and deadline_s <= 0):
                 raise UsageError(f"{where}: pause and deadline must be above 0.")
+            if refresh_after_s is not None and refresh_after_s < max(2 * ttl_s, 2 * missing_ttl_s, REFRESH_LEAST_S):
+                raise UsageError(
+                    f"{where}: refresh_after must be at least twice ttl and missing_ttl, for as old an answer may be"
+                    f" when it is written, and {REFRESH_LEAST_S:g} s."
+                )
             declared = Lookup(
                 function,
                 batch=batch,
@@ -338,6 +354,7 @@ class Pipeline:
                 trip_after=trip_after,
                 pause_s=pause_s,
                 complete=complete,
+                refresh_after_s=refresh_after_s,
             )
             self.lookups[name] = declared
             return declared

@@ -15,6 +15,7 @@ from delta_sync.lookups import Answers, LookupCaller
 from delta_sync.pipeline import TableProcessor
 from delta_sync.tables import Kind, Table
 from delta_sync.values import Document, Row
+from delta_sync.watchdog import AtHand, ProcessorTimeout
 
 Stage = Literal["decode", "process", "lookup", "apply", "handle"]
 _KINDS_WITH_MANY_SPELLINGS = (Kind.DECIMAL, Kind.FLOAT, Kind.INTERVAL)  # 1.0 and 1.00 are one key
@@ -41,9 +42,17 @@ class Processed(NamedTuple):
 
 
 def process(
-    table: Table, processor: TableProcessor, changes: Sequence[Change], lookups: Mapping[str, LookupCaller]
+    table: Table,
+    processor: TableProcessor,
+    changes: Sequence[Change],
+    lookups: Mapping[str, LookupCaller],
+    at_hand: AtHand | None = None,
 ) -> Processed:
-    """Return the writes of a table's changes. Raises LookupBusy when a look-up did not answer before Delta stopped."""
+    """Return the writes of a table's changes. Raises LookupBusy when a look-up did not answer before Delta stopped.
+
+    `at_hand` is told which change the function is called with, and no other.
+    """
+    at_hand = at_hand or AtHand()
     failures: list[Failure] = []
     left: dict[str, list[Key]] = {}
     if processor.enrich:
@@ -61,6 +70,7 @@ def process(
             document = None
         else:
             try:
+                at_hand.change = change
                 # A copy: the row itself must stay as it was, for a dead letter.
                 given = row.copy() if shape is None else shape(row)
                 if parts:
@@ -69,7 +79,9 @@ def process(
                     document = None
                 else:
                     document = function(given) if arguments is None else function(given, **arguments[index])
-            except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
+                at_hand.change = None  # within: what ends the function is raised only while it is at hand
+            except (Exception, ProcessorTimeout) as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
+                at_hand.change = None
                 failures.append(failure(change, "process", error))
                 continue
             if document is not None and type(document) is not dict:

@@ -114,6 +114,9 @@ class Progress:
         self.partition_lags: Mapping[tuple[str, int], PartitionLag] = {}  # of this process, by topic and number
         self.verified: Mapping[str, Verified] = {}  # by table, as it was at `verified_at` by this clock
         self.verified_at = 0.0
+        self.notices: Mapping[tuple[str, str], int] = {}  # by where they come from, and `accepted` or `refused`
+        self.enrichment_ages_s: Mapping[str, float] = {}  # by table, of look-ups with `refresh_after`; who plans knows
+        self.processor_timeouts: Callable[[], int] = lambda: 0  # changes on which processor.py was ended
         self.standby = False  # another process leads, and this one could take over
         self._waits: dict[str, str] = {}
         self._ended: tuple[State, str] | None = None
@@ -128,6 +131,10 @@ class Progress:
             self._waits.pop(who, None)
         else:
             self._waits[who] = reason
+
+    def ages(self, found: Mapping[str, float]) -> None:
+        """Note how long ago the last round of enriching began that has enriched every row, by table."""
+        self.enrichment_ages_s = found
 
     def end(self, state: State, reason: str) -> None:
         """Note that the run has ended, and why."""
@@ -196,6 +203,7 @@ class Progress:
                 "changes": self.events,
                 "writes": self.writes,
                 "dead_letters": self.dead_letters,
+                "processor_timeouts": self.processor_timeouts(),
                 "reread_rows": self.reread_rows,
                 "capture_restarts": self.capture_restarts,
                 "positions_expired": self.positions_expired,
@@ -222,6 +230,11 @@ class Progress:
                 }
                 for name, numbers in self.lookups.items()
             },
+            "notices": {
+                outcome: sum(count for (_, of), count in dict(self.notices).items() if of == outcome)
+                for outcome in ("accepted", "refused")
+            },
+            "enrichment_ages_s": {table: round(age_s) for table, age_s in self.enrichment_ages_s.items()},
             "loads": {table: dict(load) for table, load in self.loads.items()},
             "dumps": [self._dump(dump, now) for dump in dumps],
             "partition_lags": {

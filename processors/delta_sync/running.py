@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import gc
+import os
 import threading
 import time
 import uuid
@@ -18,18 +19,30 @@ from delta_sync import documents
 from delta_sync.applying import SinkWriter
 from delta_sync.building import DocumentBuilder
 from delta_sync.dumps import Dump
-from delta_sync.errors import DeltaError, EpochRose, GenerationsChanged, SinkRefused, StateBusy, Transient
+from delta_sync.errors import (
+    DeltaError,
+    EpochRose,
+    GenerationsChanged,
+    Outgrown,
+    PipelineStopped,
+    SinkRefused,
+    StateBusy,
+    Transient,
+)
 from delta_sync.events import HandlerRunner
 from delta_sync.generations import Generations, GenerationStore, follow, meant, open_generations, written
 from delta_sync.leases import LeaseKeeper
 from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
 from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Mender
+from delta_sync.notices import NoticeIntake
+from delta_sync.observe import NoticeDoor
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, News, Progress
+from delta_sync.refresher import Refresher
 from delta_sync.refreshing import NoticeReader, NoticeStore
 from delta_sync.rereads import Rereader
-from delta_sync.secrets import redact
+from delta_sync.secrets import redact, resolve
 from delta_sync.sinks import AnySink, base_name, open_sink, open_sinks
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
@@ -42,6 +55,7 @@ from delta_sync.transport import Transport
 from delta_sync.verified import VerifiedStore
 from delta_sync.versions import dump_version
 from delta_sync.watch import ANSWER_S, Watch
+from delta_sync.watchdog import AtHand, Watchdog
 from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -77,7 +91,15 @@ class Running:
         self._readers: list[SourceReader] = []
         self.position = LogPosition(time.monotonic)
         self.progress = Progress(self.position, time.monotonic)
+        self._outgrown: str | None = None
+        self.notices = NoticeIntake()
+        self.progress.notices = self.notices.counts
         self._news = News(self.progress)
+
+    def notice_door(self) -> NoticeDoor | None:
+        """Return what `POST /notices` leads to; None where the specification has no token. Raises UsageError."""
+        token = self._spec.notices.token
+        return None if token is None else NoticeDoor(resolve(token), self.notices)
 
     def stop(self) -> None:
         """End the run: drain what is in flight, confirm it, and return from `run`."""
@@ -96,7 +118,8 @@ class Running:
     def run(self) -> None:
         """Run the pipeline. Raises PipelineStopped, UsageError or CheckFailed with what to do.
 
-        Raises EpochRose when a new epoch has begun, or has to: then another run is to follow at once.
+        Raises EpochRose when a new epoch has begun, or has to, and Outgrown when it has more memory than it may: then
+        another run is to follow at once, after Outgrown in a new process.
         """
         spec = self._spec
         pipeline = load_processor(self._folder, spec)
@@ -111,8 +134,10 @@ class Running:
             reporter.start()
             try:
                 self._run(pipeline, state)
+                if self._outgrown is not None:
+                    raise Outgrown(self._outgrown)
                 self.progress.end("stopped", "it was asked to stop")
-            except EpochRose as error:
+            except (EpochRose, Outgrown) as error:
                 log.warning("run_begins_anew", reason=str(error))
                 self.progress.end("stopped", str(error))
                 raise
@@ -140,7 +165,8 @@ class Running:
         watch_reader, check_reader = opened("watch", ANSWER_S), opened("check", ANSWER_S)
         load_reader, key_reader = opened("load"), opened("read")
         chunk_readers = [opened("dump") for _ in range(spec.load.parallel)]
-        readers = self._readers = [watch_reader, check_reader, load_reader, key_reader, *chunk_readers]
+        refresh_reader = opened("refresh")  # a large table may be read for its keys
+        readers = self._readers = [watch_reader, check_reader, load_reader, key_reader, refresh_reader, *chunk_readers]
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
         lookups = {
@@ -206,6 +232,7 @@ class Running:
                 for name in pipeline.affected(names):
                     loader.reload(name, "its columns changed")
 
+            at_hand = AtHand()
             reread = Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping)
             builder = DocumentBuilder(
                 specs=pipeline.documents,
@@ -240,7 +267,18 @@ class Running:
                 stopping=self._stopping,
                 giving_up=self._giving_up,
                 handlers=handlers,
+                at_hand=at_hand,
             )
+            watchdog = Watchdog(
+                at_hand,
+                timeout_s=spec.processor.timeout,
+                memory_most=spec.processor.memory,
+                note=lambda said: self.progress.waits("processor", said),
+                give_up=lambda said: self._give_up(said, state),
+                outgrown=lambda bytes_: self._outgrow(bytes_, loader),
+                stopping=self._stopping,
+            )
+            self.progress.processor_timeouts = lambda: watchdog.timeouts
             loader = Loader(
                 pipeline=spec.name,
                 owner=uuid.uuid4().hex,
@@ -290,6 +328,17 @@ class Running:
             if led is None:
                 return
             self._worker = worker
+            if pipeline.lookups:
+                self.notices.open(pipeline, lambda: worker.tables, NoticeStore(state, spec.name))
+            refresher = Refresher(
+                pipeline=pipeline,
+                state=state,
+                reader=refresh_reader,
+                tables=lambda: {n: table for n, table in worker.tables.items() if columns[n] != GONE},
+                ages=self.progress.ages,
+                stopping=self._stopping,
+                keeper=keeper,
+            )
             housekeeping = threading.Thread(
                 target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
             )
@@ -300,13 +349,16 @@ class Running:
                 daemon=True,
             )
             threads = [
+                watchdog,
                 watch,
                 loader,
                 housekeeping,
                 dropping,
                 mender,
                 notices,
+                refresher,
                 *transport.background(self.progress, self._stopping),
+                *transport.notices(self.notices, self._stopping),
             ]
             for thread in threads:
                 thread.start()
@@ -335,6 +387,27 @@ class Running:
                 lookup.close()
             for reader in readers:
                 reader.close()
+
+    def _give_up(self, said: str, state: StateStore) -> None:
+        """End this process: its main thread does not come back. Nothing of it was confirmed."""
+        log.error("processor_hangs", reason=said)
+        self.progress.end("failed", said)
+        self._save_status(state)
+        os._exit(PipelineStopped.exit_status)
+
+    def _outgrow(self, bytes_: int, loader: Loader) -> bool:
+        """Drain, confirm and end: a new process has the memory that this one has lost. Return whether it was time.
+
+        Not before a dump that is under way has got on by a chunk, or it never would: what is left of one is read again.
+        """
+        if loader.busy and not loader.recorded:
+            return False
+        most = self._spec.processor.memory or 0
+        said = f"this process has {bytes_ >> 20:,} MiB of memory, and processor.memory is {most >> 20:,} MiB"
+        log.warning("worker_outgrown", mib=bytes_ >> 20, most_mib=most >> 20, changes=self.progress.events)
+        self._outgrown = said
+        self.stop()
+        return True
 
     def _until_reached(self, call: Callable[[], T]) -> T | None:
         """Repeat a call until source, sinks and state store answer; None when Delta is stopped before."""

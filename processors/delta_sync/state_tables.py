@@ -214,6 +214,7 @@ NOTICES = sa.Table(
     sa.Column("lookup", _name(255), nullable=False),
     sa.Column("notice_keys", _blob(), nullable=False),
     sa.Column("created_at", Instant, nullable=False),  # by the database's clock
+    sa.Column("pending", sa.Integer, nullable=False, server_default="0"),  # 1: its rows are still to be looked for
     sa.PrimaryKeyConstraint("id", name="pk_delta_notice"),
     sqlite_autoincrement=True,  # an id is never given twice: processes know by it what they have heeded
     **_OPTIONS,

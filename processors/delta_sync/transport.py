@@ -16,6 +16,7 @@ from delta_sync.capture import Batch, Capture
 from delta_sync.confirming import BoundedCapture
 from delta_sync.decoding import Stretch
 from delta_sync.leases import LeaseKeeper
+from delta_sync.notices import NoticeIntake
 from delta_sync.pipeline import Pipeline
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
@@ -68,6 +69,11 @@ class Transport(ABC):
     def background(self, progress: Progress, stopping: threading.Event) -> Sequence[threading.Thread]:
         """Return threads that are to run beside the stream; they end when `stopping` is set."""
         del progress, stopping
+        return ()
+
+    def notices(self, intake: NoticeIntake, stopping: threading.Event) -> Sequence[threading.Thread]:
+        """Return threads that give `intake` the notices that come this way; they end when `stopping` is set."""
+        del intake, stopping
         return ()
 
     def load_lease(self, state: StateStore) -> LeaseKeeper | None:

@@ -54,6 +54,7 @@ from delta_sync.tables import Table, key_text
 from delta_sync.turns import Turns
 from delta_sync.values import Row
 from delta_sync.versions import version_of
+from delta_sync.watchdog import AtHand
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -133,6 +134,7 @@ class Worker:
         gone: Callable[[str], bool] = lambda _: False,
         remember: Callable[[Sequence[Left]], None] = lambda _: None,
         handlers: Sequence[HandlerRunner] = (),
+        at_hand: AtHand | None = None,
         builder: DocumentBuilder | None = None,
         codec_of: Callable[[Table], TableCodec] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -158,6 +160,7 @@ class Worker:
         self._gone = gone
         self._remember = remember
         self._handlers = handlers
+        self._at_hand = at_hand
         self._builder = builder
         self._codec_of = codec_of
         self._debounces = {root: Debounce(spec.debounce_s) for root, spec in pipeline.documents.items()}
@@ -528,7 +531,7 @@ class Worker:
             targets = {sink: target for sink, target in runtime.targets.items() if meant(only, sink)}
             written = 0
             for processor, sinks in self._pipeline.made_by(name, targets):
-                processed = process(runtime.codec.table, processor, changes.get(name, ()), self._lookups)
+                processed = process(runtime.codec.table, processor, changes.get(name, ()), self._lookups, self._at_hand)
                 whole = len(sinks) == len(runtime.targets)
                 failures += processed.failures if whole else _for_each(processed.failures, sinks)
                 left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]

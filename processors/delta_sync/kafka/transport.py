@@ -16,11 +16,13 @@ from delta_sync.kafka import settings
 from delta_sync.kafka.avro import AvroDecoder, UndecodableRecord
 from delta_sync.kafka.capture import KafkaCapture
 from delta_sync.kafka.consumer import Partition, open_group
-from delta_sync.kafka.names import group_id, topic_name
+from delta_sync.kafka.names import group_id, notices_group_id, topic_name
+from delta_sync.kafka.notices import KafkaNotices
 from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.progress import GroupProgress
 from delta_sync.kafka.registry import SchemaRegistry
 from delta_sync.leases import LeaseKeeper
+from delta_sync.notices import NoticeIntake
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
@@ -159,6 +161,14 @@ class KafkaTransport(Transport):
                 stopping=stopping,
             )
         ]
+
+    def notices(self, intake: NoticeIntake, stopping: threading.Event) -> Sequence[threading.Thread]:
+        """Return the thread that reads the topic of notices, if there is one."""
+        topic = self._spec.notices.topic
+        if topic is None:
+            return ()
+        group = notices_group_id(self._spec.name)
+        return [KafkaNotices(lambda: open_group(self._kafka, group), topic, intake, stopping)]
 
     def load_lease(self, state: StateStore) -> LeaseKeeper:
         """Return who keeps the lease of the one worker that loads."""

@@ -274,10 +274,11 @@ class SourceReader(ABC):
         """
 
     @abstractmethod
-    def keys_having(self, table: Table, column: str, values: Sequence[Any]) -> list[Key]:
+    def keys_having(self, table: Table, column: str, values: Sequence[Any], most: int | None = None) -> list[Key]:
         """Return the keys of the rows whose column has one of these values, as rows have them.
 
-        The whole table is read unless the column has an index. Raises UsageError for a value beyond the column's type.
+        If there are more than `most`, some more than that. The whole table is read unless the column has an index.
+        Raises UsageError for a value beyond the column's type.
         """
 
     @abstractmethod

@@ -302,8 +302,8 @@ class MariaReader(SourceReader):
             found = _fetch(session, query, (*parameters, rows - 1))
         return codec.row_maker(keys_alone)(found[0])[0] if found else None
 
-    def keys_having(self, table: Table, column: str, values: Sequence[Any]) -> list[Key]:
-        """Return the keys of the rows whose column has one of these values."""
+    def keys_having(self, table: Table, column: str, values: Sequence[Any], most: int | None = None) -> list[Key]:
+        """Return the keys of the rows whose column has one of these values; if more than `most` do, some more."""
         of = table.column(column)
         narrow = table._replace(columns=tuple(table.column(name) for name in dict.fromkeys((*table.key, column))))
         to_row, wanted = codec.row_maker(narrow), frozenset(values)
@@ -317,11 +317,13 @@ class MariaReader(SourceReader):
                 among = ", ".join(["%s"] * len(parameters))
                 query = (
                     f"SELECT {codec.select_list(narrow)} FROM {_qualified(table)} AS t"  # noqa: S608 -- quoted
-                    f" WHERE t.{quoted(column)} IN ({among})"
+                    f" WHERE t.{quoted(column)} IN ({among}){'' if most is None else f' LIMIT {most + 1}'}"
                 )
                 rows = map(to_row, _fetch(session, query, parameters))
                 # A collation takes for equal what a look-up was not asked with.
                 found += [key for key, row in rows if row[column] in wanted]
+                if most is not None and len(found) > most:
+                    break
         return found
 
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:

@@ -391,10 +391,10 @@ class PostgresReader(SourceReader):
             row = connection.execute(query, after or ()).fetchone()
         return None if row is None else row_maker(keys_alone)(row)[0]
 
-    def keys_having(self, table: Table, column: str, values: Sequence[Any]) -> list[Key]:
-        """Return the keys of the rows whose column has one of these values."""
+    def keys_having(self, table: Table, column: str, values: Sequence[Any], most: int | None = None) -> list[Key]:
+        """Return the keys of the rows whose column has one of these values; if more than `most` do, one more."""
         narrow = table._replace(columns=tuple(table.column(name) for name in dict.fromkeys((*table.key, column))))
-        query = sql.SQL("SELECT {} FROM {} AS t WHERE {} = ANY(%s::{}[])").format(
+        query = sql.SQL("SELECT {} FROM {} AS t WHERE {} = ANY(%s::{}[]) LIMIT %s").format(
             fixed(codec.select_list(narrow)),
             fixed(qualified(table)),
             fixed(sql.Identifier("t", column)),
@@ -403,7 +403,7 @@ class PostgresReader(SourceReader):
         to_row, wanted = row_maker(narrow), frozenset(values)
         try:
             with self._connected() as connection:
-                found = map(to_row, connection.execute(query, [list(values)]))
+                found = map(to_row, connection.execute(query, [list(values), None if most is None else most + 1]))
                 # A collation, or a padded type, takes for equal what a look-up was not asked with.
                 return [key for key, row in found if row[column] in wanted]
         except (psycopg.DataError, psycopg.ProgrammingError) as error:
