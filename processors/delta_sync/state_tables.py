@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0007"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0009"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -215,5 +215,16 @@ NOTICES = sa.Table(
     sa.Column("created_at", Instant, nullable=False),  # by the database's clock
     sa.PrimaryKeyConstraint("id", name="pk_delta_notice"),
     sqlite_autoincrement=True,  # an id is never given twice: processes know by it what they have heeded
+    **_OPTIONS,
+)
+
+TOPICS = sa.Table(
+    "delta_topic",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("topic", _name(255)),
+    sa.Column("number", sa.Integer, autoincrement=False),  # of the partition
+    sa.Column("topic_id", _name(64), nullable=False),  # of the topic that the committed position is of
+    sa.PrimaryKeyConstraint("pipeline", "topic", "number", name="pk_delta_topic"),
     **_OPTIONS,
 )

@@ -17,6 +17,7 @@ import structlog
 
 from delta_sync.capture import Batch
 from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, PositionsExpired, Records
+from delta_sync.kafka.topic_ids import Ids, SeenTopics, made_anew
 from delta_sync.measures import PartitionLag
 from delta_sync.progress import Progress
 
@@ -27,6 +28,8 @@ IN_FLIGHT_BYTES = 16 << 20  # and no more than this, beside the first: decoded, 
 PAUSE_AFTER_S = 5.0  # a pause lets clients throw away what they fetched ahead, so it is for sinks that are really stuck
 LAGS_S = 1.0  # between looks at how far behind it is: as often as the status is saved
 COMMIT_S = 0.2  # between commits: each is a round trip, and what is not committed is only delivered again
+POSITIONS_EXPIRED = "positions expired"  # why a table is loaded again
+TOPIC_MADE_ANEW = "its topic was made anew"  # likewise
 
 
 class Flying(NamedTuple):
@@ -50,9 +53,11 @@ class Delivered(NamedTuple):
 class KafkaCapture:
     """Delivers the records of some topics. `payload` of its batches is a list of `Records`.
 
-    `open_group` makes a new member; `progress` is told what it waits for, and how far behind it is. `expired` is called
-    with partitions of which records were gone before they were read. It has to record what will mend that: once it has
-    returned, the positions behind the gap are committed.
+    `open_group` makes a new member; `progress` is told what it waits for, and how far behind it is. `lost` is called
+    with partitions of which records were gone before they were read, and why. It has to record what will mend that:
+    once it has returned, the positions behind the gap are committed. `look` looks at topics as `look_at_topics` does;
+    it is called before each joining of the group, and whoever calls it later tells by `topics_seen`. `mended` is told
+    of which topics positions are committed now.
     """
 
     def __init__(
@@ -60,14 +65,20 @@ class KafkaCapture:
         open_group: Callable[[], ConsumerGroup],
         topics: Collection[str],
         progress: Progress,
-        expired: Callable[[Collection[Partition]], None],
+        lost: Callable[[Collection[Partition], str], None],
+        look: Callable[[], SeenTopics],
+        mended: Callable[[Ids], None],
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._open_group = open_group
         self._topics = topics
         self._progress = progress
-        self._expired = expired
+        self._lost = lost
+        self._look = look
+        self._mended = mended
+        self._seen: SeenTopics | None = None
+        self._mended_now: dict[Partition, str] = {}  # since they are this member's: a look may have begun before
         self._clock = clock
         self._wall_clock = wall_clock
         self._group: ConsumerGroup | None = None
@@ -107,6 +118,7 @@ class KafkaCapture:
         self._generation += 1
         self._paused = False
         self._full_since = None
+        self._look()  # so that a topic that is made anew after the first record was read is known to be another
         group = self._group = self._open_group()
         group.subscribe(self._topics, self._came, self._go)
 
@@ -115,6 +127,7 @@ class KafkaCapture:
         group = self._group
         assert group is not None, "it was started"
         try:
+            self._mind_topics(group)
             self._commit_now_and_then()
             self._look_at_lags(group)
             if self._hold_back(group, timeout_s):
@@ -146,6 +159,10 @@ class KafkaCapture:
         size_bytes = sum(len(value) for some in records for value in some.values if value is not None)
         self._delivered.append(Delivered(self._sequence, size_bytes, parts))
         return Batch(self._generation, self._sequence, sum(len(some.values) for some in records), records)
+
+    def topics_seen(self, seen: SeenTopics) -> None:
+        """Take note of what topics there are; any thread may call it. The next `poll` begins anew with other ones."""
+        self._seen = seen
 
     def confirm(self, batch: Batch) -> None:
         """Let the batch and all before it be committed by the next `poll`."""
@@ -182,6 +199,8 @@ class KafkaCapture:
         for partition in partitions:
             self._assigned_ever += 1
             self._assignments[partition] = self._assigned_ever
+            self._mended_now.pop(partition, None)
+        self._seen = None  # whose they were may have mended them since
         log.info("partitions_assigned", partitions=_texts(partitions), of=len(self._assignments))
 
     def _go(self, partitions: Collection[Partition]) -> None:
@@ -202,27 +221,56 @@ class KafkaCapture:
         log.info("partitions_revoked", partitions=_texts(partitions), left=len(self._assignments))
 
     def _go_on_behind_the_gap(self, group: ConsumerGroup, error: PositionsExpired) -> None:
-        """Go on with what is there. In this order, so that whoever is killed in between finds the gap once more.
-
-        What is still in flight of these partitions must not be committed any more: it lies before the gap, or in a
-        topic that is no longer there, whose positions could be beyond records of the new one.
-        """
-        self._expired(error.positions)
-        self._settle()
-        for partition in error.positions:
-            self._committable.pop(partition, None)
-            if partition in self._assignments:
-                self._assigned_ever += 1
-                self._assignments[partition] = self._assigned_ever
-        self._generation += 1
-        positions = group.rewind(error.positions)
-        group.commit(positions)
+        positions, _ = self._begin_anew(group, error.positions, POSITIONS_EXPIRED)
         log.warning(
             "positions_expired",
             positions={_text(partition): offset for partition, offset in sorted(error.positions.items())},
             goes_on_at={_text(partition): offset for partition, offset in sorted(positions.items())},
             reason=str(error),
         )
+
+    def _mind_topics(self, group: ConsumerGroup) -> None:
+        """Begin anew with the partitions of topics that are others than those that the positions are of.
+
+        What says that they are mended comes last, and only when the positions are committed: whoever is killed, or
+        loses the partitions, before that, finds these topics to be others once more.
+        """
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return
+        anew = {at: id_ for at, id_ in made_anew(seen, self._assignments).items() if self._mended_now.get(at) != id_}
+        if not anew:
+            return
+        positions, committed = self._begin_anew(group, anew, TOPIC_MADE_ANEW)
+        log.warning(
+            "topic_made_anew",
+            topics=sorted({partition.topic for partition in anew}),
+            goes_on_at={_text(partition): offset for partition, offset in sorted(positions.items())},
+        )
+        if committed:
+            ids = {partition: anew[partition] for partition in positions}
+            self._mended(ids)
+            self._mended_now |= ids
+
+    def _begin_anew(
+        self, group: ConsumerGroup, partitions: Collection[Partition], why: str
+    ) -> tuple[dict[Partition, int], bool]:
+        """Go on with what is there. In this order, so that whoever is killed in between finds the gap once more.
+
+        What is still in flight of these partitions must not be committed any more: it lies before the gap, or in a
+        topic that is no longer there, whose positions could be beyond records of the new one. Returns the positions,
+        and whether they are committed.
+        """
+        self._lost(partitions, why)
+        self._settle()
+        for partition in partitions:
+            self._committable.pop(partition, None)
+            if partition in self._assignments:
+                self._assigned_ever += 1
+                self._assignments[partition] = self._assigned_ever
+        self._generation += 1
+        positions = group.rewind(partitions)
+        return positions, group.commit(positions)
 
     # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
 
