@@ -10,7 +10,7 @@ import pytest
 from kafka import TopicPartition
 
 from acceptance.harness import SHAPES, Run, Shop, metrics
-from acceptance.kafka_harness import KafkaStage, kafka_stage
+from acceptance.kafka_harness import KafkaStage, dump_by_both, kafka_stage
 from delta_sync.kafka.names import topic_name
 from delta_sync.kafka.topics import create_topics, delete_topics, wanted_topics
 from delta_sync.spec import load_spec
@@ -79,17 +79,7 @@ def dump(stage: KafkaStage, port_of_second: int) -> None:
     found = zip(keys, stage.stores.read("cache", account, keys), strict=True)
     there = [(key, stored.version) for key, stored in found if stored is not None and stored.document is not None]
     stage.stores.sinks["cache"].discard(target, there)
-    before = metrics(port_of_second)["delta_writes_total"]
-
-    def second_wrote() -> bool:
-        table = stage.pipeline.tables[0]
-        # Slowly, so that there is something left for it; no changes come meanwhile that it could write.
-        limit = ("--rows-per-second", "400")
-        done = stage.pipeline.deltactl("dump", "start", stage.pipeline.name, "--table", table, *limit, "--wait")
-        assert done.returncode == 0, done.stdout + done.stderr
-        return metrics(port_of_second)["delta_writes_total"] > before
-
-    wait_until(second_wrote, 120.0, "a chunk for the second worker")
+    dump_by_both(stage.pipeline, stage.pipeline.tables[0], port_of_second)
 
 
 def make_anew(stage: KafkaStage, sidecar: Run) -> None:

@@ -192,6 +192,14 @@ def test_only_the_newest_of_a_key_comes_out(writer: Writer, decoder: AvroDecoder
     assert decoded.events == 6
 
 
+def test_each_event_comes_out_of_a_topic_where_that_is_wanted(writer: Writer, decoder: AvroDecoder) -> None:
+    values: list[bytes | None] = [writer.value(MOVIES, event("u", None, movie(1), lsn=lsn)) for lsn in (10, 30, 20)]
+    some, others = records(values, [key_of(1)] * 3, topic="wanted"), records(values, [key_of(1)] * 3)
+    decoded = decoder.decode([some, others], ["wanted"])
+    assert [one["source"]["lsn"] for one in all_events(decoded)] == [10, 30, 20, 30]
+    assert decoded.events == 6
+
+
 def test_the_newest_is_the_one_of_the_highest_version_not_the_last(writer: Writer, decoder: AvroDecoder) -> None:
     """A frozen connector goes on and sends what it still had, after its successor has sent newer changes."""
     decoded = decoder.decode([of_keys(writer, (1, 10), (1, 20), (1, 30), (2, 35), (1, 20))])

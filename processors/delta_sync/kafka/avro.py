@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from io import BytesIO
 from typing import Any, Final, NamedTuple, Protocol, TypeGuard, cast
 
@@ -82,25 +82,28 @@ class AvroDecoder:
         self._names = {adjusted_name(name): name for name in columns}
         self._readers.clear()
 
-    def decode(self, polled: Iterable[Records]) -> DecodedRecords:
+    def decode(self, polled: Iterable[Records], each_of: Collection[str] = ()) -> DecodedRecords:
         """Return the events of some records, in the order of each partition, without tombstones.
 
-        Of the events of one key and one partition only the one with the highest version comes out. Raises Transient
-        when the registry does not have a schema now: nothing has happened then, the same call may be made again.
+        Of the events of one key and one partition only the one with the highest version comes out, except of the topics
+        `each_of`. Raises Transient when the registry does not have a schema now: nothing has happened then, the same
+        call may be made again.
         """
         undecodable: list[UndecodableRecord] = []
         stretches: list[Stretch] = []
         count = 0
         for records in polled:
-            found, events = self._find(records, undecodable)
+            found, events = self._find(records, undecodable, each=records.partition.topic in each_of)
             count += events
             stretches += _read(records, found, undecodable)
         # Partitions have no order among themselves; the last event is the one that tells how far the log has got.
         stretches.sort(key=_newest_ts_ms)
         return DecodedRecords(stretches, undecodable, count)
 
-    def _find(self, records: Records, undecodable: list[UndecodableRecord]) -> tuple[list[_Found | None], int]:
-        """Return where the newest event of each key is, in the records' order; and how many events there are.
+    def _find(
+        self, records: Records, undecodable: list[UndecodableRecord], *, each: bool
+    ) -> tuple[list[_Found | None], int]:
+        """Return where the newest event of each key is, or each event, in the records' order; and how many there are.
 
         Newest by version, not by place: a connector that was frozen may, when it goes on, send what it still had in
         its hands after another has sent newer changes, and is then ended. The last record of a key is not the newest
@@ -153,7 +156,7 @@ class AvroDecoder:
                 undecodable.append(_undecodable(records, index, error))
                 continue
             key = keys[index]
-            if key is not None and PLACEHOLDER not in key:
+            if key is not None and not each and PLACEHOLDER not in key:
                 version = epoch << POSITION_BITS | lsn
                 known = newest.get(key)
                 if known is not None:

@@ -56,6 +56,7 @@ class KafkaTransport(Transport):
         self._topics = {topic_name(spec.name, table): table for table in spec.tables}
         self._decoder = AvroDecoder(SchemaRegistry(spec.kafka.registry))
         self._columns: frozenset[str] = frozenset()
+        self._each_of: frozenset[str] = frozenset()  # topics whose tables have handlers, which get each change
         self._tables: Tables = dict
         self._capture: KafkaCapture | None = None
         self._state: StateStore | None = None
@@ -66,6 +67,7 @@ class KafkaTransport(Transport):
         """Wait for the sidecar: it makes sure of publication and slot, and decides the epoch."""
         del sinks
         self._state = state
+        self._each_of = frozenset(topic_name(self._spec.name, one.table) for one in pipeline.handlers.values())
         known = state.pipeline(self._spec.name)
         if known is None or not state.loads(self._spec.name).keys() >= self._spec.tables.keys():
             raise SourceBusy(
@@ -121,7 +123,7 @@ class KafkaTransport(Transport):
         if columns != self._columns:
             self._columns = columns
             self._decoder.use(columns)
-        decoded = self._decoder.decode(batch.payload)
+        decoded = self._decoder.decode(batch.payload, self._each_of)
         if any(stretch.epoch > self._epoch for stretch in decoded.stretches):
             raise EpochRose(ROSE)
         broken = [self._undecodable(record) for record in decoded.undecodable]
