@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -68,8 +69,10 @@ class DumpContract:
         found = dumps.get(dump.id)
         assert found is not None
         assert (found.rows, found.planned, dumps.counts()) == (7, True, {})
-        assert dumps.finish(found)
-        assert not dumps.finish(found), "it is done only once"
+        done = dumps.finish(dump)
+        assert done is not None
+        assert (done.state, done.rows) == ("done", 7), "not what was known before the chunks were recorded"
+        assert dumps.finish(found) is None, "it is done only once"
 
     @pytest.mark.parametrize("who", ["another", "late"], ids=["another", "the same one, later"])
     def test_a_chunk_whose_lease_expired_is_anothers_and_the_late_one_records_nothing(
@@ -176,7 +179,7 @@ class DumpContract:
         dumps.finish_chunk(chunk, 5)
         assert store.loads("movies")["a.b"].rows == 5
         store.load_again("movies", ["a.b"], "positions expired")
-        assert not dumps.finish(dump)
+        assert dumps.finish(dump) is None
         assert not dumps.begin_load(started, wish), "it is another one"
         assert (store.loads("movies")["a.b"].state, store.loads("movies")["a.b"].rows) == ("pending", 0)
         dumps.supersede("a.b", "it is loaded")
@@ -189,11 +192,12 @@ class DumpContract:
         old = store.take_lease("movies", "load", "old", FOR_EVER_S)
         assert old is not None
         store.release_lease(old)
-        for write in (
+        writes: list[Callable[[], object]] = [
             lambda: dumps.plan(dump.id, [(None, None)], old),
             lambda: dumps.finish(dump, old),
             lambda: dumps.supersede("a.b", "why", old),
-        ):
+        ]
+        for write in writes:
             with pytest.raises(LeaseLost):
                 write()
         assert dumps.get(dump.id) == dump

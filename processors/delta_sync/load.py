@@ -369,11 +369,12 @@ class Loader(threading.Thread):
         elif is_over(dump, counts):
             if removes_unmet(dump):
                 self._finished(dump)
-            if self._dumps.finish(dump, self._lease()):
+            done = self._dumps.finish(dump, self._lease())
+            if done is not None:
                 self._dumps.prune(KEPT)
-                if dump.kind == "load":
-                    self._progress.loads[dump.table] |= {"state": "done", "rows": dump.rows}
-                log.info("load_finished", dump=dump.id, table=dump.table, kind=dump.kind, rows=dump.rows)
+                if done.kind == "load":
+                    self._progress.loads[done.table] |= {"state": "done", "rows": done.rows}
+                log.info("load_finished", dump=done.id, table=done.table, kind=done.kind, rows=done.rows)
             self.wake()
 
     def _fits(self, dump: Dump) -> bool:

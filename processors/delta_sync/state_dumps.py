@@ -172,23 +172,26 @@ class DumpStore:
             values = {"planned": 1} if to is None else {"planned_to": encode_key(to)}
             connection.execute(sa.update(DUMPS).where(DUMPS.c.id == id_).values(values))
 
-    def finish(self, dump: Dump, lease: Lease | None = None) -> bool:
-        """Record that a dump is done, and so the load whose it is. False: it has ended otherwise, or began anew."""
+    def finish(self, dump: Dump, lease: Lease | None = None) -> Dump | None:
+        """Record that a dump is done, and so the load whose it is, and return it as it stands now.
+
+        None: it has ended otherwise, or began anew. Its last chunks may have been recorded after `dump` was read.
+        """
         with self._state.transaction(write=True) as connection:
             fence(connection, self._pipeline, lease)
             load = TableLoad(dump.table, fingerprint=dump.fingerprint or "", epoch=dump.epoch or 0)
             if dump.kind == "load" and self._same_load(connection, load, dump.covered_from) is None:
-                return False
+                return None
             found = self._locked(connection, dump.id)
             if found is None or found.state != "running":
-                return False
+                return None
             now = now_of(connection)
             if dump.kind == "load":
                 values = {"state": "done", "row_count": found.rows, "finished_at": now, "after_key": None}
                 connection.execute(sa.update(LOADS).where(*_load_of(self._pipeline, dump.table)).values(values))
             done = {"state": "done", "finished_at": now, "waits": None}
             connection.execute(sa.update(DUMPS).where(DUMPS.c.id == dump.id).values(done))
-        return True
+        return dataclasses.replace(found, state="done", waits=None)
 
     def end(self, id_: int, state: State, why: str) -> None:
         """End a dump that can or need not go on; nothing happens to one that has ended."""
