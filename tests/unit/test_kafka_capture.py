@@ -30,7 +30,7 @@ class Group:
         self.commits: list[dict[Partition, int]] = []
         self.mine: set[Partition] = set()
         self.paused = self.closed = self.rebalancing = False
-        self.woken = 0
+        self.woken = self.polls = 0
         self.unread: dict[Partition, int] = {}
         self.rewound: list[dict[Partition, int]] = []
 
@@ -58,6 +58,7 @@ class Group:
         return happens
 
     def poll(self, timeout_s: float) -> list[Records]:
+        self.polls += 1
         while self.coming and not self.paused:
             what = self.coming.pop(0)
             if isinstance(what, list):
@@ -102,7 +103,7 @@ class Bench:
         self.lost: list[tuple[list[Partition], str, dict[Partition, int]]] = []  # and what was committed at that moment
         self.failing: Exception | None = None
         self.saved, self.topic_ids = {P0: "old", P1: "old"}, {P0: "old", P1: "old"}
-        self.looks: list[int] = []  # how many groups there were at each
+        self.looks: list[tuple[int, int]] = []  # how many groups there were, and polls of the last
         self.capture = KafkaCapture(
             self._open,
             [TOPIC],
@@ -125,7 +126,7 @@ class Bench:
         self.lost.append((sorted(partitions), why, dict(self.group.committed)))
 
     def look(self) -> SeenTopics:
-        self.looks.append(len(self.groups))
+        self.looks.append((len(self.groups), self.group.polls))
         return SeenTopics(dict(self.saved), dict(self.topic_ids))
 
     @property
@@ -341,9 +342,9 @@ def test_a_gap_in_a_partition_that_is_anothers_by_now(bench: Bench) -> None:
 
 
 def test_topics_are_looked_at_before_anything_is_read(bench: Bench) -> None:
-    assert bench.looks == [0]
+    assert bench.looks == [(1, 0)]
     bench.capture.start()
-    assert bench.looks == [0, 1]
+    assert bench.looks == [(1, 0), (2, 0)]
 
 
 def test_a_topic_that_was_made_anew_is_read_from_its_beginning(bench: Bench) -> None:

@@ -56,8 +56,8 @@ class KafkaCapture:
     `open_group` makes a new member; `progress` is told what it waits for, and how far behind it is. `lost` is called
     with partitions of which records were gone before they were read, and why. It has to record what will mend that:
     once it has returned, the positions behind the gap are committed. `look` looks at topics as `look_at_topics` does;
-    it is called before each joining of the group, and whoever calls it later tells by `topics_seen`. `mended` is told
-    of which topics positions are committed now.
+    it is called at each start before anything is read, and whoever calls it later tells by `topics_seen`. `mended` is
+    told of which topics positions are committed now.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class KafkaCapture:
         self._generation += 1
         self._paused = False
         self._full_since = None
-        self._look()  # so that a topic that is made anew after the first record was read is known to be another
         group = self._group = self._open_group()
         group.subscribe(self._topics, self._came, self._go)
+        self._look()  # before anything is read: a topic that is made anew after that is known to be another
 
     def poll(self, timeout_s: float) -> Batch | None:
         """Return the next records. Nothing comes while too much is unconfirmed, but the membership is kept."""
