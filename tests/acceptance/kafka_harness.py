@@ -233,7 +233,7 @@ def dump_by_both(pipeline: KafkaPipeline, table: str, port_of_second: int) -> No
         assert done.returncode == 0, done.stdout + done.stderr
         return metrics(port_of_second)["delta_writes_total"] > before
 
-    wait_until(second_wrote, 120.0, "a chunk for the second worker")
+    wait_until(second_wrote, IN_STEP_TIMEOUT_S, "a chunk for the second worker")
 
 
 def child_of(run: Run, name: str) -> psutil.Process:

@@ -155,6 +155,9 @@ def test_a_pipeline_from_mariadb(pipeline: MariaPipeline, kafka: Kafka) -> None:
         port = free_port()
         second = start("worker", "--port", str(port))
         wait_until(lambda: bool(second.events("partitions_assigned")), BEGINS_S, f"its partitions; {second.tail()}")
+        more = ", ".join(f"({n}, 'more', {n}.25, NOW(3), '2024-02-29')" for n in range(ROWS, 4 * ROWS))
+        execute(session, f"INSERT INTO account (id, name, balance, at, since) VALUES {more}")
+        pipeline.in_step(sidecar, worker, second)
         dump_by_two(pipeline, port)
         pipeline.in_step(sidecar, worker, second)
         assert second.stop() == 0
