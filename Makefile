@@ -7,6 +7,9 @@ READY := $(VENV)/.ready
 
 export DELTA_JARS ?= $(CURDIR)/.cache/jars
 
+# Each of some 300 processes would compile our modules anew, and each of pytest's workers all tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: bench help setup jars test test-containers checked lint types mypy pyright unit format clean
 .DEFAULT_GOAL := help
 
@@ -26,6 +29,7 @@ $(READY): requirements/dev.txt pyproject.toml tests/servers/install.sh
 
 jars: $(READY) ## the servers that come from neither Python packages nor this machine (once, some 900 MB)
 	tests/servers/install.sh $(PYTHON) servers
+	$(BIN)/python -m delta_debezium.engine_recording
 	$(BIN)/python -m delta_sync.testing.jars
 	$(BIN)/python -m delta_debezium.distribution
 

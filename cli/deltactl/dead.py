@@ -13,7 +13,7 @@ from delta_sync.delta_event import decode_event
 from delta_sync.errors import UndecodableChange, UsageError
 from delta_sync.replaying import Replayed
 from delta_sync.replaying import replay as replay_letters
-from delta_sync.sources import open_reader, position_text
+from delta_sync.sources import position_text
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.values import to_json
@@ -219,12 +219,7 @@ def replay(
         done: list[Replayed] = []
         ended_by: str | None = None
         if letters and store is not None and not dry_run:
-            reader = open_reader(spec, f"delta {name} replay")
-            try:
-                tables = reader.tables(list(spec.tables))
-            finally:
-                reader.close()
-            done, ended_by = replay_letters(app.home(name), spec, store, tables, letters)
+            done, ended_by = replay_letters(app.home(name), spec, store, letters)
     failed = [one for one in done if one.error is not None]
     if app.json:
         print_json(

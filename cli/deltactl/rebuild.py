@@ -66,7 +66,7 @@ class Site(NamedTuple):
     def tables(self) -> list[str]:
         """Return the tables whose documents go to the sink."""
         processors = load_processor(self.folder, self.spec).tables
-        return [name for name in self.spec.tables if not processors[name].to or self.sink in processors[name].to]
+        return [name for name, one in processors.items() if not one.to or self.sink in one.to]
 
 
 @click.command(short_help="Build a sink anew beside the old one, verify it, and let it take over.")

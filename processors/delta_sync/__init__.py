@@ -4,6 +4,7 @@ What a `processor.py` needs is here; the rest is for `deltactl` and for authors 
 """
 
 from delta_sync import lookup
+from delta_sync.documents import many, one
 from delta_sync.errors import DeltaError, LookupBusy, Transient
 from delta_sync.events import RowEvent
 from delta_sync.pipeline import Enrichment, Lookup, Pipeline
@@ -21,4 +22,6 @@ __all__ = [
     "RowEvent",
     "Transient",
     "lookup",
+    "many",
+    "one",
 ]

@@ -31,7 +31,8 @@ class Dump:
 
     `reason` says why it was begun, `waits` for what it waits, or why it has ended so. `sinks` is None for all of the
     table's. `covered_from`, `epoch` and `fingerprint` are those of its beginning, as in `TableLoad`; None: it has not
-    begun. Chunks are there, or were, for all keys up to `planned_to`, and with `planned` for the others, too.
+    begun. `floor` is a version: what it meets gets that one or a higher one. Chunks are there, or were, for all keys up
+    to `planned_to`, and with `planned` for the others, too.
     """
 
     id: int = 0
@@ -48,6 +49,7 @@ class Dump:
     epoch: int | None = None
     fingerprint: str | None = None
     covered_from: int | None = None
+    floor: int | None = None
     planned_to: Key | None = None
     planned: bool = False
     rows: int = 0

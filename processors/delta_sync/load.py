@@ -31,7 +31,7 @@ from delta_sync.state import Lease, StateStore, TableLoad
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.values import Row
-from delta_sync.versions import dump_version
+from delta_sync.versions import dump_version, version_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -341,8 +341,11 @@ class Loader(threading.Thread):
     def _as_begun(self, dump: Dump, table: Table, covered_from: int | None, fingerprint: str) -> Dump:
         with self._asking:
             estimate = self._reader.estimated_rows(table) if dump.kind in ("load", "table") else dump.estimate
+            clock = self._reader.clock() if table.is_document else None
+        assert covered_from is not None, "it begins"
+        floor = dump_version(self._epoch, covered_from) if clock is None else version_of(self._epoch, clock)
         return dataclasses.replace(
-            dump, epoch=self._epoch, fingerprint=fingerprint, covered_from=covered_from, estimate=estimate
+            dump, epoch=self._epoch, fingerprint=fingerprint, covered_from=covered_from, floor=floor, estimate=estimate
         )
 
     def _lease(self) -> Lease | None:
@@ -479,7 +482,7 @@ class Loader(threading.Thread):
             with self._news:
                 self._plans += 1
                 self._news.notify_all()
-        return Rows(lease, rows, dump_version(self._epoch, claim), estimated_bytes(rows))
+        return Rows(lease, rows, chunk.version(self._epoch, claim), estimated_bytes(rows))
 
     def _complete(self, lease: ChunkLease, chunk: Chunk, rows: list[tuple[Key, Row | None]]) -> ChunkLease:
         """Add what keys without a row mean: their documents are to go. Keys that were left out are read later."""

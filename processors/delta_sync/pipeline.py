@@ -21,10 +21,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+from delta_sync.documents import DEBOUNCE, DocumentSpec, PartSpec, check_documents
 from delta_sync.errors import DeltaError, UsageError
 from delta_sync.events import Condition, Handler
 from delta_sync.shaping import Shape, compiled
-from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
+from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, ShapeSpec, load_spec, parse_duration_s
 from delta_sync.tables import Kind, Table
 from delta_sync.values import Document
 
@@ -102,6 +103,59 @@ class Pipeline:
         self.tables: dict[str, TableProcessor] = {}
         self.lookups: dict[str, Lookup] = {}
         self.handlers: dict[str, Handler] = {}
+        self.documents: dict[str, DocumentSpec] = {}
+
+    def affected(self, tables: Iterable[str]) -> list[str]:
+        """Return the tables with documents of their own that are made of rows of these: themselves, and roots."""
+        wanted = set(tables)
+        roots = {root for root, document in self.documents.items() if not wanted.isdisjoint(document.tables)}
+        return [name for name in self.tables if name in wanted or name in roots]
+
+    def document(
+        self,
+        table: str,
+        *,
+        parts: Mapping[str, PartSpec] | None = None,
+        query: str | None = None,
+        to: Sequence[str] | None = None,
+        enrich: Mapping[str, Enrichment] | None = None,
+        debounce: str | float = DEBOUNCE,
+    ) -> Callable[[FunctionT], FunctionT]:
+        """Declare the function that makes a document of a row of `table` and of its parts, which other tables have.
+
+        `parts` maps names to `one(…)` and `many(…)`: the function gets the row with a dict (or None), or a list of
+        dicts, by each name. A change of any of these rows builds the document anew, from one snapshot of the source; a
+        document is built at most once within `debounce`, and no later than that after a change. With `query` the row is
+        what this SELECT returns instead; it has a parameter for each key column, an array (`WHERE id = ANY(%(id)s)`),
+        returns one row for each key that has one, and `parts` says of which tables' rows it is made. The rest is as for
+        `table`.
+
+        Raises UsageError as `table` does, and for parts that cannot be meant. What only the source knows (foreign keys,
+        columns) is checked when the pipeline is.
+        """
+        if callable(table):  # pyright: ignore[reportUnnecessaryComparison] -- users need not type-check
+            raise UsageError(f'{_where(table)}: @….document needs the table\'s name; write @….document("schema.name").')
+
+        def declare(function: FunctionT) -> FunctionT:
+            where = _where(function)
+            if not parts and query is None:
+                raise UsageError(f"{where}: a document has parts, or a query; without them it is a row: use @….table.")
+            try:
+                debounce_s = parse_duration_s(debounce)
+            except ValueError as error:
+                raise UsageError(f"{where}: {error}.") from None
+            if debounce_s < 0:
+                raise UsageError(f"{where}: debounce cannot be below 0.")
+            document = DocumentSpec(table, dict(parts or {}), query, debounce_s)
+            _check_parts(document.parts, where)
+            spec = _spec_beside(function)
+            if spec is not None:
+                check_documents([document], spec, where)
+            declared = self.table(table, to=to, enrich=enrich)(function)
+            self.documents[table] = document
+            return declared
+
+        return declare
 
     def table(
         self, table: str, *, to: Sequence[str] | None = None, enrich: Mapping[str, Enrichment] | None = None
@@ -269,6 +323,17 @@ def _where(function: Callable[..., object]) -> str:
     return f"{Path(code.co_filename).name} line {code.co_firstlineno} ({name})" if code else name
 
 
+def _check_parts(parts: Mapping[str, PartSpec], where: str) -> None:
+    for name, part in parts.items():
+        if not isinstance(part, PartSpec):  # pyright: ignore[reportUnnecessaryIsInstance] -- users need not type-check
+            raise UsageError(f'{where}: parts={{"{name}": …}} takes one("schema.name") or many("schema.name").')
+        if part.most < 1:
+            raise UsageError(f"{where}, part {name}: most must be above 0.")
+        if part.to is not None and part.through is None:
+            raise UsageError(f"{where}, part {name}: `to` is of the table that is named by `through`.")
+        _check_parts(part.parts or {}, f"{where}, part {name}")
+
+
 def _positional(function: Callable[..., object]) -> list[inspect.Parameter]:
     """Return the parameters that a call by position must fill."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -326,11 +391,14 @@ def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
         _check_against(spec, pipeline.name, table, processor.to, _where(processor.function))
     for handler in pipeline.handlers.values():
         _check_against(spec, pipeline.name, handler.table, (), _where(handler.function))
+    for root, document in pipeline.documents.items():
+        check_documents([document], spec, _where(pipeline.tables[root].function))
+    parts = {table for document in pipeline.documents.values() for table in document.tables}
     for table in spec.tables:
-        if table not in pipeline.tables:
+        if table not in pipeline.tables and table not in parts:
             raise UsageError(
-                f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one, or give"
-                " the table a `shape` (shape: {} is the row as it is)."
+                f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one, or give the"
+                " table a `shape` (shape: {} is the row as it is), or make it a part of a document."
             )
 
 
@@ -386,8 +454,16 @@ def with_shapes(pipeline: Pipeline, spec: PipelineSpec) -> Pipeline:
     """
     made = Pipeline(pipeline.name)
     made.lookups, made.tables = pipeline.lookups, dict(pipeline.tables)
-    made.handlers = pipeline.handlers
+    made.handlers, made.documents = pipeline.handlers, pipeline.documents
+    parts = {table for document in pipeline.documents.values() for table in document.tables}
     for name, shape in spec.shapes.items():
+        if name in parts and name not in pipeline.tables:
+            if shape != ShapeSpec(mask=shape.mask):
+                raise UsageError(
+                    f"{SPEC_FILE}, tables.{name}.shape: {name} is a part of a document, of which a shape can only mask"
+                    " columns; the document's function does the rest."
+                )
+            continue
         declared = pipeline.tables.get(name) or TableProcessor(name, _as_it_is, (), {})
         made.tables[name] = declared._replace(shape=compiled(shape))
     return made

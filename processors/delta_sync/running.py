@@ -14,7 +14,9 @@ from typing import TypeVar
 
 import structlog
 
+from delta_sync import documents
 from delta_sync.applying import SinkWriter
+from delta_sync.building import DocumentBuilder
 from delta_sync.dumps import Dump
 from delta_sync.errors import EpochRose, GenerationsChanged, StateBusy, Transient
 from delta_sync.events import HandlerRunner
@@ -129,10 +131,13 @@ class Running:
         sinks = open_generations(spec, rows)
         # By these a load knows what it was made for, which is not to change when a sink gets another generation.
         plain = {**open_sinks(spec), **{name: sink for name, sink in sinks.items() if sink.number is None}}
-        watch_reader = open_reader(spec, f"delta {spec.name} watch", ANSWER_S)
-        check_reader = open_reader(spec, f"delta {spec.name} check", ANSWER_S)
-        load_reader, key_reader = (open_reader(spec, f"delta {spec.name} {use}") for use in ("load", "read"))
-        chunk_readers = [open_reader(spec, f"delta {spec.name} dump") for _ in range(spec.load.parallel)]
+
+        def opened(use: str, answer_s: float | None = None) -> SourceReader:
+            return open_reader(spec, f"delta {spec.name} {use}", answer_s, pipeline.documents)
+
+        watch_reader, check_reader = opened("watch", ANSWER_S), opened("check", ANSWER_S)
+        load_reader, key_reader = opened("load"), opened("read")
+        chunk_readers = [opened("dump") for _ in range(spec.load.parallel)]
         readers = self._readers = [watch_reader, check_reader, load_reader, key_reader, *chunk_readers]
         writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
         self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
@@ -159,7 +164,8 @@ class Running:
 
             def fingerprint_of(name: str) -> str:
                 table = worker.tables[name]
-                return load_fingerprint(columns[name], targets_of_table(pipeline, plain, table, spec), plain)
+                made_of = documents.fingerprint(table, columns)
+                return load_fingerprint(made_of, targets_of_table(pipeline, plain, table, spec), plain)
 
             def check(reader: SourceReader) -> None:
                 transport.check(reader, state)
@@ -173,11 +179,13 @@ class Running:
                 is back, in this run or a later one.
                 """
                 current = key_reader.fingerprints(list(columns))
-                for name in columns.keys() - current.keys():
-                    columns[name] = GONE
+                gone = columns.keys() - current.keys()
+                columns.update(dict.fromkeys(gone, GONE))
+                for name in pipeline.affected(gone):
                     load = TableLoad(name, fingerprint=fingerprint_of(name), reason="it was gone", epoch=source.epoch)
                     state.begin_load(spec.name, load)
                 changed = [name for name in wanted if current.get(name, GONE) not in (GONE, columns[name])]
+                changed += [name for name in pipeline.affected(changed) if name not in changed]
                 tables = key_reader.tables(changed) if changed else {}
                 if not tables:
                     return {}
@@ -190,10 +198,20 @@ class Running:
                 return {name: runtime(table) for name, table in tables.items()}
 
             def reload(names: Iterable[str]) -> None:
-                for name in names:
+                for name in pipeline.affected(names):
                     loader.reload(name, "its columns changed")
 
             reread = Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping)
+            builder = DocumentBuilder(
+                specs=pipeline.documents,
+                reader=key_reader,
+                epoch=source.epoch,
+                tables=lambda: worker.tables,
+                dumps=DumpStore(state, spec.name),
+                load_again=lambda names, reason: state.load_again(spec.name, names, reason),
+                progress=self.progress,
+                stopping=self._stopping,
+            )
             worker = Worker(
                 spec=spec,
                 pipeline=pipeline,
@@ -211,6 +229,8 @@ class Running:
                 columns_changed=reload,
                 gone=lambda name: columns[name] == GONE,
                 remember=mender.remember,
+                builder=builder,
+                codec_of=key_reader.table_codec,
                 check_slot=lambda: transport.check(key_reader, state),
                 stopping=self._stopping,
                 giving_up=self._giving_up,
@@ -228,7 +248,11 @@ class Running:
                 state=state,
                 options=spec.load,
                 heartbeat_prefix=spec.heartbeat_prefix,
-                tables=lambda: {n: table for n, table in worker.tables.items() if columns[n] != GONE},
+                tables=lambda: {
+                    name: table
+                    for name, table in worker.tables.items()
+                    if name in pipeline.tables and all(columns[one] != GONE for one in documents.names_of(table))
+                },
                 fingerprint=fingerprint_of,
                 fills=lambda dump: dump.sinks is None or all(any(meant([n], s) for s in sinks) for n in dump.sinks),
                 hand_over=worker.hand_over,
@@ -323,7 +347,7 @@ class Running:
             return  # nothing was there before
         assert dump.epoch is not None, "it has begun"
         assert dump.covered_from is not None, "it has begun"
-        beginning = dump_version(dump.epoch, dump.covered_from)
+        beginning = dump_version(dump.epoch, dump.covered_from) if dump.floor is None else dump.floor
         # What is below the beginning in a generation that is built anew came before, while it was empty; it must not
         # have what a tombstone outranks in another one, such as a dead letter's change that is replayed.
         new = dump.sinks is not None and all(base_name(name) != name for name in dump.sinks)

@@ -437,6 +437,7 @@ def _begun(dump: Dump) -> dict[str, Any]:
         "epoch": dump.epoch,
         "fingerprint": dump.fingerprint,
         "covered_from": dump.covered_from,
+        "floor": dump.floor,
         "estimate": dump.estimate,
     }
 
@@ -457,6 +458,7 @@ def _dump(row: sa.Row[Any]) -> Dump:
         epoch=row.epoch,
         fingerprint=row.fingerprint,
         covered_from=row.covered_from,
+        floor=row.floor,
         planned_to=_key(row.planned_to),
         planned=bool(row.planned),
         rows=row.row_count,

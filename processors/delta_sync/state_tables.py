@@ -161,6 +161,7 @@ DUMPS = sa.Table(
     sa.Column("epoch", sa.Integer),
     sa.Column("fingerprint", _text()),
     sa.Column("covered_from", sa.BigInteger),
+    sa.Column("floor", sa.BigInteger),  # a version; NULL: an older Delta began it
     sa.Column("planned_to", _blob()),
     sa.Column("planned", sa.Integer, nullable=False),  # 1: to the end of the table
     sa.Column("next_chunk", sa.BigInteger, nullable=False),  # numbers are never given twice

@@ -26,7 +26,7 @@ from delta_sync.sinks import AnySink
 from delta_sync.sinks.base import Stored, Target
 from delta_sync.sources.reader import Chunk, SourceReader
 from delta_sync.spec import LoadSpec
-from delta_sync.tables import Table, key_text
+from delta_sync.tables import Table, key_text, keys_alone
 from delta_sync.values import Document, Row
 from delta_sync.verifying import (
     ABSENT,
@@ -130,6 +130,19 @@ def _without(processor: TableProcessor, skipped: frozenset[str]) -> TableProcess
     return processor._replace(function=function, enrich=enrich)
 
 
+class ReadRows(NamedTuple):
+    """Rows that were read by key (None: it is gone), with their claim, 0 where there is none; and how they came."""
+
+    rows: dict[Key, Row | None]
+    claim: int
+    chunk: Chunk
+
+    @property
+    def above(self) -> int:
+        """A position above those of which versions are made that this reading surely has, in the table's own scale."""
+        return self.claim if self.chunk.clock is None else self.chunk.clock + 1
+
+
 class KeyReader:
     """Reads rows by key, for as long as it takes to read all of them, each part with what it may claim."""
 
@@ -144,10 +157,8 @@ class KeyReader:
         self._samples.add(sample)
         return sample.position
 
-    def parts(
-        self, table: Table, keys: Collection[Key], at_least: int = 0
-    ) -> Iterator[tuple[dict[Key, Row | None], int]]:
-        """Yield rows (None: it is gone) with their claim, 0 where there is none, in parts that memory has room for.
+    def parts(self, table: Table, keys: Collection[Key], at_least: int = 0) -> Iterator[ReadRows]:
+        """Yield rows in parts that memory has room for.
 
         With `at_least` a part's claim is no lower: it waits for transactions, for as long as they take.
         """
@@ -171,7 +182,7 @@ class KeyReader:
                 rows = {key: rows.get(key) for key in left}
             for key in rows:
                 left.pop(key, None)
-            yield rows, claim
+            yield ReadRows(rows, claim, chunk)
 
 
 class Verifier:
@@ -377,10 +388,10 @@ class Verifier:
                 self._report(work, Finding(work.subject.table.id, name, id_, "extra", None, None, version, note))
             elif key is not None:
                 keys[id_] = key
-        narrow = _keys_alone(work.subject.table)
+        narrow = keys_alone(work.subject.table)
         there = {
             sink.id_of(target, key)
-            for rows, _ in self._keys.parts(narrow, list(keys.values()))
+            for rows, *_ in self._keys.parts(narrow, list(keys.values()))
             for key, row in rows.items()
             if row is not None
         }
@@ -427,18 +438,19 @@ class Verifier:
         claims: dict[Key, int] = {}
         parts: list[list[Key]] = []
         for some in in_batches(list(work.suspects), self._options.chunk_rows):
-            for rows, claim in self._keys.parts(table, some):
-                parts.append(list(rows))
-                claims |= dict.fromkeys(rows, claim)
-                for key, name, expected in self._expectations(work, rows):
+            for read in self._keys.parts(table, some):
+                parts.append(list(read.rows))
+                claims |= dict.fromkeys(read.rows, read.above)
+                for key, name, expected in self._expectations(work, read.rows):
                     before[key, name] = expected.digest
         state = self._applied.pass_now()
         self._listener.waits("the pipeline runs, but its log does not advance" if state == "stands" else None)
         damages: list[Damage] = []
         for keys in parts:
             sightings = self._read_sinks(work, keys)
-            beyond = version_of(self._epoch, self._keys.sample())
-            for rows, _ in self._keys.parts(table, keys):
+            end = self._keys.sample()
+            beyond = version_of(self._epoch, end if not table.is_document else self._reader.clock() + 1)
+            for rows, *_ in self._keys.parts(table, keys):
                 judged: list[tuple[Key, str, Verdict, Expected, Stored | None]] = []
                 for key, name, expected in self._expectations(work, rows):
                     stored = sightings[name][key]
@@ -582,11 +594,6 @@ def _expected(sink: AnySink, target: Target, document: Document | None) -> Expec
         return Expected(sink.stored_form(target, document))
     except Unstorable as error:
         return Expected(None, str(error))
-
-
-def _keys_alone(table: Table) -> Table:
-    """Return the table as if it had its key columns only: to ask for rows without reading them."""
-    return table._replace(columns=tuple(column for column in table.columns if column.name in table.key))
 
 
 def _note(

@@ -80,7 +80,7 @@ def open_verification(
             raise UsageError(f"Pipeline {spec.name} never ran, so there is nothing to verify.")
 
         def opened(use: str, answer_s: float | None = None) -> SourceReader:
-            reader = open_reader(spec, f"delta {spec.name} verify {use}", answer_s)
+            reader = open_reader(spec, f"delta {spec.name} verify {use}", answer_s, pipeline.documents)
             closing.callback(reader.close)
             return reader
 
@@ -91,7 +91,7 @@ def open_verification(
         tables = {
             name: table
             for name, table in read_tables(spec, by_key).items()
-            if not wanted.tables or name in wanted.tables
+            if name in pipeline.tables and (not wanted.tables or name in wanted.tables)
         }
         check_columns(pipeline, tables)
         loads = state.loads(spec.name)

@@ -439,7 +439,7 @@ def test_a_repair_needs_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_high(epoch: int, claim: int) -> int:
         return dump_version(epoch, claim + 5 * STEP)
 
-    monkeypatch.setattr("delta_sync.repairing.dump_version", too_high)
+    monkeypatch.setattr("delta_sync.sources.reader.dump_version", too_high)
     noticed(busy_damaged)
 
 

@@ -56,20 +56,25 @@ class KafkaTransport(Transport):
         self._topics = {topic_name(spec.name, table): table for table in spec.tables}
         self._decoder = AvroDecoder(SchemaRegistry(spec.kafka.registry))
         self._columns: frozenset[str] = frozenset()
-        self._each_of: frozenset[str] = frozenset()  # topics whose tables have handlers, which get each change
+        self._each_of: frozenset[str] = (
+            frozenset()
+        )  # topics of which each event counts: for handlers, for documents of parts
         self._tables: Tables = dict
         self._capture: KafkaCapture | None = None
         self._state: StateStore | None = None
+        self._pipeline: Pipeline | None = None
 
     def prepare(
         self, pipeline: Pipeline, reader: SourceReader, state: StateStore, sinks: Mapping[str, AnySink]
     ) -> Source:
         """Wait for the sidecar: it makes sure of publication and slot, and decides the epoch."""
         del sinks
-        self._state = state
-        self._each_of = frozenset(topic_name(self._spec.name, one.table) for one in pipeline.handlers.values())
+        self._state, self._pipeline = state, pipeline
+        each_of = {one.table for one in pipeline.handlers.values()}
+        each_of.update(table for document in pipeline.documents.values() for table in document.tables)
+        self._each_of = frozenset(topic_name(self._spec.name, table) for table in each_of)
         known = state.pipeline(self._spec.name)
-        if known is None or not state.loads(self._spec.name).keys() >= self._spec.tables.keys():
+        if known is None or not state.loads(self._spec.name).keys() >= pipeline.tables.keys():
             raise SourceBusy(
                 f"No sidecar has prepared these tables yet; start one: `deltactl sidecar {self._spec.name}`."
             )
@@ -111,8 +116,9 @@ class KafkaTransport(Transport):
 
     def _load_again(self, partitions: Collection[Partition], why: str, progress: Progress) -> None:
         """Have the tables of these partitions loaded again, by whichever worker loads. Raises StateBusy."""
-        tables = sorted({self._topics[partition.topic] for partition in partitions})
         assert self._state is not None, "it was prepared"
+        assert self._pipeline is not None, "it was prepared"
+        tables = self._pipeline.affected(self._topics[partition.topic] for partition in partitions)
         self._state.load_again(self._spec.name, tables, why)
         progress.positions_expired += len(partitions)
         log.warning("tables_loaded_again", tables=tables, reason=why)
