@@ -33,6 +33,8 @@ from delta_sync.delta_event import encode_key
 from delta_sync.dumps import Dump
 from delta_sync.errors import LeaseLost, LoadOverruled, StaleStateStore, StateBusy
 from delta_sync.generations import Generations, GenerationStore
+from delta_sync.kafka.consumer import Partition
+from delta_sync.kafka.topic_ids import TopicStore
 from delta_sync.refreshing import KEPT_S, NoticeStore
 from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad, identity_of
 from delta_sync.state_database import migration_lock
@@ -241,6 +243,20 @@ class StateContract:
         with StateStore.open(location.url, location.folder) as reopened:
             assert reopened.pipeline("movies") == newer
             assert reopened.pipeline("other") == PipelineState("other", 9, "1", 1, 5)
+
+    # ── topics ──
+
+    def test_topics_ids_are_kept_for_each_partition(self, store: StateStore) -> None:
+        topics, others = TopicStore(store, "movies"), TopicStore(store, "other")
+        first, second = Partition("delta_movies.a.b", 0), Partition("delta_movies.a.b", 1)
+        assert topics.saved() == {}
+        topics.add({first: "old", second: "old"})
+        others.add({first: "others"})
+        topics.add({first: "new"})  # what is saved stays
+        assert topics.saved() == {first: "old", second: "old"}
+        topics.replace({first: "new"})
+        assert topics.saved() == {first: "new", second: "old"}
+        assert others.saved() == {first: "others"}
 
     # ── loads ──
 
@@ -724,6 +740,7 @@ class StateContract:
             GenerationStore(store, name).change(Generations("cache"), Generations("cache").begun())
             NoticeStore(store, name).add("ratings", [1])
             VerifiedStore(store, name).begin("a.b", "it")
+            TopicStore(store, name).add({Partition("delta_movies.a.b", 0): "id"})
         store.forget("movies")
         with raw.connect() as connection:
             for table in METADATA.sorted_tables:

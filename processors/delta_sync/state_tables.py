@@ -235,3 +235,14 @@ VERIFIED = sa.Table(
     sa.PrimaryKeyConstraint("pipeline", "table_name", name="pk_delta_verified"),
     **_OPTIONS,
 )
+
+TOPICS = sa.Table(
+    "delta_topic",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("topic", _name(255)),
+    sa.Column("number", sa.Integer, autoincrement=False),  # of the partition
+    sa.Column("topic_id", _name(64), nullable=False),  # of the topic that the committed position is of
+    sa.PrimaryKeyConstraint("pipeline", "topic", "number", name="pk_delta_topic"),
+    **_OPTIONS,
+)

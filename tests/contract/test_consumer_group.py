@@ -463,8 +463,8 @@ def test_a_commit_after_the_partitions_were_lost_is_ignored(world: World) -> Non
     lost, other = world.member(HASTY), world.member()
     turns(lost, until=lambda: lost.positions().get(world.partition(0)) == 10)
     turns(other, until=lambda: other.partitions == {0, 1, 2})  # the first one no longer polls
-    other.group.commit({world.partition(0): 10})
-    lost.group.commit({world.partition(0): 4})
+    assert other.group.commit({world.partition(0): 10})
+    assert not lost.group.commit({world.partition(0): 4}), "and it says so"
     assert world.committed() == {0: 10}
     late: list[int] = []
 

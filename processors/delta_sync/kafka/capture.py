@@ -24,6 +24,7 @@ import structlog
 from delta_sync.capture import Batch
 from delta_sync.errors import EpochRose, StateBusy
 from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, PositionsExpired, Records
+from delta_sync.kafka.topic_ids import Ids, SeenTopics, made_anew
 from delta_sync.measures import PartitionLag
 from delta_sync.progress import Progress
 
@@ -36,6 +37,8 @@ LAGS_S = 1.0  # between looks at how far behind it is: as often as the status is
 COMMIT_S = 0.2  # between commits: each is a round trip, and what is not committed is only delivered again
 ASKED_S = 0.05  # an answer of the state store takes a millisecond; a slow one is waited for beside the stream
 ASKED_LAST_S = 2.0  # before a partition is given away, or the group is left: what is not committed is delivered again
+POSITIONS_EXPIRED = "positions expired"  # why a table is loaded again
+TOPIC_MADE_ANEW = "its topic was made anew"  # likewise
 
 
 class Flying(NamedTuple):
@@ -66,9 +69,11 @@ class Asked(NamedTuple):
 class KafkaCapture:
     """Delivers the records of some topics. `payload` of its batches is a list of `Records`.
 
-    `open_group` makes a new member; `progress` is told what it waits for, and how far behind it is. `expired` is called
-    with partitions of which records were gone before they were read. It has to record what will mend that: once it has
-    returned, the positions behind the gap are committed. `unchanged` is asked before anything else is committed, in a
+    `open_group` makes a new member; `progress` is told what it waits for, and how far behind it is. `lost` is called
+    with partitions of which records were gone before they were read, and why. It has to record what will mend that:
+    once it has returned, the positions behind the gap are committed. `look` looks at topics as `look_at_topics` does;
+    it is called at each start before anything is read, and whoever calls it later tells by `topics_seen`. `mended` is
+    told of which topics positions are committed now. `unchanged` is asked before anything else is committed, in a
     thread of its own: it raises EpochRose when this run must not commit any more, or StateBusy.
     """
 
@@ -77,7 +82,9 @@ class KafkaCapture:
         open_group: Callable[[], ConsumerGroup],
         topics: Collection[str],
         progress: Progress,
-        expired: Callable[[Collection[Partition]], None],
+        lost: Callable[[Collection[Partition], str], None],
+        look: Callable[[], SeenTopics],
+        mended: Callable[[Ids], None],
         unchanged: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -85,8 +92,12 @@ class KafkaCapture:
         self._open_group = open_group
         self._topics = topics
         self._progress = progress
-        self._expired = expired
         self._unchanged = unchanged
+        self._lost = lost
+        self._look = look
+        self._mended = mended
+        self._seen: SeenTopics | None = None
+        self._mended_now: dict[Partition, str] = {}  # since they are this member's: a look may have begun before
         self._clock = clock
         self._wall_clock = wall_clock
         self._group: ConsumerGroup | None = None
@@ -130,12 +141,14 @@ class KafkaCapture:
         self._full_since = None
         group = self._group = self._open_group()
         group.subscribe(self._topics, self._came, self._go)
+        self._look()  # before anything is read: a topic that is made anew after that is known to be another
 
     def poll(self, timeout_s: float) -> Batch | None:
         """Return the next records. Nothing comes while too much is unconfirmed, but the membership is kept."""
         group = self._group
         assert group is not None, "it was started"
         try:
+            self._mind_topics(group)
             self._commit_now_and_then()
             self._look_at_lags(group)
             if self._hold_back(group, timeout_s):
@@ -167,6 +180,10 @@ class KafkaCapture:
         size_bytes = sum(len(value) for some in records for value in some.values if value is not None)
         self._delivered.append(Delivered(self._sequence, size_bytes, parts))
         return Batch(self._generation, self._sequence, sum(len(some.values) for some in records), records)
+
+    def topics_seen(self, seen: SeenTopics) -> None:
+        """Take note of what topics there are; any thread may call it. The next `poll` begins anew with other ones."""
+        self._seen = seen
 
     def confirm(self, batch: Batch) -> None:
         """Let the batch and all before it be committed by the next `poll`."""
@@ -201,6 +218,8 @@ class KafkaCapture:
         for partition in partitions:
             self._assigned_ever += 1
             self._assignments[partition] = self._assigned_ever
+            self._mended_now.pop(partition, None)
+        self._seen = None  # whose they were may have mended them since
         log.info("partitions_assigned", partitions=_texts(partitions), of=len(self._assignments))
 
     def _go(self, partitions: Collection[Partition]) -> None:
@@ -220,14 +239,49 @@ class KafkaCapture:
         log.info("partitions_revoked", partitions=_texts(partitions), left=len(self._assignments))
 
     def _go_on_behind_the_gap(self, group: ConsumerGroup, error: PositionsExpired) -> None:
+        positions, _ = self._begin_anew(group, error.positions, POSITIONS_EXPIRED)
+        log.warning(
+            "positions_expired",
+            positions={_text(partition): offset for partition, offset in sorted(error.positions.items())},
+            goes_on_at={_text(partition): offset for partition, offset in sorted(positions.items())},
+            reason=str(error),
+        )
+
+    def _mind_topics(self, group: ConsumerGroup) -> None:
+        """Begin anew with the partitions of topics that are others than those that the positions are of.
+
+        What says that they are mended comes last, and only when the positions are committed: whoever is killed, or
+        loses the partitions, before that, finds these topics to be others once more.
+        """
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return
+        anew = {at: id_ for at, id_ in made_anew(seen, self._assignments).items() if self._mended_now.get(at) != id_}
+        if not anew:
+            return
+        positions, committed = self._begin_anew(group, anew, TOPIC_MADE_ANEW)
+        log.warning(
+            "topic_made_anew",
+            topics=sorted({partition.topic for partition in anew}),
+            goes_on_at={_text(partition): offset for partition, offset in sorted(positions.items())},
+        )
+        if committed:
+            ids = {partition: anew[partition] for partition in positions}
+            self._mended(ids)
+            self._mended_now |= ids
+
+    def _begin_anew(
+        self, group: ConsumerGroup, partitions: Collection[Partition], why: str
+    ) -> tuple[dict[Partition, int], bool]:
         """Go on with what is there. In this order, so that whoever is killed in between finds the gap once more.
 
         What is still in flight of these partitions must not be committed any more: it lies before the gap, or in a
-        topic that is no longer there, whose positions could be beyond records of the new one.
+        topic that is no longer there, whose positions could be beyond records of the new one. Returns the positions,
+        and whether they are committed.
         """
-        self._expired(error.positions)
+        self._lost(partitions, why)
         self._settle()
-        for partition in error.positions:
+        for partition in partitions:
             self._committable.pop(partition, None)
             if self._asked is not None:
                 self._asked.positions.pop(partition, None)
@@ -235,14 +289,8 @@ class KafkaCapture:
                 self._assigned_ever += 1
                 self._assignments[partition] = self._assigned_ever
         self._generation += 1
-        positions = group.rewind(error.positions)
-        group.commit(positions)
-        log.warning(
-            "positions_expired",
-            positions={_text(partition): offset for partition, offset in sorted(error.positions.items())},
-            goes_on_at={_text(partition): offset for partition, offset in sorted(positions.items())},
-            reason=str(error),
-        )
+        positions = group.rewind(partitions)
+        return positions, group.commit(positions)
 
     # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
 
