@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 from delta_sync.errors import UsageError
 from delta_sync.sources.inspection import Inspector
 from delta_sync.sources.mysql.claims import format_position
-from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.versions import format_lsn
+
+if TYPE_CHECKING:
+    from delta_sync.sources.reader import SourceReader
 
 
 def open_reader(spec: PipelineSpec, application_name: str, answer_s: float | None = None) -> SourceReader:
