@@ -3,7 +3,7 @@
     python benchmarks/avro.py [--events 20000] [--rounds 9]
 
 Prints µs of CPU per event, the best round of each: of records that all have different keys, and of records of which
-nine in ten are of a key that a later one has, too.
+nine in ten are of a key that a later one has, too; of PostgreSQL and of MariaDB.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from io import BytesIO
 
 from fastavro import parse_schema, schemaless_reader
 
-from debezium_avro import MOVIE, Writer, envelope, event, key_of, movie, records
+from debezium_avro import BINLOG_SOURCE, MOVIE, Writer, binlog_event, envelope, event, key_of, movie, records
 from delta_sync.kafka.avro import HEADER_BYTES, AvroDecoder
 
 BATCH = 2000  # records of a poll
@@ -29,10 +29,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     events: int = arguments.events
-    writer = Writer({5: envelope(MOVIE)})
+    writer = Writer({5: envelope(MOVIE), 6: envelope(MOVIE, source=BINLOG_SOURCE)})
     # Each row in a transaction of its own: the worst case.
     values: list[bytes | None] = [
         writer.value(5, event("u", None, movie(number), lsn=24_023_400 + 200 * number, xid=7000 + number))
+        for number in range(events)
+    ]
+    of_mariadb: list[bytes | None] = [
+        writer.value(6, binlog_event("u", None, movie(number), 4 + 200 * number, gtid=f"0-1-{7000 + number}"))
         for number in range(events)
     ]
     bodies = [value for value in values if value is not None]
@@ -46,7 +50,7 @@ def main() -> None:
 
     decoder = AvroDecoder(writer)
 
-    def ours(keys: list[bytes | None]) -> Callable[[], None]:
+    def ours(keys: list[bytes | None], values: list[bytes | None] = values) -> Callable[[], None]:
         polled = [
             records(values[start : start + BATCH], keys[start : start + BATCH]) for start in range(0, events, BATCH)
         ]
@@ -63,6 +67,8 @@ def main() -> None:
         "fastavro.schemaless_reader": plain,
         "AvroDecoder, all keys different": ours([key_of(number) for number in range(events)]),
         "AvroDecoder, 200 keys": ours([key_of(rng.randrange(200)) for _ in range(events)]),
+        "MariaDB, all keys different": ours([key_of(number) for number in range(events)], of_mariadb),
+        "MariaDB, 200 keys": ours([key_of(rng.randrange(200)) for _ in range(events)], of_mariadb),
     }
     best = dict.fromkeys(subjects, float("inf"))
     for _ in range(arguments.rounds):

@@ -2,10 +2,11 @@
 
     python benchmarks/dump_beside_debezium.py [--rows 500000] [--rounds 2] [--client kafka-python] [--only TEXT]
 
-In turn, each with one worker, from the request until all rows are in a Redis that was empty:
+In turn, each with one worker unless it says otherwise, from the request until all rows are in a Redis that was empty:
 
 - Debezium Server: a row in its signalling table, chunks of 8,192 rows, Avro, Kafka, Delta's worker
 - a dump with Kafka: `deltactl dump start` beside a sidecar and a worker, which reads the table itself
+- a dump with Kafka and two workers
 - a dump without Kafka: `deltactl dump start` beside `deltactl run`
 
 Each brings the whole table once before it is measured. CPU time is that of all processes that take part: servers,
@@ -68,6 +69,7 @@ CHUNK_ROWS = 8192
 PARTITIONS = 4
 POSITION = 1  # of all rows that Debezium's incremental snapshots read
 DEBEZIUM, WITH_KAFKA, EMBEDDED = "Debezium", "dump, Kafka", "dump, embedded"
+TWO_WORKERS = "dump, Kafka, two workers"
 ENDED = "incremental snapshotting of table"  # … finished: what Debezium logs
 
 SCHEMA = """
@@ -245,12 +247,12 @@ def run_as_worker(arguments: list[str]) -> None:
 
 
 @contextmanager
-def with_kafka(stage: Stage) -> Generator[Arm]:
-    """A sidecar and a worker."""
+def with_kafka(stage: Stage, workers: int = 1) -> Generator[Arm]:
+    """A sidecar and so many workers."""
     spec = spec_of(stage, "bench", "kafka")
     assert spec.kafka is not None
     create_topics(spec.kafka, wanted_topics(spec))
-    with delta(stage, spec, "sidecar", "worker") as arm:
+    with delta(stage, spec, "sidecar", *["worker"] * workers) as arm:
         yield arm
 
 
@@ -268,10 +270,10 @@ def delta(stage: Stage, spec: PipelineSpec, *commands: str) -> Generator[Arm]:
     deltactl = [sys.executable, "-m", "deltactl.main", "--dir", str(folder.parent)]
     with contextlib.ExitStack() as exits:
         pids: dict[str, int] = {}
-        for command in commands:
+        for number, command in enumerate(commands):
             consumer = Consumer([*deltactl, command, spec.name], group_id(spec.name))
-            process = exits.enter_context(running(consumer, stage.folder / f"{command}.log"))
-            pids[command] = process.pid
+            process = exits.enter_context(running(consumer, stage.folder / f"{number}-{command}.log"))
+            pids[command if command not in pids else f"{command} {number}"] = process.pid
         wait_until(lambda: _is_loaded(spec, folder), DEADLINE_S, "the first load")
         dumps = DumpStore(exits.enter_context(StateStore.open(spec.state, folder)), spec.name)
 
@@ -369,6 +371,7 @@ def check(client: Any, rows: int) -> None:
 ARMS: Mapping[str, Callable[[Stage], contextlib.AbstractContextManager[Arm]]] = {
     DEBEZIUM: debezium,
     WITH_KAFKA: with_kafka,
+    TWO_WORKERS: lambda stage: with_kafka(stage, 2),
     EMBEDDED: embedded,
 }
 
@@ -389,10 +392,13 @@ def run(stage: Stage, rounds: int, only: str) -> dict[str, list[dict[str, float]
 
 
 def ratios(medians: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return how many times better dumps are."""
+    """Return how many times better dumps are; of two workers, also what a row costs as a multiple of one's."""
     peer = medians.get(DEBEZIUM)
     found: dict[str, float] = {}
-    for label in (WITH_KAFKA, EMBEDDED):
+    if WITH_KAFKA in medians and TWO_WORKERS in medians:
+        for name in ("cpu_us_per_row", "cpu_us_per_row_until_ended"):
+            found[f"{TWO_WORKERS}: {name} to one's"] = round(medians[TWO_WORKERS][name] / medians[WITH_KAFKA][name], 2)
+    for label in (WITH_KAFKA, TWO_WORKERS, EMBEDDED):
         if peer and label in medians:
             own = medians[label]
             found[f"{label}: rows per second"] = round(own["rows_per_s"] / peer["rows_per_s"], 2)

@@ -1,11 +1,11 @@
 """From commit to document, at 500 changes per second, with default settings; then what the idle pipeline costs.
 
-    python benchmarks/latency.py [--seconds 30] [--rate 500] [--transport kafka] [--dump-rows 0]
+    python benchmarks/latency.py [--seconds 30] [--rate 500] [--transport kafka] [--dump-rows 0 [--rounds 4]]
 
 With Kafka: one broker, a registry, a sidecar and a worker. Brokers' and registry's CPU time is not counted.
 
-With `--dump-rows`, there is a second table of so many rows, and the changes come once more while the same worker dumps
-that, over and over. The ratio of the latencies is what counts.
+With `--dump-rows`, there is a second table of so many rows, and the changes come while the same worker dumps that, over
+and over, and while it does not, in turn, in so many rounds. The ratio of the latencies is what counts.
 
 A row's `updated_at` is the clock just before its commit; an observer is told by Redis of every write, reads the
 document, and compares that with the same machine's clock. Also: time from the start of Delta to its first
@@ -17,13 +17,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
+import statistics
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,11 +42,13 @@ from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
 
 ROWS = 20_000
-WARM_UP_S = 5.0
+WARM_UP_S = 3.0
 IDLE_S = 15.0
 UPDATE = (
     "UPDATE movie SET rating = round((1 + random() * 8.9)::numeric, 1), updated_at = clock_timestamp() WHERE id = %s"
 )
+TOLD_MOST = 100  # documents that the observer reads at once
+TOLD_WITHIN_S = 0.0005
 DUMPED = "public.narrow"
 FILL_DUMPED = b"INSERT INTO narrow SELECT i, 'movie ' || i, 1900 + i %% 120 FROM generate_series(1, %d) AS i"
 DUMPED_PROCESSOR = """
@@ -85,16 +89,23 @@ class Observer(threading.Thread):
             self._observe()
 
     def _observe(self) -> None:
-        for event in self._events.listen():
+        """Read what was told so far in one call: with one for each document this would wait for itself."""
+        while True:
+            first = self._events.get_message(timeout=None)
+            if first is None:  # that it has subscribed
+                continue
+            told = [first]
+            while len(told) < TOLD_MOST and (event := self._events.get_message(timeout=TOLD_WITHIN_S)) is not None:
+                told.append(event)
             if self.first is None:
                 self.first = time.time()
             if self.measuring.is_set():
-                document = self._redis.get(event["channel"].removeprefix(b"__keyspace@0__:"))
+                keys = [event["channel"].removeprefix(b"__keyspace@0__:") for event in told]
+                documents: Any = self._redis.mget(keys)
                 now = time.time()
-                assert isinstance(document, bytes)
-                self.ages_ms.append(
-                    (now - datetime.fromisoformat(json.loads(document)["updated_at"]).timestamp()) * 1e3
-                )
+                for document in documents:
+                    changed_at = datetime.fromisoformat(json.loads(document)["updated_at"]).timestamp()
+                    self.ages_ms.append((now - changed_at) * 1e3)
 
 
 class Dumps(threading.Thread):
@@ -125,15 +136,34 @@ class Dumps(threading.Thread):
 
 
 def during_dumps(
-    spec: PipelineSpec, folder: Path, measure: Callable[[], tuple[dict[str, float], dict[str, float]]]
+    spec: PipelineSpec, folder: Path, rounds: int, measure: Callable[[], tuple[list[float], dict[str, float]]]
 ) -> dict[str, Any]:
-    """Measure while there are dumps."""
-    dumps = Dumps(spec, folder)
-    began = time.perf_counter()
-    dumps.start()
-    found, busy = measure()
-    dumps.stop()
-    return {**found, "cpu_of_a_core": busy, "dumped_rows_per_s": round(dumps.rows / (time.perf_counter() - began))}
+    """Measure while there are dumps and while there are none, in turn."""
+    without, beside = list[list[float]](), list[list[float]]()
+    dumped, busy = list[float](), dict[str, float]()
+    for number in range(rounds):
+        without.append(measure()[0])
+        dumps = Dumps(spec, folder)
+        began = time.perf_counter()
+        dumps.start()
+        ages, busy = measure()
+        beside.append(ages)
+        dumps.stop()
+        dumped.append(dumps.rows / (time.perf_counter() - began))
+        p99s = [shares(one[number])["p99_ms"] for one in (without, beside)]
+        print(f"round {number + 1}: p99 {p99s} ms, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    calm, disturbed = (shares([age for one in some for age in one]) for some in (without, beside))
+    each = [shares(two)["p99_ms"] / shares(one)["p99_ms"] for one, two in zip(without, beside, strict=True)]
+    return {
+        "without": calm,
+        **disturbed,
+        "cpu_of_a_core": busy,
+        "dumped_rows_per_s": round(statistics.median(dumped)),
+        "p50_ratio": round(disturbed["p50_ms"] / calm["p50_ms"], 2),
+        "p99_ratio": round(disturbed["p99_ms"] / calm["p99_ms"], 2),
+        "p99_ratio_of_rounds": [round(ratio, 2) for ratio in each],
+        "p99_ratio_median": round(statistics.median(each), 2),
+    }
 
 
 def fill_dumped(url: str, rows: int) -> None:
@@ -191,7 +221,7 @@ def share(before: Mapping[str, float], after: Mapping[str, float], seconds: floa
 
 def latencies(
     observer: Observer, runs: Mapping[str, subprocess.Popen[bytes]], url: str, rate: int, seconds: float
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[list[float], dict[str, float]]:
     """Generate changes; return how old documents were when they appeared, and what part of a core each process used."""
     command = [sys.executable, __file__, "--generate", url, "--rate", str(rate)]
     generator = subprocess.Popen([*command, "--seconds", str(seconds + WARM_UP_S)])
@@ -202,9 +232,14 @@ def latencies(
     generator.wait()
     busy = share(before, cpu_of(runs), seconds)
     observer.measuring.clear()
-    ages = sorted(observer.ages_ms)
-    shares = {f"p{q}_ms": round(ages[min(len(ages) - 1, len(ages) * q // 100)], 1) for q in (50, 95, 99)}
-    return {"changes": len(ages), **shares}, busy
+    return observer.ages_ms, busy
+
+
+def shares(ages_ms: Sequence[float]) -> dict[str, float]:
+    """Return how many ages there are, and which of them half, 95 and 99 percent do not exceed."""
+    ages = sorted(ages_ms)
+    found = {f"p{q}_ms": round(ages[min(len(ages) - 1, len(ages) * q // 100)], 1) for q in (50, 95, 99)}
+    return {"changes": len(ages), **found}
 
 
 def resident_mb(runs: Mapping[str, subprocess.Popen[bytes]]) -> dict[str, int]:
@@ -225,6 +260,7 @@ def main() -> None:
     parser.add_argument("--rate", type=int, default=500)
     parser.add_argument("--transport", choices=["embedded", "kafka"], default="embedded")
     parser.add_argument("--dump-rows", type=int, default=0, help="of a second table, dumped meanwhile")
+    parser.add_argument("--rounds", type=int, default=4, help="with --dump-rows")
     parser.add_argument("--option", action="append", default=[], help="name=value, of the connector")
     parser.add_argument("--generate", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -263,20 +299,20 @@ def main() -> None:
         first_s = observer.first - started
         loaded_s = time.time() - started
         changes = runs, source.url, arguments.rate, arguments.seconds
-        found, busy = latencies(observer, *changes)
+        ages, busy = latencies(observer, *changes)
         time.sleep(2)
         before = cpu_of(runs)
         time.sleep(IDLE_S)
         idle = share(before, cpu_of(runs), IDLE_S)
         resident = resident_mb(runs)
-        beside = during_dumps(spec, folder, lambda: latencies(observer, *changes)) if arguments.dump_rows else {}
-    if beside:
-        beside["p99_ratio"] = round(beside["p99_ms"] / found["p99_ms"], 2)
+        beside: dict[str, Any] = {}
+        if arguments.dump_rows:
+            beside = during_dumps(spec, folder, arguments.rounds, lambda: latencies(observer, *changes))
     name = "latency" if arguments.transport == "embedded" else "latency_kafka"
     report(
         f"{name}_dumps" if beside else name,
         {
-            **found,
+            **shares(ages),
             **({"during_dumps": beside} if beside else {}),
             "cpu_of_a_core_busy": busy,
             "cpu_of_a_core_idle": idle,

@@ -52,6 +52,23 @@ SOURCE: Schema = {
     ],
     "connect.name": "io.debezium.connector.postgresql.Source",
 }
+BINLOG_SOURCE: Schema = {
+    "type": "record",
+    "name": "Source",
+    "namespace": "io.debezium.connector.mariadb",
+    "fields": [
+        *SOURCE["fields"][:9],
+        {"name": "table", "type": ["null", "string"], "default": None},
+        {"name": "server_id", "type": "long"},
+        {"name": "gtid", "type": ["null", "string"], "default": None},
+        {"name": "file", "type": "string"},
+        {"name": "pos", "type": "long"},
+        {"name": "row", "type": "int"},
+        {"name": "thread", "type": ["null", "long"], "default": None},
+        {"name": "query", "type": ["null", "string"], "default": None},
+    ],
+    "connect.name": "io.debezium.connector.mariadb.Source",
+}
 TRANSACTION: Schema = {
     "type": "record",
     "name": "block",
@@ -80,7 +97,7 @@ MOVIE: Schema = [
 ]
 
 
-def envelope(columns: Schema, table: str = "movie") -> Schema:
+def envelope(columns: Schema, table: str = "movie", source: Schema = SOURCE) -> Schema:
     """Return the schema of the events of a table with these columns, by their names in Avro."""
     row = {"type": "record", "name": "Value", "fields": columns, "connect.name": f"movies.public.{table}.Value"}
     return copy.deepcopy(
@@ -91,7 +108,7 @@ def envelope(columns: Schema, table: str = "movie") -> Schema:
             "fields": [
                 {"name": "before", "type": ["null", row], "default": None},
                 {"name": "after", "type": ["null", "Value"], "default": None},
-                {"name": "source", "type": SOURCE},
+                {"name": "source", "type": source},
                 {"name": "transaction", "type": ["null", TRANSACTION], "default": None},
                 {"name": "op", "type": "string"},
                 *TIMES,
@@ -165,6 +182,31 @@ def event(op: str, before: Any, after: Any, lsn: int, **more: Any) -> dict[str, 
         "ts_us": now_ms * 1000,
         "ts_ns": now_ms * 1_000_000,
     }
+
+
+def binlog_event(op: str, before: Any, after: Any, pos: int, **more: Any) -> dict[str, Any]:
+    """Return an event of MariaDB's. `more` is for its source block."""
+    ts_ms = 1_790_000_000_000 + pos
+    block = {
+        "version": "3.6.3.Final",
+        "connector": "mariadb",
+        "name": "movies",
+        "ts_ms": ts_ms,
+        "snapshot": "false",
+        "db": "studio",
+        "sequence": None,
+        "ts_us": ts_ms * 1000,
+        "ts_ns": ts_ms * 1_000_000,
+        "table": "movie",
+        "server_id": 1,
+        "gtid": "0-1-27",
+        "file": "binlog.000012",
+        "pos": pos,
+        "row": 0,
+        "thread": 7,
+        "query": None,
+    }
+    return event(op, before, after, lsn=0) | {"source": block | more}
 
 
 def movie(number: int, **more: Any) -> dict[str, Any]:

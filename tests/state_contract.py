@@ -33,12 +33,16 @@ from delta_sync.delta_event import encode_key
 from delta_sync.dumps import Dump
 from delta_sync.errors import LeaseLost, LoadOverruled, StaleStateStore, StateBusy
 from delta_sync.generations import Generations, GenerationStore
+from delta_sync.kafka.consumer import Partition
+from delta_sync.kafka.topic_ids import TopicStore
 from delta_sync.refreshing import KEPT_S, NoticeStore
 from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad, identity_of
 from delta_sync.state_database import migration_lock
 from delta_sync.state_dumps import DumpStore
 from delta_sync.state_tables import METADATA, VERSION_TABLE
 from delta_sync.testing.processes import wait_until
+from delta_sync.verified import Numbers, VerifiedStore
+from delta_sync.verifying import Verified
 
 NOW = dt.datetime(2024, 2, 29, 12, 30, 15, 123456, tzinfo=dt.UTC)
 PROCESS_TIMEOUT_S = 120  # generous: a busy machine starts Python slowly
@@ -239,6 +243,20 @@ class StateContract:
         with StateStore.open(location.url, location.folder) as reopened:
             assert reopened.pipeline("movies") == newer
             assert reopened.pipeline("other") == PipelineState("other", 9, "1", 1, 5)
+
+    # ── topics ──
+
+    def test_topics_ids_are_kept_for_each_partition(self, store: StateStore) -> None:
+        topics, others = TopicStore(store, "movies"), TopicStore(store, "other")
+        first, second = Partition("delta_movies.a.b", 0), Partition("delta_movies.a.b", 1)
+        assert topics.saved() == {}
+        topics.add({first: "old", second: "old"})
+        others.add({first: "others"})
+        topics.add({first: "new"})  # what is saved stays
+        assert topics.saved() == {first: "old", second: "old"}
+        topics.replace({first: "new"})
+        assert topics.saved() == {first: "new", second: "old"}
+        assert others.saved() == {first: "others"}
 
     # ── loads ──
 
@@ -721,11 +739,35 @@ class StateContract:
             DumpStore(store, name).add(Dump(table="a.b", kind="keys"), [(1,)])
             GenerationStore(store, name).change(Generations("cache"), Generations("cache").begun())
             NoticeStore(store, name).add("ratings", [1])
+            VerifiedStore(store, name).begin("a.b", "it")
+            TopicStore(store, name).add({Partition("delta_movies.a.b", 0): "id"})
         store.forget("movies")
         with raw.connect() as connection:
             for table in METADATA.sorted_tables:
                 pipeline = table.c["name" if table.name == "delta_pipeline" else "pipeline"]
                 assert connection.execute(sa.select(pipeline)).scalars().all() == ["other"], table.name
+
+    def test_a_verification_goes_on_where_it_was(self, store: StateStore) -> None:
+        verified = VerifiedStore(store, "movies")
+        assert verified.all() == {}
+        assert verified.begin("a.b", "first") is None
+        assert verified.begin("a.b", "first", resume=True) is None, "it has not come far"
+        verified.reach("a.b", (Decimal("1.50"), "é"), Numbers(10, 2, 1))
+        assert verified.begin("a.b", "first", resume=True) == (Decimal("1.50"), "é")
+        assert verified.all() == {"a.b": Verified("a.b", None, 10, 2, 1)}, "nothing is known of the other rows"
+        assert verified.begin("a.b", "another", resume=True) is None, "what was verified is no longer so"
+        verified.reach("a.b", (2,), Numbers(5))
+        verified.end("a.b", Numbers(7, 1))
+        found = verified.all()["a.b"]
+        assert found == Verified("a.b", found.age_s, 22, 3, 1)
+        assert found.age_s is not None
+        assert verified.begin("a.b", "another", resume=True) is None, "that one has ended"
+        again = verified.all()["a.b"]
+        assert again.age_s is not None, "the last one counts until this one has ended"
+        verified.end("a.b", Numbers())
+        verified.end("a.b", Numbers())  # of another process, which began earlier
+        assert verified.all()["a.b"].age_s is not None
+        assert VerifiedStore(store, "other").all() == {}
 
     def test_no_text_holds_a_secret(self, store: StateStore, raw: sa.Engine) -> None:
         secrets.remember(SECRET)

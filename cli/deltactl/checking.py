@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class Findings(NamedTuple):
             raise CheckFailed(self.problems)
 
 
-@contextmanager
+@contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Generator[None]:
     """Set environment variables meanwhile, and keep their values out of everything that is printed from now on."""
     before = {name: os.environ.get(name) for name in values}
@@ -60,13 +60,14 @@ def check_source(inspector: Inspector, spec: PipelineSpec, *, running: bool = Fa
 
 
 def check_history(spec: PipelineSpec, folder: Path) -> Findings:
-    """Look at whether the slot goes on where the pipeline's state was, as a run does before it streams.
+    """Look at whether slot and topics go on where the pipeline's state was, as a run does before it streams.
 
     What a run would stop with is fatal. Raises Transient when source, state store or Kafka do not answer.
     """
     store = StateStore.open(spec.state, folder, create=False)
     if store is None:
         return Findings((), {}, ())
+    found: list[Problem] = []
     delivered = None
     if spec.kafka is not None:
         need_kafka_packages()
@@ -76,19 +77,40 @@ def check_history(spec: PipelineSpec, folder: Path) -> Findings:
     reader = open_reader(spec, "deltactl", ANSWER_S)
     try:
         with store:
+            found += _topics_made_anew(spec, store)
             seen = look(spec, reader, store, delivered)
             loss = None if seen.known is None else find_loss(seen)
             why_not = None if loss is None else why_not_by_itself(spec, loss, store.loads(spec.name))
     finally:
         reader.close()
     if loss is None or (loss.overtaken and (why_not is None or spec.source.on_lost_log == "stop")):
-        return Findings((), {}, ())  # that a slot is invalidated the check of the source says itself
+        return Findings((), {}, tuple(found))  # that a slot is invalidated the check of the source says itself
     if why_not is None:
         fix = "the next start begins a new epoch by itself: every table is loaded again"
     else:
         fix = f"type: {new_slot_command(spec)}, which begins a new epoch: every table is loaded again"
-    problem = Problem("source", f"changes may have been lost: {loss.why}", fix, fatal=why_not is not None)
-    return Findings((), {}, (problem,))
+    found.append(Problem("source", f"changes may have been lost: {loss.why}", fix, fatal=why_not is not None))
+    return Findings((), {}, tuple(found))
+
+
+def _topics_made_anew(spec: PipelineSpec, store: StateStore) -> list[Problem]:
+    """Return a problem for each topic that is another than the one that workers have read; embedded, there are none."""
+    if spec.kafka is None:
+        return []
+    from delta_sync.kafka import settings
+    from delta_sync.kafka.names import group_id, topic_name
+    from delta_sync.kafka.offsets import GroupOffsets
+    from delta_sync.kafka.topic_ids import SeenTopics, TopicStore, made_anew
+
+    kafka, topics = spec.kafka, [topic_name(spec.name, table) for table in spec.tables]
+    offsets = GroupOffsets(lambda: settings.resolved(settings.kafka_python(kafka)), group_id(spec.name), topics)
+    with contextlib.closing(offsets):
+        saved = TopicStore(store, spec.name).saved()
+        now = offsets.topic_ids()
+    what = "it was deleted and made again: changes that were in it, and not read yet, are lost"
+    fix = "nothing is to be done: a worker finds it, too, and has the table loaded again"
+    names = sorted({partition.topic for partition in made_anew(SeenTopics(saved, now), now)})
+    return [Problem(f"topic {name}", what, fix, fatal=False) for name in names]
 
 
 def check_sinks(spec: PipelineSpec, tables: Iterable[Table], generations: Mapping[str, Generations]) -> Findings:

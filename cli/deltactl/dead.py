@@ -11,7 +11,7 @@ import orjson
 
 from delta_sync.delta_event import decode_event
 from delta_sync.errors import UndecodableChange, UsageError
-from delta_sync.sources import open_reader, position_text
+from delta_sync.sources import position_text
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.values import to_json
@@ -222,12 +222,7 @@ def replay(
         if letters and store is not None and not dry_run:
             from delta_sync.replaying import replay as replay_letters  # much, which the other commands do without
 
-            reader = open_reader(spec, f"delta {name} replay")
-            try:
-                tables = reader.tables(list(spec.tables))
-            finally:
-                reader.close()
-            done, ended_by = replay_letters(app.home(name), spec, store, tables, letters)
+            done, ended_by = replay_letters(app.home(name), spec, store, letters)
     failed = [one for one in done if one.error is not None]
     if app.json:
         print_json(

@@ -14,6 +14,7 @@ import click
 from delta_sync.changes import Key
 from delta_sync.dumps import Dump, Kind, key_from_text, rate_and_left
 from delta_sync.errors import DeltaError, UsageError
+from delta_sync.pipeline import load_processor
 from delta_sync.secrets import redact
 from delta_sync.sources import open_reader
 from delta_sync.spec import PipelineSpec
@@ -104,7 +105,8 @@ def start(
       deltactl dump start movies --table public.movie --where "year > 1990" --rows-per-second 500
     """
     spec = app.load(name)
-    for option, given, known in (("--table", tables, spec.tables), ("--sink", sinks, spec.sinks)):
+    pipeline = load_processor(app.home(name), spec)
+    for option, given, known in (("--table", tables, [*pipeline.tables]), ("--sink", sinks, [*spec.sinks])):
         unknown = [one for one in given if one not in known]
         if unknown:
             raise UsageError(f"{option}: pipeline {name} has no {unknown[0]!r}; it has {', '.join(known)}.")
@@ -133,7 +135,7 @@ def start(
                 ),
                 wanted,
             )
-            for table in dict.fromkeys(tables or spec.tables)
+            for table in dict.fromkeys(tables or pipeline.tables)
         ]
         runs = spec.transport == "kafka" or app.is_running(name)
         if not runs:

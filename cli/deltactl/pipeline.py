@@ -15,9 +15,10 @@ from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.secrets import hidden
 from delta_sync.shaping import mask_functions, masked
 from delta_sync.sinks import installed
-from delta_sync.sources import check_supported, open_inspector
+from delta_sync.sources import check_supported, open_inspector, open_reader
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec
 from delta_sync.tables import Table
+from delta_sync.watch import ANSWER_S
 from deltactl.app import (
     App,
     DeltaGroup,
@@ -191,7 +192,14 @@ def _check_files(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) 
 def _check_processor(folder: Path, spec: PipelineSpec, tables: Mapping[str, Table]) -> list[Problem]:
     found: list[Problem] = []
     try:
-        check_columns(load_processor(folder, spec), tables)
+        pipeline = load_processor(folder, spec)
+        check_columns(pipeline, tables)
+        if pipeline.documents:
+            reader = open_reader(spec, "deltactl", ANSWER_S, pipeline.documents)
+            try:
+                reader.tables(list(spec.tables))
+            finally:
+                reader.close()
     except DeltaError as error:
         found.append(Problem(PROCESSOR_FILE, str(error).rstrip("."), ""))
     for name, shape in spec.shapes.items():

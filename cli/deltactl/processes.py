@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from delta_sync import child_exec, observe
-from delta_sync.errors import EpochRose, PipelineStopped, UsageError
+from delta_sync.errors import EpochRose, Outgrown, PipelineStopped, UsageError
 from delta_sync.running import Running
 from delta_sync.sources import check_supported
 from delta_sync.spec import PipelineSpec
 from deltactl.checking import need_kafka_packages
 
+ONCE = ("--new-slot", "--reload")  # what a person has accepted, or asked for, once
 LOOK_S = 0.2  # at each of several children in turn
 
 
@@ -51,20 +52,36 @@ def run_through_epochs(make: Callable[[], Running], name: str, host: str, port: 
             running.stop()
 
     on_signal(stop)
+    outgrown = False
     while not stopping.is_set():
         running = make()
         current[:] = [running]
-        server = observe.serve(name, running.progress, host, port) if port is not None else None
+        server = observe.serve(name, running.progress, host, port, running.notice_door()) if port is not None else None
         try:
             if not stopping.is_set():
                 running.run()
         except EpochRose:
             continue
+        except Outgrown:
+            outgrown = True
         finally:
             if server is not None:
                 server.shutdown()
                 server.server_close()  # or the next run would find the port taken
+        if outgrown and not stopping.is_set():
+            become_anew()
         break
+
+
+def become_anew() -> None:
+    """Begin this command again in this process's place, with fresh memory: whoever supervises it sees no end.
+
+    Options that are meant for one start alone are left out. What is open is closed: none of it is inheritable.
+    """
+    arguments = [one for one in sys.orig_argv[1:] if one not in ONCE]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 -- our own command
 
 
 def run_together(commands: Sequence[Sequence[str]]) -> None:

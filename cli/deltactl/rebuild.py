@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import click
 
 from delta_sync import logs
+from delta_sync.applied_log import pipeline_runs
 from delta_sync.dumps import Dump
 from delta_sync.errors import CheckFailed, DeltaError, UsageError
 from delta_sync.generations import Generations, GenerationStore, follow, next_step
@@ -21,7 +22,7 @@ from delta_sync.sinks import AnySink, open_sink, sink_class
 from delta_sync.sinks.base import Target
 from delta_sync.sources import open_reader
 from delta_sync.spec import PipelineSpec
-from delta_sync.starting import read_tables, targets_of_table
+from delta_sync.starting import read_tables, targets_of_sink
 from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
 from delta_sync.verification import Unverified
@@ -66,7 +67,7 @@ class Site(NamedTuple):
     def tables(self) -> list[str]:
         """Return the tables whose documents go to the sink."""
         processors = load_processor(self.folder, self.spec).tables
-        return [name for name in self.spec.tables if not processors[name].to or self.sink in processors[name].to]
+        return [name for name, one in processors.items() if not one.to or self.sink in one.to]
 
 
 @click.command(short_help="Build a sink anew beside the old one, verify it, and let it take over.")
@@ -83,8 +84,7 @@ def rebuild(app: App, name: str, sink: str, back: bool, drop_old: bool, cancel: 
     """Build a new generation of a sink beside the one that readers see, verify it, and lead readers to it in one step.
 
     The pipeline builds it, while changes go to both. It may be interrupted anywhere: type it again and it goes on. The
-    old generation is kept, and written, until --drop-old. For Redis, Elasticsearch and OpenSearch, with the embedded
-    transport.
+    old generation is kept, and written, until --drop-old. For Redis, MongoDB, Elasticsearch and OpenSearch.
 
     \b
     Examples:
@@ -108,7 +108,7 @@ def rebuild(app: App, name: str, sink: str, back: bool, drop_old: bool, cancel: 
         if dry_run:
             _tell(app, site, row, after, _plan(row, after))
             return
-        if not app.is_running(name):
+        if not pipeline_runs(site.state, name, members=spec.transport == "kafka"):
             warn(f"Pipeline {name} is not running; what it has to do begins when it is.")
         if back:
             _switch(site, row, after)
@@ -133,11 +133,6 @@ def _refuse_unsupported(spec: PipelineSpec, sink: str) -> None:
             f"Sink {sink} cannot be rebuilt beside itself: its store has no name that could be led elsewhere in one"
             f" step. Add a second sink to {spec.name}, verify it, and let its readers change over."
         )
-    if spec.transport != "embedded":
-        raise UsageError(
-            "Sinks are rebuilt with transport: embedded only, so far: nobody yet waits until every worker on Kafka"
-            " writes to the new generation, too."
-        )
 
 
 @contextlib.contextmanager
@@ -160,8 +155,7 @@ def _opened(site: Site, number: int) -> Generator[tuple[AnySink, list[Target]]]:
         reader.close()
     sink = open_sink(site.sink, spec.sinks[site.sink], spec.tombstone_ttl, number)
     try:
-        of_tables = (targets_of_table(pipeline, {sink.name: sink}, table, spec) for table in tables.values())
-        yield sink, [target for some in of_tables for target in some.values()]
+        yield sink, targets_of_sink(pipeline, sink, tables.values(), spec)
     finally:
         sink.close()
 

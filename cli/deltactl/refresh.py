@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,15 @@ from delta_sync.changes import Key
 from delta_sync.dumps import Dump
 from delta_sync.errors import UsageError
 from delta_sync.pipeline import check_columns, load_processor
-from delta_sync.refreshing import KEYS_MOST, NOTICED_S, NoticeStore, columns_by_table, typed
+from delta_sync.refreshing import (
+    KEYS_MOST,
+    NOTICED_S,
+    NoticeStore,
+    columns_by_table,
+    keys_of,
+    rows_having,
+    wanted_of,
+)
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
 from delta_sync.starting import read_tables
@@ -61,7 +69,7 @@ def refresh(
         raise UsageError(f"{len(texts):,} keys are more than {KEYS_MOST:,}; give fewer at once, or dump the tables.")
     spec = app.load(name)
     pipeline = load_processor(app.home(name), spec)
-    columns = columns_by_table(pipeline, lookup)
+    columns_by_table(pipeline, lookup)  # or say now that nobody asks it
     state = StateStore.open(spec.state, app.home(name), create=False)
     if state is None:
         raise UsageError(f"Pipeline {name} never ran; its first run asks for everything anyway.")
@@ -70,19 +78,13 @@ def refresh(
         try:
             tables = read_tables(spec, reader)
             check_columns(pipeline, tables)
-            wanted = {
-                (table, column): typed(tables[table], column, texts)
-                for table, some in columns.items()
-                for column in some
-            }
-            found: dict[str, list[Key]] = {}
+            wanted = wanted_of(pipeline, tables, lookup, texts)
+            found: Mapping[str, list[Key]] = {}
             ids: dict[str, int] = {}
             if dry_run:
                 found = _rows(reader, tables, wanted)
             else:
-                NoticeStore(state, name).add(
-                    lookup, list(dict.fromkeys(key for some in wanted.values() for key in some))
-                )
+                NoticeStore(state, name).add(lookup, keys_of(wanted))
                 time.sleep(NOTICED_S)  # until no process answers with what it has cached
                 found = _rows(reader, tables, wanted)
         finally:
@@ -107,17 +109,14 @@ def refresh(
 def _rows(
     reader: SourceReader, tables: dict[str, Table], wanted: dict[tuple[str, str], list[Any]]
 ) -> dict[str, list[Key]]:
-    """Return the keys of the rows that have one of these values, by table, each once."""
-    found: dict[str, dict[Key, None]] = {}
-    for (table, column), values in wanted.items():
-        found.setdefault(table, {}).update(dict.fromkeys(reader.keys_having(tables[table], column, values)))
-    return {table: list(some) for table, some in found.items()}
+    """Return the keys of the rows that have one of these values, by table, however many they are."""
+    return {table: some for table, some in rows_having(reader, tables, wanted).items() if some is not None}
 
 
 def _show(
     app: App,
     lookup: str,
-    found: dict[str, list[Key]],
+    found: Mapping[str, list[Key]],
     ids: dict[str, int],
     ended: Sequence[Dump],
     *,

@@ -49,7 +49,7 @@ def test(app: App, name: str, table: str | None, keys: str | None, events: Path 
     if keys is not None and table is None and len(spec.tables) > 1:
         raise UsageError(f"--keys are of one table: name it with --table. There are {', '.join(spec.tables)}.")
     pipeline = load_processor(app.home(name), spec)
-    reader = open_reader(spec, f"delta {name} test", ANSWER_S)
+    reader = open_reader(spec, f"delta {name} test", ANSWER_S, pipeline.documents)
     try:
         tables = read_tables(spec, reader)
         changes: dict[str, list[Change]]

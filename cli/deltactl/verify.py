@@ -140,10 +140,10 @@ def verify(
     with shown, open_verification(app.home(name), spec, wanted, shown, stopping, pace) as opened:
         try:
             shown.ages = Ages(subject.table.id for subject in opened.subjects)
-            total = _verify_all(opened, shown)
+            total = _verify_all(opened, shown, resume=continuous)
             while continuous:
-                shown.round(name, total, log_rests=opened.verifier.log_rests)
-                total = _verify_all(opened, shown)
+                shown.round(name, total, opened)
+                total = _verify_all(opened, shown, resume=True)
         except Stopped:
             shown.stop()
             warn("It was stopped; what was found until then stands above.")
@@ -154,10 +154,10 @@ def verify(
         raise click.exceptions.Exit(1)
 
 
-def _verify_all(opened: Opened, shown: _Shown) -> Tally:
-    total = Tally()
-    for subject in opened.subjects:
-        tally = opened.verifier.verify(subject)
+def _verify_all(opened: Opened, shown: _Shown, *, resume: bool) -> Tally:
+    total, rounds = Tally(), opened.rounds
+    for subject in rounds.in_turn(opened.subjects) if rounds is not None and resume else opened.subjects:
+        tally = opened.verifier.verify(subject) if rounds is None else rounds.verify(subject, resume=resume)
         shown.table(subject, tally)
         total = total.plus(tally)
     return total
@@ -258,9 +258,12 @@ class _Shown:
         if self._json:
             self._line({"table": subject.table.id, "state": "verified", **_numbers(tally)})
 
-    def round(self, name: str, total: Tally, *, log_rests: bool) -> None:
+    def round(self, name: str, total: Tally, opened: Opened) -> None:
         """Print what became of everything, when it begins again."""
+        log_rests = opened.verifier.log_rests
         oldest_s = self.ages.oldest_s(time.monotonic()) if self.ages is not None else None
+        if oldest_s is None and opened.rounds is not None:  # it went on where an earlier process was
+            oldest_s = opened.rounds.oldest_s(subject.table.id for subject in opened.subjects)
         if self._json:
             self._line({"pipeline": name, **_numbers(total), "oldest_s": oldest_s, "pipeline_runs": not log_rests})
         else:

@@ -136,7 +136,8 @@ class Sidecar:
         """
         spec = self._spec
         reader, watch_reader, check_reader = (
-            open_reader(spec, f"delta {spec.name} {use}", ANSWER_S) for use in ("sidecar", "watch", "check")
+            open_reader(spec, f"delta {spec.name} {use}", ANSWER_S, pipeline.documents)
+            for use in ("sidecar", "watch", "check")
         )
         self.position.forget()  # what it passed when it led before says nothing of the connector that it starts now
         self.progress.bytes_between = watch_reader.bytes_between

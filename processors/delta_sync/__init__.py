@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from delta_sync import lookup
+    from delta_sync.documents import many, one
     from delta_sync.errors import DeltaError, LookupBusy, Transient
     from delta_sync.events import RowEvent
     from delta_sync.pipeline import Enrichment, Lookup, Pipeline
@@ -27,6 +28,8 @@ __all__ = [
     "RowEvent",
     "Transient",
     "lookup",
+    "many",
+    "one",
 ]
 
 # Imported when they are asked for: every module of ours comes through here, and most commands need none of these.
@@ -41,6 +44,8 @@ _MODULES = {
     "Row": "values",
     "RowEvent": "events",
     "Transient": "errors",
+    "many": "documents",
+    "one": "documents",
 }
 
 

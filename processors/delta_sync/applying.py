@@ -20,7 +20,7 @@ from delta_sync.sinks.base import Sink, Target
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 15.0  # a restart of the sink is noticed soon; one that is down is not hammered
-THREADS = 2  # batches that one sink is given at once: one on the wire while the next is encoded
+THREADS = 2  # batches of each lane that one sink is given at once: one on the wire while the next is encoded
 
 
 class Part(NamedTuple):
@@ -60,7 +60,9 @@ class SinkWriter:
         self._clock = clock
         self.numbers = SinkNumbers()
         self._stopping = stopping
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix=f"sink-{sink.name}")
+        # Dumps have threads of their own: behind two of their parts a change would wait for the longer part of its way.
+        self._log_pool = ThreadPoolExecutor(THREADS, thread_name_prefix=f"sink-{sink.name}")
+        self._dump_pool = ThreadPoolExecutor(THREADS, thread_name_prefix=f"sink-{sink.name}-dump")
         backoff = tenacity.wait_random_exponential(RETRY_FIRST_S, RETRY_MOST_S)
 
         def wait(state: tenacity.RetryCallState) -> float:
@@ -70,9 +72,9 @@ class SinkWriter:
 
         self._wait = wait
 
-    def submit(self, parts: Sequence[Part]) -> Future[list[Applied]]:
+    def submit(self, parts: Sequence[Part], *, of_dump: bool = False) -> Future[list[Applied]]:
         """Apply the parts in the background. The future has the outcomes, or SinkBusy, SinkRefused, or a defect."""
-        return self._pool.submit(self._apply, parts)
+        return (self._dump_pool if of_dump else self._log_pool).submit(self._apply, parts)
 
     def prepare(self, targets: Sequence[Target]) -> None:
         """Create what the targets need, for as long as it takes. Raises SinkBusy when Delta stops before."""
@@ -86,7 +88,8 @@ class SinkWriter:
 
     def close(self) -> None:
         """Wait for what is under way, then close the sink."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._log_pool, self._dump_pool):
+            pool.shutdown(wait=True, cancel_futures=True)
         self.sink.close()
 
     def _apply(self, parts: Sequence[Part]) -> list[Applied]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import orjson
 
 from delta_sync.changes import Change, Key
+from delta_sync.documents import Watch
 from delta_sync.errors import UndecodableChange
 from delta_sync.events import Op, RowEvent
 from delta_sync.tables import Table
@@ -64,6 +67,33 @@ class Stretch(NamedTuple):
     undecodable: Sequence[Undecodable] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Watching:
+    """A watch on a table's changes, for documents of a root, and how its columns' values are read out of an image."""
+
+    root: str
+    watch: Watch
+    values: Callable[[Image], Key]
+
+
+class Touched:
+    """Which values the changes of some batches had in columns that lead to documents, before and after each.
+
+    `by_watch` has the values, by the document's root and the watch; `seen` the transactions of which a snapshot has to
+    show all, each with its last version. `emptied` are tables that were truncated, and `blind` those of which an event
+    does not tell what the row was before, though it should.
+    """
+
+    def __init__(self) -> None:
+        self.by_watch: dict[Watching, set[Key]] = {}
+        self.seen: dict[int, int] = {}
+        self.emptied: set[str] = set()
+        self.blind: set[str] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self.by_watch or self.emptied or self.blind)
+
+
 class Decoded(NamedTuple):
     """What some batches hold: by table, the newest change per key; truncates; the newest heartbeat; row events."""
 
@@ -76,6 +106,7 @@ class Decoded(NamedTuple):
     events: int
     misfits: frozenset[str]  # tables of which an event has other columns than the catalogue had
     each: Sequence[RowEvent] = ()  # every change of the tables of which that is wanted, in the log's order
+    touched: Touched | None = None  # of the tables that are watched; None: no change of theirs
 
     def reads_rows_of(self, other: Decoded) -> bool:
         """Tell whether a row that is to be read by its key is read for the other batches, too."""
@@ -95,13 +126,17 @@ def decode(
     heartbeat_prefix: str,
     read_ahead: Mapping[str, ReadAhead] | None = None,
     each_of: Collection[str] = (),
+    watched: Mapping[str, Sequence[Watching]] = MappingProxyType({}),
+    parts_only: Collection[str] = (),
 ) -> Decoded:
     """Return the newest change per key of some stretches of the log, given in its order; and each of some tables.
 
     Of an event that is not the newest of its key nothing but the key is looked at. Events of tables without a codec
     are left out: the table was removed from the pipeline. A row that was read ahead, by table, counts as lacking.
+    Of tables that are `watched`, by table, it is noted what leads to documents; nothing else of those that are
+    `parts_only`.
     """
-    newest: dict[str, dict[Hashable, Versioned]] = {table: {} for table in codecs}
+    newest: dict[str, dict[Hashable, Versioned]] = {table: {} for table in codecs if table not in parts_only}
     raw_keys = {table: _raw_key(codec.table.key) for table, codec in codecs.items()}
     truncates: dict[str, int] = {}
     heartbeat_lsn: int | None = None
@@ -109,6 +144,7 @@ def decode(
     count = 0
     undecodable: list[Undecodable] = []
     each: list[RowEvent] = []
+    touched = Touched()
     for epoch, events, broken in stretches:
         undecodable += broken
         base = epoch << POSITION_BITS
@@ -122,19 +158,25 @@ def decode(
                     heartbeat_lsn = max(source["lsn"], heartbeat_lsn or 0)
                 continue
             table = source["schema"] + "." + source["table"]
-            keys = newest.get(table)
-            if keys is None:
+            if table not in codecs:
                 continue
             version = base | source["lsn"]
+            watching = watched.get(table)
+            if watching is not None:
+                _touch(touched, table, watching, event, version, undecodable)
+            keys = newest.get(table)
             if op == "t":
-                _truncate(keys, version)
-                truncates[table] = max(version, truncates.get(table, 0))
+                if keys is not None:
+                    _truncate(keys, version)
+                    truncates[table] = max(version, truncates.get(table, 0))
                 continue
             if table in each_of:
                 try:
                     each.append(_row_event(codecs[table], version, event))
                 except UndecodableChange as error:
                     undecodable.append(Undecodable(table, version, event, error))
+            if keys is None:
+                continue
             key = raw_keys[table](event["after"] or event["before"])
             known = keys.get(key)
             if known is None or known[0] <= version:
@@ -153,8 +195,53 @@ def decode(
             if not fits:
                 misfits.add(table)
     return Decoded(
-        changes, lacking, truncates, undecodable, heartbeat_lsn, oldest_ts_ms, count, frozenset(misfits), tuple(each)
+        changes,
+        lacking,
+        truncates,
+        undecodable,
+        heartbeat_lsn,
+        oldest_ts_ms,
+        count,
+        frozenset(misfits),
+        tuple(each),
+        touched or None,
     )
+
+
+def _touch(
+    touched: Touched,
+    table: str,
+    watching: Sequence[Watching],
+    event: Event,
+    version: int,
+    undecodable: list[Undecodable],
+) -> None:
+    """Note what a change says about documents."""
+    source = event["source"]
+    xid = source["txId"] or 0
+    touched.seen[xid] = max(version, touched.seen.get(xid, 0))
+    if event["op"] == "t":
+        touched.emptied.add(table)
+        return
+    before, after = event["before"], event["after"]
+    for one in watching:
+        watch = one.watch
+        known = touched.by_watch.setdefault(one, set())
+        for image in (before, after):
+            if image is None:
+                if image is before and event["op"] == "u" and watch.needs_before:
+                    touched.blind.add(table)
+                continue
+            if any(image.get(name) is None for name in watch.columns):
+                if image is before and any(
+                    image.get(name) is None and not watch.table.column(name).nullable for name in watch.columns
+                ):
+                    touched.blind.add(table)
+                continue  # it belongs to none
+            try:
+                known.add(one.values(image))
+            except UndecodableChange as error:
+                undecodable.append(Undecodable(table, version, event, error))
 
 
 _OPS: Mapping[str, Op] = {"c": "insert", "u": "update", "d": "delete"}

@@ -17,7 +17,7 @@ from delta_sync.errors import UsageError
 from delta_sync.tables import Column, Table
 from delta_sync.tables import Kind as ColumnKind
 
-Kind = Literal["load", "table", "keys", "where"]
+Kind = Literal["load", "table", "keys", "where", "refresh"]
 State = Literal["pending", "running", "paused", "done", "cancelled", "failed"]
 Order = Literal["pause", "resume", "cancel", "throttle"]
 
@@ -27,11 +27,13 @@ PLANNED_AHEAD = 16  # chunks: more than all readers of some processes take while
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dump:
-    """One dump as it is stored. `load`: a table's load, which Delta begins; the others are asked for.
+    """One dump as it is stored. `load`: a table's load, and `refresh`: all rows, to ask look-ups again, which Delta
+    begins; the others are asked for.
 
     `reason` says why it was begun, `waits` for what it waits, or why it has ended so. `sinks` is None for all of the
     table's. `covered_from`, `epoch` and `fingerprint` are those of its beginning, as in `TableLoad`; None: it has not
-    begun. Chunks are there, or were, for all keys up to `planned_to`, and with `planned` for the others, too.
+    begun. `floor` is a version: what it meets gets that one or a higher one. Chunks are there, or were, for all keys up
+    to `planned_to`, and with `planned` for the others, too.
     """
 
     id: int = 0
@@ -48,6 +50,7 @@ class Dump:
     epoch: int | None = None
     fingerprint: str | None = None
     covered_from: int | None = None
+    floor: int | None = None
     planned_to: Key | None = None
     planned: bool = False
     rows: int = 0

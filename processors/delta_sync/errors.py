@@ -87,6 +87,10 @@ class StateBusy(Transient):
     """The state store is locked by another process for too long, unreachable, or restarting."""
 
 
+class NoticesWait(Transient):
+    """No notice can be taken at the moment: the pipeline is just starting, or too many wait to be heeded."""
+
+
 class RegistryBusy(Transient):
     """The schema registry is unreachable, timed out, or asked to slow down."""
 
@@ -155,6 +159,10 @@ class LeaseLost(DeltaError):
 
 class LoadOverruled(DeltaError):
     """How far a load is was to be recorded, and the table is to be loaded from the start since: begin anew."""
+
+
+class Outgrown(DeltaError):
+    """The process has more memory than it may have. Everything is confirmed; another process goes on."""
 
 
 class EpochRose(DeltaError):

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import structlog
 
@@ -31,18 +31,22 @@ from delta_sync.state import Lease, StateStore, TableLoad
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.values import Row
-from delta_sync.versions import dump_version
+from delta_sync.versions import dump_version, version_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-SLICE_ROWS = 2000  # handed to the worker at once, so that changes of the log wait for no more than that
+SLICE_ROWS = 2000  # handed to the worker at once while the log rests: larger ones cost no less for a row
+SLICE_ROWS_BESIDE_LOG = 400  # while changes come: a change waits for one of them in each stage that it goes through
 SLICES_MOST = 3  # handed over and not yet acknowledged: one that is written, one that is processed, one that waits
 CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
 WAIT_NOTICE_S = 2.0  # then one wants to know for whom a dump waits
 FIRST_LOAD = "first load"
 LOOK_S = 1.0  # between looks whether there is something to do: anybody may ask for a dump, or pause one
 RETRY_S = 1.0  # after the source or the state store did not answer
-HELD_CHUNKS = 4  # read and not yet written, in units of the chunk's byte limit
+HELD_CHUNKS = (
+    4  # read and not yet written, in units of a chunk's limits of bytes and rows. They wait for the log to pass,
+)
+# so a dump brings no more than these in each round trip through it: the slower the log, the slower the dump
 LEASE_S = 30.0  # a chunk of a process that died is read by another after that
 RENEW_S = LEASE_S / 3
 KEPT = 100  # dumps that have ended, for `deltactl dump list`
@@ -112,7 +116,9 @@ class Loader(threading.Thread):
     Each of `readers` is for one thread that reads chunks; `reader` is for planning and for heartbeats. `finished` is
     called when a dump that removes what it did not meet has met everything. Where several processes carry out dumps,
     `keeper` has the lease of the one that plans; `owner` is another one in each. `fills` tells whether this process
-    writes to the sinks that a dump is for: one into a new generation begins in the run that has it.
+    writes to the sinks that a dump is for: one into a new generation begins in the run that has it. `unchanged` raises
+    GenerationsChanged when the sinks are others by now; then no chunk is recorded that some of them lack.
+    `changes_come` tells whether the log brings changes, to which a dump gives way.
     """
 
     def __init__(
@@ -137,6 +143,8 @@ class Loader(threading.Thread):
         stopping: threading.Event,
         keeper: LeaseKeeper | None = None,
         fills: Callable[[Dump], bool] = lambda _: True,
+        unchanged: Callable[[], None] = lambda: None,
+        changes_come: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(name="load", daemon=True)
         self._pipeline = pipeline
@@ -159,6 +167,8 @@ class Loader(threading.Thread):
         self._stopping = stopping
         self._keeper = keeper
         self._fills = fills
+        self._unchanged = unchanged
+        self._changes_come = changes_come
         self._asking = threading.Lock()  # of `reader`, which is used by two threads
         self._news = threading.Condition()
         self._reloads: dict[str, Reload] = {}
@@ -166,9 +176,10 @@ class Loader(threading.Thread):
         self._plans = 0  # rises whenever there may be something to read
         self._read: deque[Rows] = deque()
         self._passed: deque[Rows] = deque()
-        self._held = 0  # bytes
+        self._held_bytes = self._held_rows = 0
         self._last = 0  # the dump of which a chunk was read last
         self._under_way = False
+        self.recorded = 0  # chunks that every sink has, by this process
 
     # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
 
@@ -340,9 +351,13 @@ class Loader(threading.Thread):
 
     def _as_begun(self, dump: Dump, table: Table, covered_from: int | None, fingerprint: str) -> Dump:
         with self._asking:
-            estimate = self._reader.estimated_rows(table) if dump.kind in ("load", "table") else dump.estimate
+            whole = dump.kind in ("load", "table", "refresh")
+            estimate = self._reader.estimated_rows(table) if whole else dump.estimate
+            clock = self._reader.clock() if table.is_document else None
+        assert covered_from is not None, "it begins"
+        floor = dump_version(self._epoch, covered_from) if clock is None else version_of(self._epoch, clock)
         return dataclasses.replace(
-            dump, epoch=self._epoch, fingerprint=fingerprint, covered_from=covered_from, estimate=estimate
+            dump, epoch=self._epoch, fingerprint=fingerprint, covered_from=covered_from, floor=floor, estimate=estimate
         )
 
     def _lease(self) -> Lease | None:
@@ -390,13 +405,20 @@ class Loader(threading.Thread):
 
     def _read_next(self, reader: SourceReader) -> None:
         plans = self._plans
-        held_most = HELD_CHUNKS * self._options.chunk_bytes
         with self._news:
-            self._news.wait_for(lambda: self._held < held_most or self._stopping.is_set())
+            self._news.wait_for(lambda: self.has_room or self._stopping.is_set())
         if self._stopping.is_set() or self.read_chunk(reader):
             return
         with self._news:
             self._news.wait_for(lambda: self._plans != plans or self._stopping.is_set(), self._until_next_s())
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room for more rows: those that were read have to wait for log and sinks."""
+        options = self._options
+        return (
+            self._held_bytes < HELD_CHUNKS * options.chunk_bytes and self._held_rows < HELD_CHUNKS * options.chunk_rows
+        )
 
     def _until_next_s(self) -> float:
         return LOOK_S if not self._under_way else READ_LOOK_S
@@ -421,7 +443,8 @@ class Loader(threading.Thread):
             raise
         if rows is not None:
             with self._news:
-                self._held += rows.size
+                self._held_bytes += rows.size
+                self._held_rows += len(rows.rows)
                 self._read.append(rows)
                 self._news.notify_all()
         return True
@@ -479,7 +502,7 @@ class Loader(threading.Thread):
             with self._news:
                 self._plans += 1
                 self._news.notify_all()
-        return Rows(lease, rows, dump_version(self._epoch, claim), estimated_bytes(rows))
+        return Rows(lease, rows, chunk.version(self._epoch, claim), estimated_bytes(rows))
 
     def _complete(self, lease: ChunkLease, chunk: Chunk, rows: list[tuple[Key, Row | None]]) -> ChunkLease:
         """Add what keys without a row mean: their documents are to go. Keys that were left out are read later."""
@@ -558,6 +581,8 @@ class Loader(threading.Thread):
 
     def _cut(self) -> Iterator[tuple[Slice, Rows, bool]]:
         """Yield slices of the chunks that the log has come past, and whether each is its chunk's last."""
+        # What a NamedTuple's own does, without its call of a Python function.
+        new = cast("Callable[..., Change]", tuple.__new__)  # pyright: ignore[reportUnknownMemberType] -- it is generic
         while self._passed:
             with self._news:
                 rows = self._passed.popleft()
@@ -569,10 +594,12 @@ class Loader(threading.Thread):
                 self._record(rows)
                 continue
             sinks = None if dump.sinks is None else frozenset(dump.sinks)
-            for start in range(0, len(rows.rows), SLICE_ROWS):
-                some = rows.rows[start : start + SLICE_ROWS]
-                changes = [Change(dump.table, key, rows.version, row) for key, row in some]
-                yield Slice(dump.table, changes, Future(), sinks), rows, start + SLICE_ROWS >= len(rows.rows)
+            start = 0
+            while start < len(rows.rows):
+                end = start + (SLICE_ROWS_BESIDE_LOG if self._changes_come() else SLICE_ROWS)
+                changes = [new(Change, (dump.table, key, rows.version, row)) for key, row in rows.rows[start:end]]
+                yield Slice(dump.table, changes, Future(), sinks), rows, end >= len(rows.rows)
+                start = end
 
     def _may_write(self, lease: ChunkLease) -> bool:
         """Whether a chunk's rows are still wanted, as they were read.
@@ -594,7 +621,9 @@ class Loader(threading.Thread):
         lease = rows.lease
         try:
             if lease.dump.table in self._tables():
+                self._keep_trying(self._unchanged)
                 self._keep_trying(lambda: self._dumps.finish_chunk(lease, len(rows.rows)))
+                self.recorded += 1
             else:
                 self._keep_trying(lambda: self._dumps.release_chunk(lease))
         except LeaseLost as error:
@@ -603,7 +632,8 @@ class Loader(threading.Thread):
 
     def _let_go(self, rows: Rows) -> None:
         with self._news:
-            self._held -= rows.size
+            self._held_bytes -= rows.size
+            self._held_rows -= len(rows.rows)
             self._looks += 1
             self._news.notify_all()
 

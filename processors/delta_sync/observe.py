@@ -1,19 +1,23 @@
-"""What a running pipeline shows over HTTP: `/metrics` for Prometheus, `/healthz`, `/readyz`, `/status`."""
+"""What a running pipeline shows over HTTP (`/metrics`, `/healthz`, `/readyz`, `/status`) and takes (`/notices`)."""
 
 from __future__ import annotations
 
+import hmac
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from delta_sync.errors import UsageError
+from delta_sync.errors import Transient, UsageError
+from delta_sync.notices import BYTES_MOST, NoticeIntake
 from delta_sync.progress import READY, Progress
 from delta_sync.secrets import redact
 
@@ -37,6 +41,11 @@ class ProgressCollector(Collector):
             ("delta_writes", "Documents written or deleted, whatever the number of sinks.", progress.writes),
             ("delta_dead_letters", "Changes kept as dead letters.", progress.dead_letters),
             ("delta_reread_rows", "Rows read by key because an event lacked a value.", progress.reread_rows),
+            (
+                "delta_processor_timeouts",
+                "Changes on which processor.py took too long, and was ended.",
+                progress.processor_timeouts(),
+            ),
             ("delta_capture_restarts", "Starts of the capture after it ended.", progress.capture_restarts),
             (
                 "delta_positions_expired",
@@ -80,6 +89,24 @@ class ProgressCollector(Collector):
             loaded.add_metric([pipeline, table], load.get("rows", 0))
         yield loaded
         yield from self._dumps()
+        yield from self._verified()
+
+    def _verified(self) -> Iterable[Metric]:
+        """Yield what `deltactl verify` has found, by whichever process."""
+        labels = ["pipeline", "table"]
+        age = GaugeMetricFamily(
+            "delta_verified_age_seconds", "No row's last verification is older; absent: there was none.", labels=labels
+        )
+        rows = CounterMetricFamily("delta_verified_rows", "Rows verified.", labels=labels)
+        differences = CounterMetricFamily("delta_verified_differences", "Differences found.", labels=labels)
+        repaired = CounterMetricFamily("delta_verified_repaired", "Differences repaired.", labels=labels)
+        for one in self._progress.verified_now():
+            if one.age_s is not None:
+                age.add_metric([self._pipeline, one.table], one.age_s)
+            rows.add_metric([self._pipeline, one.table], one.rows)
+            differences.add_metric([self._pipeline, one.table], one.differences)
+            repaired.add_metric([self._pipeline, one.table], one.repaired)
+        yield from (age, rows, differences, repaired)
 
     def _dumps(self) -> Iterable[Metric]:
         """Yield what is known of dumps under way, in the process that plans them."""
@@ -124,6 +151,22 @@ class ProgressCollector(Collector):
             seconds.add_metric(of, *numbers.seconds.read())
             breaker.add_metric([*of, numbers.breaker], 1)
         yield from (calls, keys, batches, seconds, breaker)
+        notices = CounterMetricFamily(
+            "delta_notices",
+            "Notices that a look-up's answers have changed, by origin (http, kafka) and what became of them.",
+            labels=["pipeline", "origin", "outcome"],
+        )
+        for (origin, outcome), count in dict(self._progress.notices).items():
+            notices.add_metric([self._pipeline, origin, outcome], count)
+        yield notices
+        ages = GaugeMetricFamily(
+            "delta_enrichment_age_seconds",
+            "How long ago a table's oldest enrichment was made, at most, of look-ups with refresh_after.",
+            labels=["pipeline", "table"],
+        )
+        for table, age_s in self._progress.enrichment_ages_s.items():
+            ages.add_metric([self._pipeline, table], age_s)
+        yield ages
 
     def _measures(self) -> Iterable[Metric]:
         """Yield what is measured per batch, and per partition."""
@@ -165,15 +208,82 @@ class ProgressCollector(Collector):
         yield since
 
 
-def serve(pipeline: str, progress: Progress, host: str, port: int) -> ThreadingHTTPServer:
+NOTICES = "/notices"
+CLIENT_S = 30.0  # without a byte: a client that stops in the midst of a notice does not keep its thread
+AT_ONCE = 2  # notices that are read and parsed: each may take some ten times its bytes
+DISCARDED_MOST = 64 << 20
+BUSY_S = 2  # then a state store that was locked, or a pipeline that was starting, may do
+
+
+class Answered(NamedTuple):
+    """The answer to a request: `said` is its JSON."""
+
+    status: HTTPStatus
+    said: Mapping[str, Any]
+    headers: Mapping[str, str] = MappingProxyType({})
+    body_read: bool = True
+
+
+class NoticeDoor:
+    """`POST /notices`: who may send notices, and what each is told. `token` is the secret itself."""
+
+    def __init__(self, token: str, intake: NoticeIntake) -> None:
+        self._token = token.encode()
+        self._intake = intake
+        self._room = threading.BoundedSemaphore(AT_ONCE)
+
+    def take(self, authorization: str | None, length: str | None, read: Callable[[int], bytes]) -> Answered:
+        """Take the notice that `read` returns. 202 means that it is in the state store, and nothing else does."""
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):
+            told = {"WWW_Authenticate": "Bearer"}
+            said = "Send `Authorization: Bearer …` with the token that notices.token of pipeline.yaml names."
+            return _refused(HTTPStatus.UNAUTHORIZED, said, told, body_read=False)
+        if length is None or not length.isdigit():
+            return _refused(HTTPStatus.LENGTH_REQUIRED, "Send Content-Length: chunks are not taken.", body_read=False)
+        if int(length) > BYTES_MOST:
+            said = f"A notice has {BYTES_MOST >> 20} MiB at most; send several."
+            return _refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, said, body_read=False)
+        if not self._room.acquire(timeout=BUSY_S):
+            return _busy("Other notices are being taken.", body_read=False)
+        try:
+            body = read(int(length))
+            if len(body) < int(length):
+                return _refused(HTTPStatus.BAD_REQUEST, "The notice ends before its Content-Length.")
+            ids, refused = self._intake.take("http", [body])
+        except Transient as error:
+            return _busy(redact(str(error)))
+        finally:
+            self._room.release()
+        if refused:
+            return _refused(HTTPStatus.BAD_REQUEST, redact(refused[0].reason))
+        return Answered(HTTPStatus.ACCEPTED, {"notice": ids[0]})
+
+
+def _refused(
+    status: HTTPStatus, said: str, headers: Mapping[str, str] = MappingProxyType({}), *, body_read: bool = True
+) -> Answered:
+    return Answered(status, {"error": said}, headers, body_read)
+
+
+def _busy(said: str, *, body_read: bool = True) -> Answered:
+    return _refused(HTTPStatus.SERVICE_UNAVAILABLE, said, {"Retry_After": str(BUSY_S)}, body_read=body_read)
+
+
+def serve(
+    pipeline: str, progress: Progress, host: str, port: int, door: NoticeDoor | None = None
+) -> ThreadingHTTPServer:
     """Serve until `shutdown` is called on what is returned. Port 0: any free one. Raises UsageError: port taken.
 
-    `/healthz` is 200 as long as the process lives and has not failed; `/readyz` when changes flow.
+    `/healthz` is 200 as long as the process lives and has not failed; `/readyz` when changes flow. `door` is what
+    `POST /notices` leads to.
     """
     registry = CollectorRegistry()
     registry.register(ProgressCollector(pipeline, progress))
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = CLIENT_S
+
         def do_GET(self) -> None:
             state, reason = progress.state()
             path = self.path.partition("?")[0]
@@ -186,12 +296,35 @@ def serve(pipeline: str, progress: Progress, host: str, port: int) -> ThreadingH
                 self._answer(status, "text/plain; charset=utf-8", f"{text}\n".encode())
             elif path == "/status":
                 self._answer(HTTPStatus.OK, "application/json", json.dumps(progress.document()).encode())
+            elif path == NOTICES:
+                self._answer(HTTPStatus.METHOD_NOT_ALLOWED, "text/plain", b"Notices are sent by POST.\n", Allow="POST")
             else:
-                self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"/metrics, /healthz, /readyz, /status\n")
+                self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"/metrics, /healthz, /readyz, /status, /notices\n")
 
-        def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+        def do_POST(self) -> None:
+            """Take a notice: 202 once it is in the state store."""
+            if door is None or self.path.partition("?")[0] != NOTICES:
+                self._discard()
+                text = b"There is nothing to POST here; notices.token in pipeline.yaml opens /notices.\n"
+                self._answer(HTTPStatus.NOT_FOUND, "text/plain", text)
+                return
+            answer = door.take(self.headers.get("Authorization"), self.headers.get("Content-Length"), self.rfile.read)
+            if not answer.body_read:
+                self._discard()
+            self._answer(answer.status, "application/json", json.dumps(answer.said).encode() + b"\n", **answer.headers)
+
+        def _discard(self) -> None:
+            """Read what is not wanted, up to a bound: a client that is still sending sees no answer."""
+            length = self.headers.get("Content-Length", "")
+            rest = min(int(length), DISCARDED_MOST) if length.isdigit() else 0
+            while rest > 0 and (some := self.rfile.read(min(rest, 1 << 16))):
+                rest -= len(some)
+
+        def _answer(self, status: HTTPStatus, content_type: str, body: bytes, **headers: str) -> None:
             self.send_response(status)
             self.send_header("Content-Type", content_type)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

@@ -21,16 +21,18 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+from delta_sync.documents import DEBOUNCE, DocumentSpec, PartSpec, check_documents
 from delta_sync.errors import DeltaError, UsageError
 from delta_sync.events import Condition, Handler
 from delta_sync.shaping import Shape, compiled
-from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, load_spec, parse_duration_s
+from delta_sync.spec import PROCESSOR_FILE, SPEC_FILE, PipelineSpec, ShapeSpec, load_spec, parse_duration_s
 from delta_sync.tables import Kind, Table
 from delta_sync.values import Document
 
 ProcessorFunction = Callable[..., Document | None]
 LookupFunction = Callable[[list[Any]], "Mapping[Any, Any] | Awaitable[Mapping[Any, Any]]"]
 DEADLINE = "2s"  # of a look-up that is not required: what readers of a document would wait for it, too
+REFRESH_LEAST_S = 2.0  # a round of dumps is begun and ended by looks a second apart
 HandlerT = TypeVar("HandlerT", bound=Callable[[Any], object])
 FunctionT = TypeVar("FunctionT", bound=ProcessorFunction)
 
@@ -53,6 +55,7 @@ class Lookup:
         trip_after: int,
         pause_s: float,
         complete: bool,
+        refresh_after_s: float | None = None,
     ) -> None:
         self.function = function
         self.name = function.__name__
@@ -67,6 +70,12 @@ class Lookup:
         self.cache_size = cache_size
         self.timeout_s = timeout_s
         self.concurrency = concurrency
+        self.refresh_after_s = refresh_after_s
+
+    @property
+    def rounds_s(self) -> float | None:
+        """How old an answer may be in a document before it is asked for again, without what the cache adds to it."""
+        return None if self.refresh_after_s is None else self.refresh_after_s - max(self.ttl_s, self.missing_ttl_s)
 
     def by(self, column: str) -> Enrichment:
         """Return the enrichment that asks this look-up with the value of `column` (not asked when that is None)."""
@@ -100,8 +109,68 @@ class Pipeline:
     def __init__(self, name: str) -> None:
         self.name = name
         self.tables: dict[str, TableProcessor] = {}
+        self.generations: dict[str, dict[str, TableProcessor]] = {}  # by table, and by the generation of a sink
         self.lookups: dict[str, Lookup] = {}
         self.handlers: dict[str, Handler] = {}
+        self.documents: dict[str, DocumentSpec] = {}
+
+    def affected(self, tables: Iterable[str]) -> list[str]:
+        """Return the tables with documents of their own that are made of rows of these: themselves, and roots."""
+        wanted = set(tables)
+        roots = {root for root, document in self.documents.items() if not wanted.isdisjoint(document.tables)}
+        return [name for name in self.tables if name in wanted or name in roots]
+
+    def document(
+        self,
+        table: str,
+        *,
+        parts: Mapping[str, PartSpec] | None = None,
+        query: str | None = None,
+        to: Sequence[str] | None = None,
+        enrich: Mapping[str, Enrichment] | None = None,
+        debounce: str | float = DEBOUNCE,
+    ) -> Callable[[FunctionT], FunctionT]:
+        """Declare the function that makes a document of a row of `table` and of its parts, which other tables have.
+
+        `parts` maps names to `one(…)` and `many(…)`: the function gets the row with a dict (or None), or a list of
+        dicts, by each name. A change of any of these rows builds the document anew, from one snapshot of the source; a
+        document is built at most once within `debounce`, and no later than that after a change. With `query` the row is
+        what this SELECT returns instead; it has a parameter for each key column, an array (`WHERE id = ANY(%(id)s)`),
+        returns one row for each key that has one, and `parts` says of which tables' rows it is made. The rest is as for
+        `table`.
+
+        Raises UsageError as `table` does, and for parts that cannot be meant. What only the source knows (foreign keys,
+        columns) is checked when the pipeline is.
+        """
+        if callable(table):  # pyright: ignore[reportUnnecessaryComparison] -- users need not type-check
+            raise UsageError(f'{_where(table)}: @….document needs the table\'s name; write @….document("schema.name").')
+
+        def declare(function: FunctionT) -> FunctionT:
+            where = _where(function)
+            if not parts and query is None:
+                raise UsageError(f"{where}: a document has parts, or a query; without them it is a row: use @….table.")
+            try:
+                debounce_s = parse_duration_s(debounce)
+            except ValueError as error:
+                raise UsageError(f"{where}: {error}.") from None
+            if debounce_s < 0:
+                raise UsageError(f"{where}: debounce cannot be below 0.")
+            _check_to(to, where)
+            if to and _are_generations(to, where):
+                raise UsageError(
+                    f"{where}: the parts are the same in every generation; declare its function with"
+                    f' @….table("{table}", to={list(to)}).'
+                )
+            document = DocumentSpec(table, dict(parts or {}), query, debounce_s)
+            _check_parts(document.parts, where)
+            spec = _spec_beside(function)
+            if spec is not None:
+                check_documents([document], spec, where)
+            declared = self.table(table, to=to, enrich=enrich)(function)
+            self.documents[table] = document
+            return declared
+
+        return declare
 
     def table(
         self, table: str, *, to: Sequence[str] | None = None, enrich: Mapping[str, Enrichment] | None = None
@@ -111,7 +180,9 @@ class Pipeline:
         The function is called with the row, a dict that it may keep and change (but not the lists and dicts that a
         column holds: they are kept for a dead letter), and, by name, with each value of
         `enrich`. It must depend on nothing else: it runs again whenever a row is read again. `to` names sinks of the
-        specification; without it the documents go to all of them.
+        specification; without it the documents go to all of them. A second function of the same table may be for a
+        generation of a sink, such as `to=["search.1"]`: while the sink is rebuilt, that one gets its documents instead.
+        A sink that was never rebuilt is its first generation.
 
         Raises UsageError: unknown sink or table, table declared twice, arguments that do not match `enrich`.
         """
@@ -122,10 +193,14 @@ class Pipeline:
         def declare(function: FunctionT) -> FunctionT:
             where = _where(function)
             _check_to(to, where)
-            if table in self.tables:
-                raise UsageError(
-                    f"{where}: table {table} is declared twice, before in {_where(self.tables[table].function)}."
-                )
+            of_generations = _are_generations(to or (), where)
+            same = self.generations.setdefault(table, {}) if of_generations else self.tables
+            for name in to or () if of_generations else (table,):
+                if name in same:
+                    what = f"{table} for {name}" if of_generations else table
+                    raise UsageError(
+                        f"{where}: table {what} is declared twice, before in {_where(same[name].function)}."
+                    )
             enrichments = dict(enrich or {})
             for name, enrichment in enrichments.items():
                 if not isinstance(enrichment, Enrichment):  # pyright: ignore[reportUnnecessaryIsInstance] -- users need not type-check
@@ -134,10 +209,26 @@ class Pipeline:
             spec = _spec_beside(function)
             if spec is not None:
                 _check_against(spec, self.name, table, to or (), where)
-            self.tables[table] = TableProcessor(table, function, tuple(to or ()), enrichments)
+            declared = TableProcessor(table, function, tuple(to or ()), enrichments)
+            same.update(dict.fromkeys((to or ()) if of_generations else (table,), declared))
             return function
 
         return declare
+
+    def functions(self) -> list[TableProcessor]:
+        """Return every function that is declared for a table's rows."""
+        return [*self.tables.values(), *(one for some in self.generations.values() for one in some.values())]
+
+    def made_by(self, table: str, sinks: Iterable[str]) -> list[tuple[TableProcessor, list[str]]]:
+        """Return what makes a table's documents for these sinks, each with those that it is for. Pure."""
+        own = self.generations.get(table)
+        if not own:
+            return [(self.tables[table], list(sinks))]
+        found: dict[int, tuple[TableProcessor, list[str]]] = {}
+        for sink in sinks:
+            processor = own.get(sink if "." in sink else f"{sink}.1", self.tables[table])
+            found.setdefault(id(processor), (processor, []))[1].append(sink)
+        return list(found.values())
 
     def on(
         self,
@@ -196,6 +287,7 @@ class Pipeline:
         trip_after: int = 5,
         pause: str | float = "10s",
         complete: bool = False,
+        refresh_after: str | float | None = None,
     ) -> Callable[[LookupFunction], Lookup]:
         """Declare a batched call to a service: a list of distinct keys in, a mapping from key to answer out.
 
@@ -209,7 +301,8 @@ class Pipeline:
         `required`: a change waits for its answer, as long as it takes. If it is not, its documents are written without
         (the argument is None) when the service has not answered within `deadline` (2 s by default), and again when it
         is back. `complete`: the service answers for every key, if only with None; an answer that lacks some is
-        repeated.
+        repeated. `refresh_after`: so old, and no older, an answer becomes in a document while the pipeline runs; the
+        tables that ask are read over and over, at a rate that suffices for it. At least twice `ttl`.
 
         Raises UsageError: a look-up of that name exists, a wrong signature, a limit that is not above 0.
         """
@@ -236,12 +329,18 @@ class Pipeline:
                 ttl_s, timeout_s, pause_s = map(parse_duration_s, (ttl, timeout, pause))
                 missing_ttl_s = ttl_s if missing_ttl is None else parse_duration_s(missing_ttl)
                 deadline_s = None if required else parse_duration_s(DEADLINE if deadline is None else deadline)
+                refresh_after_s = None if refresh_after is None else parse_duration_s(refresh_after)
             except ValueError as error:
                 raise UsageError(f"{where}: {error}.") from None
             if min(numbers.values()) < 1 or timeout_s <= 0 or min(ttl_s, missing_ttl_s) < 0:
                 raise UsageError(f"{where}: batch, cache_size, concurrency, trip_after and timeout must be above 0.")
             if pause_s <= 0 or (deadline_s is not None and deadline_s <= 0):
                 raise UsageError(f"{where}: pause and deadline must be above 0.")
+            if refresh_after_s is not None and refresh_after_s < max(2 * ttl_s, 2 * missing_ttl_s, REFRESH_LEAST_S):
+                raise UsageError(
+                    f"{where}: refresh_after must be at least twice ttl and missing_ttl, for as old an answer may be"
+                    f" when it is written, and {REFRESH_LEAST_S:g} s."
+                )
             declared = Lookup(
                 function,
                 batch=batch,
@@ -255,6 +354,7 @@ class Pipeline:
                 trip_after=trip_after,
                 pause_s=pause_s,
                 complete=complete,
+                refresh_after_s=refresh_after_s,
             )
             self.lookups[name] = declared
             return declared
@@ -267,6 +367,17 @@ def _where(function: Callable[..., object]) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
     name = getattr(function, "__name__", repr(function))
     return f"{Path(code.co_filename).name} line {code.co_firstlineno} ({name})" if code else name
+
+
+def _check_parts(parts: Mapping[str, PartSpec], where: str) -> None:
+    for name, part in parts.items():
+        if not isinstance(part, PartSpec):  # pyright: ignore[reportUnnecessaryIsInstance] -- users need not type-check
+            raise UsageError(f'{where}: parts={{"{name}": …}} takes one("schema.name") or many("schema.name").')
+        if part.most < 1:
+            raise UsageError(f"{where}, part {name}: most must be above 0.")
+        if part.to is not None and part.through is None:
+            raise UsageError(f"{where}, part {name}: `to` is of the table that is named by `through`.")
+        _check_parts(part.parts or {}, f"{where}, part {name}")
 
 
 def _positional(function: Callable[..., object]) -> list[inspect.Parameter]:
@@ -294,6 +405,19 @@ def _check_to(to: object, where: str) -> None:
         raise UsageError(f"{where}: `to` names {twice!r} twice.")
 
 
+def _are_generations(to: Iterable[str], where: str) -> bool:
+    """Tell whether these are generations of sinks, as `search.1`. Raises UsageError when some are and some are not."""
+    parts = [name.partition(".") for name in to]
+    if not any(dot for _, dot, _ in parts):
+        return False
+    if not all(dot and number.isdecimal() for _, dot, number in parts):
+        raise UsageError(
+            f'{where}: `to` names a generation, as "search.1", so it can name nothing else; declare one function for'
+            " the sinks, and another for the generation."
+        )
+    return True
+
+
 def _check_signature(function: ProcessorFunction, where: str, enrich: Mapping[str, Enrichment]) -> None:
     if not _is_plain(function):
         raise UsageError(f"{where}: a processor is a plain function; it returns a document or None.")
@@ -316,27 +440,31 @@ def _check_against(spec: PipelineSpec, name: str, table: str, to: Iterable[str],
     if table not in spec.tables:
         raise UsageError(f"{where}: table {table!r} is not in {SPEC_FILE}, which has {', '.join(spec.tables)}.")
     for sink in to:
-        if sink not in spec.sinks:
+        if sink.partition(".")[0] not in spec.sinks:
             raise UsageError(f"{where}: there is no sink {sink!r} in {SPEC_FILE}, which has {', '.join(spec.sinks)}.")
 
 
 def check_complete(pipeline: Pipeline, spec: PipelineSpec) -> None:
     """Raise UsageError unless pipeline and specification name the same tables and sinks."""
-    for table, processor in pipeline.tables.items():
-        _check_against(spec, pipeline.name, table, processor.to, _where(processor.function))
+    for processor in pipeline.functions():
+        _check_against(spec, pipeline.name, processor.table, processor.to, _where(processor.function))
     for handler in pipeline.handlers.values():
         _check_against(spec, pipeline.name, handler.table, (), _where(handler.function))
+    for root, document in pipeline.documents.items():
+        check_documents([document], spec, _where(pipeline.tables[root].function))
+    parts = {table for document in pipeline.documents.values() for table in document.tables}
     for table in spec.tables:
-        if table not in pipeline.tables:
+        if table not in pipeline.tables and table not in parts:
             raise UsageError(
-                f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one, or give"
-                " the table a `shape` (shape: {} is the row as it is)."
+                f"{SPEC_FILE} has table {table}, but processor.py has no function for it; declare one, or give the"
+                " table a `shape` (shape: {} is the row as it is), or make it a part of a document."
             )
 
 
 def check_columns(pipeline: Pipeline, tables: Mapping[str, Table]) -> None:
     """Raise UsageError unless every look-up is asked by a column that is there, and whose values can be compared."""
-    for name, processor in pipeline.tables.items():
+    for processor in pipeline.functions():
+        name = processor.table
         columns = {column.name: column for column in tables[name].columns} if name in tables else {}
         for argument, (lookup, column_name) in processor.enrich.items():
             where = f"{_where(processor.function)}: {argument}={lookup.name}.by({column_name!r})"
@@ -386,10 +514,21 @@ def with_shapes(pipeline: Pipeline, spec: PipelineSpec) -> Pipeline:
     """
     made = Pipeline(pipeline.name)
     made.lookups, made.tables = pipeline.lookups, dict(pipeline.tables)
-    made.handlers = pipeline.handlers
+    made.handlers, made.documents = pipeline.handlers, pipeline.documents
+    made.generations = dict(pipeline.generations)
+    parts = {table for document in pipeline.documents.values() for table in document.tables}
     for name, shape in spec.shapes.items():
+        if name in parts and name not in pipeline.tables:
+            if shape != ShapeSpec(mask=shape.mask):
+                raise UsageError(
+                    f"{SPEC_FILE}, tables.{name}.shape: {name} is a part of a document, of which a shape can only mask"
+                    " columns; the document's function does the rest."
+                )
+            continue
         declared = pipeline.tables.get(name) or TableProcessor(name, _as_it_is, (), {})
         made.tables[name] = declared._replace(shape=compiled(shape))
+        own = pipeline.generations.get(name, {})
+        made.generations[name] = {sink: one._replace(shape=made.tables[name].shape) for sink, one in own.items()}
     return made
 
 

@@ -14,6 +14,8 @@ from delta_sync.events import RowEvent
 from delta_sync.lookups import Answers, LookupCaller
 from delta_sync.pipeline import TableProcessor
 from delta_sync.tables import Kind, Table
+from delta_sync.values import Document, Row
+from delta_sync.watchdog import AtHand, ProcessorTimeout
 
 Stage = Literal["decode", "process", "lookup", "apply", "handle"]
 _KINDS_WITH_MANY_SPELLINGS = (Kind.DECIMAL, Kind.FLOAT, Kind.INTERVAL)  # 1.0 and 1.00 are one key
@@ -40,16 +42,24 @@ class Processed(NamedTuple):
 
 
 def process(
-    table: Table, processor: TableProcessor, changes: Sequence[Change], lookups: Mapping[str, LookupCaller]
+    table: Table,
+    processor: TableProcessor,
+    changes: Sequence[Change],
+    lookups: Mapping[str, LookupCaller],
+    at_hand: AtHand | None = None,
 ) -> Processed:
-    """Return the writes of a table's changes. Raises LookupBusy when a look-up did not answer before Delta stopped."""
+    """Return the writes of a table's changes. Raises LookupBusy when a look-up did not answer before Delta stopped.
+
+    `at_hand` is told which change the function is called with, and no other.
+    """
+    at_hand = at_hand or AtHand()
     failures: list[Failure] = []
     left: dict[str, list[Key]] = {}
     if processor.enrich:
         changes, arguments = _enrich(processor, changes, lookups, failures, left)
     else:
         arguments = None
-    function, shape = processor.function, processor.shape
+    function, shape, parts = processor.function, processor.shape, [part.name for part in table.parts]
     # What a NamedTuple's own does, without its call of a Python function.
     new = cast("Callable[..., Write]", tuple.__new__)  # pyright: ignore[reportUnknownMemberType] -- typeshed's is generic
     done: list[Change] = []
@@ -60,13 +70,18 @@ def process(
             document = None
         else:
             try:
+                at_hand.change = change
                 # A copy: the row itself must stay as it was, for a dead letter.
                 given = row.copy() if shape is None else shape(row)
+                if parts:
+                    given = _with_parts(row, given, parts)
                 if given is None:
                     document = None
                 else:
                     document = function(given) if arguments is None else function(given, **arguments[index])
-            except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
+                at_hand.change = None  # within: what ends the function is raised only while it is at hand
+            except (Exception, ProcessorTimeout) as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this change's
+                at_hand.change = None
                 failures.append(failure(change, "process", error))
                 continue
             if document is not None and type(document) is not dict:
@@ -83,6 +98,14 @@ def process(
             by_write = {id(write): change for change, write in zip(done, writes, strict=True)}
             done, writes = [by_write[id(write)] for write in kept], kept
     return Processed(done, writes, failures, left)
+
+
+def _with_parts(row: Row, given: Document | None, parts: Sequence[str]) -> Document | None:
+    """Return what a function is given of a document's row. Raises ProcessorError for one that could not be read."""
+    error = next((row[name] for name in parts if isinstance(row[name], ProcessorError)), None)
+    if error is not None:
+        raise error
+    return None if given is None else {**given, **{name: row[name] for name in parts}}
 
 
 def failure(change: Change, stage: Stage, error: BaseException, sink: str | None = None) -> Failure:

@@ -22,6 +22,7 @@ from delta_sync.measures import (
     PartitionLag,
     Stage,
 )
+from delta_sync.verifying import Verified
 
 State = Literal["starting", "standby", "loading", "streaming", "waiting", "stopped", "failed"]
 READY: frozenset[str] = frozenset({"standby", "loading", "streaming"})  # it does, or could at once, what it is for
@@ -111,6 +112,11 @@ class Progress:
         self.batch_changes = Histogram(BATCH_BOUNDS)
         self.latency = Histogram(LATENCY_BOUNDS_S)  # each batch counts its changes by its oldest one
         self.partition_lags: Mapping[tuple[str, int], PartitionLag] = {}  # of this process, by topic and number
+        self.verified: Mapping[str, Verified] = {}  # by table, as it was at `verified_at` by this clock
+        self.verified_at = 0.0
+        self.notices: Mapping[tuple[str, str], int] = {}  # by where they come from, and `accepted` or `refused`
+        self.enrichment_ages_s: Mapping[str, float] = {}  # by table, of look-ups with `refresh_after`; who plans knows
+        self.processor_timeouts: Callable[[], int] = lambda: 0  # changes on which processor.py was ended
         self.standby = False  # another process leads, and this one could take over
         self._waits: dict[str, str] = {}
         self._ended: tuple[State, str] | None = None
@@ -125,6 +131,10 @@ class Progress:
             self._waits.pop(who, None)
         else:
             self._waits[who] = reason
+
+    def ages(self, found: Mapping[str, float]) -> None:
+        """Note how long ago the last round of enriching began that has enriched every row, by table."""
+        self.enrichment_ages_s = found
 
     def end(self, state: State, reason: str) -> None:
         """Note that the run has ended, and why."""
@@ -151,6 +161,15 @@ class Progress:
         """How long a change takes into the sinks; with Kafka, how long it has been there before it is in the sinks."""
         known = [lag.seconds for lag in self.partition_lags.values() if lag.seconds is not None]
         return max(known) if known else self.position.lag_s()
+
+    def verified_now(self) -> list[Verified]:
+        """What `deltactl verify` has verified, with the ages of now."""
+        since_s = self._clock() - self.verified_at
+        return [one if one.age_s is None else one._replace(age_s=one.age_s + since_s) for one in self.verified.values()]
+
+    def note_verified(self, verified: Mapping[str, Verified]) -> None:
+        """Take over what the state store says now."""
+        self.verified, self.verified_at = verified, self._clock()
 
     def lag_bytes(self) -> int | None:
         """How much log lies between its end and what is in the sinks; None: not known."""
@@ -184,6 +203,7 @@ class Progress:
                 "changes": self.events,
                 "writes": self.writes,
                 "dead_letters": self.dead_letters,
+                "processor_timeouts": self.processor_timeouts(),
                 "reread_rows": self.reread_rows,
                 "capture_restarts": self.capture_restarts,
                 "positions_expired": self.positions_expired,
@@ -210,6 +230,11 @@ class Progress:
                 }
                 for name, numbers in self.lookups.items()
             },
+            "notices": {
+                outcome: sum(count for (_, of), count in dict(self.notices).items() if of == outcome)
+                for outcome in ("accepted", "refused")
+            },
+            "enrichment_ages_s": {table: round(age_s) for table, age_s in self.enrichment_ages_s.items()},
             "loads": {table: dict(load) for table, load in self.loads.items()},
             "dumps": [self._dump(dump, now) for dump in dumps],
             "partition_lags": {

@@ -1,6 +1,7 @@
 """What a look-up returned has changed: caches drop it, and the documents that used it are written anew.
 
-Whoever says so leaves a notice in the state store, with the keys. Every process that asks look-ups sees it within
+Whoever says so (`deltactl refresh`, or a notice that `notices` has taken) leaves a notice in the state store, with the
+keys. Every process that asks look-ups sees it within
 LOOK_S and drops these keys from its cache; one that has not been able to look for TRUSTED_S uses no cached answer. So,
 NOTICED_S after a notice is there, no process answers with what was cached before it, however many there are. Only then
 the rows with these keys are looked for in the source, and read anew by a dump of their keys:
@@ -20,11 +21,13 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 import structlog
 
+from delta_sync.changes import Key
 from delta_sync.delta_event import decode_key, encode_key
 from delta_sync.dumps import value_from_text
-from delta_sync.errors import Transient, UsageError
+from delta_sync.errors import NoticesWait, Transient, UsageError
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline
+from delta_sync.sources.reader import SourceReader
 from delta_sync.state import StateStore, now_of
 from delta_sync.state_tables import NOTICES
 from delta_sync.tables import Kind, Table
@@ -36,6 +39,8 @@ TRUSTED_S = 3.0  # since a look began: some may take long, or fail, before cache
 NOTICED_S = TRUSTED_S + 0.5  # clocks of two machines do not run equally fast
 KEPT_S = 3600.0  # a notice; a process that did not look for half of that drops all that it has
 KEYS_MOST = 100_000  # in one notice, which every process reads as a whole; as many as a cache has by default
+ROWS_MOST = 100_000  # found for one notice: above, their keys cost more than reading the whole table does
+PENDING_MOST = 1000  # notices whose rows were not looked for yet: then whoever sends them has to wait
 
 
 class Notice(NamedTuple):
@@ -53,18 +58,27 @@ class NoticeStore:
         self._state = state
         self._pipeline = pipeline
 
-    def add(self, lookup: str, keys: Sequence[Any]) -> int:
-        """Leave a notice; return its id. Those that every process has seen long since are forgotten."""
+    def add(self, lookup: str, keys: Sequence[Any], *, pending: bool = False) -> int:
+        """Leave a notice; return its id. Those that every process has seen long since are forgotten.
+
+        `pending`: the pipeline is to look for the rows; else whoever leaves it does. Raises NoticesWait when too many
+        are pending.
+        """
         with self._state.transaction(write=True) as connection:
             now = now_of(connection)
-            old = (NOTICES.c.pipeline == self._pipeline, NOTICES.c.created_at < now - dt.timedelta(seconds=KEPT_S))
-            connection.execute(sa.delete(NOTICES).where(*old))
+            own = NOTICES.c.pipeline == self._pipeline
+            old = NOTICES.c.created_at < now - dt.timedelta(seconds=KEPT_S)
+            connection.execute(sa.delete(NOTICES).where(own, old, NOTICES.c.pending == 0))
+            waiting = sa.select(sa.func.count()).select_from(NOTICES).where(own, NOTICES.c.pending == 1)
+            if pending and (connection.scalar(waiting) or 0) >= PENDING_MOST:
+                raise NoticesWait(f"{PENDING_MOST:,} notices wait for their rows to be looked for.")
             result = connection.execute(
                 sa.insert(NOTICES).values(
                     pipeline=self._pipeline,
                     lookup=lookup,
                     notice_keys=encode_key(tuple(keys)),  # as one key: ten times as fast as each by itself
                     created_at=now,
+                    pending=int(pending),
                 )
             )
             (id_,) = result.inserted_primary_key or (0,)
@@ -75,6 +89,28 @@ class NoticeStore:
         with self._state.transaction() as connection:
             query = sa.select(NOTICES.c.id).where(NOTICES.c.pipeline == self._pipeline)
             return frozenset(connection.execute(query).scalars())
+
+    def due(self) -> list[Notice]:
+        """Return pending notices of which no process answers from its cache any more, the oldest first.
+
+        Some of them, with KEYS_MOST keys in all, about.
+        """
+        with self._state.transaction() as connection:
+            heeded = NOTICES.c.created_at <= now_of(connection) - dt.timedelta(seconds=NOTICED_S)
+            query = sa.select(NOTICES.c.id).where(NOTICES.c.pipeline == self._pipeline, NOTICES.c.pending == 1, heeded)
+            ids = connection.execute(query.order_by(NOTICES.c.id)).scalars().all()
+        found: list[Notice] = []
+        for id_ in ids:
+            found += self.get([id_])
+            if sum(len(notice.keys) for notice in found) >= KEYS_MOST:
+                break
+        return found
+
+    def settle(self, ids: Collection[int]) -> None:
+        """Record that the rows of these notices are in dumps, or that there are none."""
+        with self._state.transaction(write=True) as connection:
+            mine = (NOTICES.c.pipeline == self._pipeline, NOTICES.c.id.in_(ids))
+            connection.execute(sa.update(NOTICES).where(*mine).values(pending=0))
 
     def get(self, ids: Collection[int]) -> list[Notice]:
         """Return notices; one that is gone is left out."""
@@ -151,7 +187,8 @@ def columns_by_table(pipeline: Pipeline, lookup: str) -> dict[str, list[str]]:
         are = f"it has {', '.join(pipeline.lookups)}" if pipeline.lookups else "it has none"
         raise UsageError(f"--lookup: pipeline {pipeline.name} has no look-up {lookup!r}; {are}.")
     found: dict[str, list[str]] = {}
-    for name, processor in pipeline.tables.items():
+    for processor in pipeline.functions():
+        name = processor.table
         columns = [column for asked, column in processor.enrich.values() if asked.name == lookup]
         if columns:
             found[name] = list(dict.fromkeys(columns))
@@ -178,3 +215,38 @@ def typed(table: Table, column: str, texts: Iterable[str]) -> list[Any]:
         except (ValueError, ArithmeticError) as error:
             raise UsageError(f"{text!r} is no value of {table.id}.{column} ({of.type}).") from error
     return list(found)
+
+
+def wanted_of(
+    pipeline: Pipeline, tables: Mapping[str, Table], lookup: str, texts: Sequence[str]
+) -> dict[tuple[str, str], list[Any]]:
+    """Return which values of which table's column a look-up's keys are, by table and column. Raises UsageError."""
+    return {
+        (table, column): typed(tables[table], column, texts)
+        for table, some in columns_by_table(pipeline, lookup).items()
+        if table in tables
+        for column in some
+    }
+
+
+def keys_of(wanted: Mapping[tuple[str, str], Sequence[Any]]) -> list[Any]:
+    """Return the keys of a look-up, each once."""
+    return list(dict.fromkeys(key for some in wanted.values() for key in some))
+
+
+def rows_having(
+    reader: SourceReader,
+    tables: Mapping[str, Table],
+    wanted: Mapping[tuple[str, str], Sequence[Any]],
+    most: int | None = None,
+) -> dict[str, list[Key] | None]:
+    """Return the keys of the rows that have one of these values, by table, each once; None: more than `most` have."""
+    found: dict[str, dict[Key, None] | None] = {}
+    for (table, column), values in wanted.items():
+        before = found.setdefault(table, {})
+        if before is None:
+            continue
+        before.update(dict.fromkeys(reader.keys_having(tables[table], column, values, most)))
+        if most is not None and len(before) > most:
+            found[table] = None
+    return {table: None if some is None else list(some) for table, some in found.items()}

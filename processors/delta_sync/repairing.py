@@ -24,7 +24,6 @@ from delta_sync.changes import Key, Write
 from delta_sync.sinks import AnySink
 from delta_sync.values import Document
 from delta_sync.verification import Damage, KeyReader, Makers, Subject
-from delta_sync.versions import dump_version
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -62,17 +61,16 @@ class DirectRepair:
         by_key: dict[Key, list[str]] = {}
         for one in damages:
             by_key.setdefault(one.key, []).append(one.sink)
-        for rows, claim in self._keys.parts(subject.table, by_key, at_least):
-            made, failed = self._makers.documents(
-                subject.table, [(key, row) for key, row in rows.items() if row is not None]
-            )
-            documents: dict[Key, Document | None] = dict(made)
-            unknown = {key for key, _ in failed}
-            version = dump_version(self._epoch, claim)
+        for rows, claim, chunk in self._keys.parts(subject.table, by_key, at_least):
+            version = chunk.version(self._epoch, claim)
             writes = {name: list[Write]() for name in subject.targets}
-            for key in rows.keys() - unknown:
-                for name in by_key[key]:
-                    writes[name].append(Write(key, version, documents.get(key)))
+            present = [(key, row) for key, row in rows.items() if row is not None]
+            for names, made, failed in self._makers.documents(subject.table, present, subject.targets):
+                documents: dict[Key, Document | None] = dict(made)
+                for key in rows.keys() - {key for key, _ in failed}:
+                    for name in by_key[key]:
+                        if name in names:
+                            writes[name].append(Write(key, version, documents.get(key)))
             # Then no reader sees a row go back: what this reading holds is in the sinks already.
             self._applied.pass_now()
             self._check_load(subject.table.id)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from delta_sync.changes import Change
+from delta_sync.changes import Change, Key
 from delta_sync.delta_event import DeltaEvent, decode_event
 from delta_sync.errors import SinkRefused, Transient, UsageError
 from delta_sync.events import RowEvent
@@ -21,6 +21,8 @@ from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.processing import Stage, process
 from delta_sync.shaping import masked_again
 from delta_sync.sinks import AnySink, target_for
+from delta_sync.sources import open_reader
+from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.tables import Table
@@ -50,9 +52,19 @@ class Failed(NamedTuple):
     trace: str
 
 
-def replay(
-    folder: Path, spec: PipelineSpec, state: StateStore, tables: Mapping[str, Table], letters: Iterable[DeadLetter]
-) -> Replay:
+class _Now(NamedTuple):
+    """The source as it is now: of a document from several tables, a dead letter keeps nothing that it was made of."""
+
+    reader: SourceReader
+    epoch: int
+
+    def read(self, table: Table, key: Key) -> Change:
+        chunk = self.reader.read_keys(table, [key], lambda _: True)
+        assert chunk is not None, "every snapshot will do"
+        return Change(table.id, key, chunk.version(self.epoch, 0), chunk.rows[0][1] if chunk.rows else None)
+
+
+def replay(folder: Path, spec: PipelineSpec, state: StateStore, letters: Iterable[DeadLetter]) -> Replay:
     """Replay the letters; those that succeed are discarded, the others stay: one attempt more, and the newest error.
 
     A sink that does not answer, or refuses everything, is not a letter's fault: it ends the replay, and the letters
@@ -60,12 +72,16 @@ def replay(
     """
     pipeline = load_processor(folder, spec)
     sinks = open_generations(spec, GenerationStore(state, spec.name).all())
+    reader = open_reader(spec, f"delta {spec.name} replay", documents=pipeline.documents)
+    known = state.pipeline(spec.name)
     done: list[Replayed] = []
     try:
+        tables = reader.tables(list(spec.tables))
         with asked_by_a_person(pipeline.lookups) as lookups:
             for letter in letters:
                 try:
-                    failed = _replay(letter, pipeline, spec, sinks, tables, lookups)
+                    now = _Now(reader, known.epoch if known is not None else 1)
+                    failed = _replay(letter, pipeline, spec, sinks, tables, lookups, now)
                 except (Transient, SinkRefused) as error:
                     return Replay(done, str(error))
                 if failed is None:
@@ -75,6 +91,7 @@ def replay(
                     state.add_dead_letters(spec.name, [newest])
                 done.append(Replayed(letter, None if failed is None else failed.error))
     finally:
+        reader.close()
         for sink in sinks.values():
             sink.close()
     return Replay(done, None)
@@ -87,6 +104,7 @@ def _replay(
     sinks: Mapping[str, AnySink],
     tables: Mapping[str, Table],
     lookups: Mapping[str, LookupCaller],
+    now: _Now,
 ) -> Failed | None:
     event = decode_event(letter.event)
     change = event.change
@@ -95,20 +113,25 @@ def _replay(
         return _handle_again(letter, event if table is None else _masked(table, event), pipeline)
     if table is None or declared is None:
         return Failed(letter.stage, f"The pipeline no longer has table {letter.table}.", "")
-    if change is None or not change.key:
+    if table.is_document and event.key:
+        change = now.read(table, event.key)
+    elif change is None or not change.key:
         return Failed(letter.stage, UNDECODED, letter.trace)
-    processed = process(table, declared, [masked_again(table, change)], lookups)
-    if processed.failures:
-        first = processed.failures[0]
-        return Failed(first.stage, first.error, first.trace)
+    else:
+        change = masked_again(table, change)
     wanted = [letter.sink] if letter.sink else declared.to or None
     for name in wanted or ():
         if not any(meant([name], sink) for sink in sinks):
             raise UsageError(f"There is no sink {name} any more; discard dead letter {letter.id}.")
-    for sink in [sink for name, sink in sinks.items() if meant(wanted, name)]:
-        for outcome in sink.apply(target_for(sink, table, spec), processed.writes):
-            if outcome.kind == "rejected":
-                return Failed("apply", outcome.reason, "")
+    for processor, names in pipeline.made_by(letter.table, [name for name in sinks if meant(wanted, name)]):
+        processed = process(table, processor, [change], lookups)
+        if processed.failures:
+            first = processed.failures[0]
+            return Failed(first.stage, first.error, first.trace)
+        for sink in map(sinks.__getitem__, names):
+            for outcome in sink.apply(target_for(sink, table, spec), processed.writes):
+                if outcome.kind == "rejected":
+                    return Failed("apply", outcome.reason, "")
     return None
 
 

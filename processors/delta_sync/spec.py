@@ -70,6 +70,27 @@ Duration = Annotated[
 ]
 
 
+_SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_SIZE = re.compile(r"^(\d+)\s*([kmg]?)(?:i?b)?$", re.IGNORECASE)
+
+
+def parse_bytes(value: object) -> int:
+    """Return bytes of `800MB`, `1GiB` (both in powers of 1,024) or a plain number. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.match(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write it like 800MiB or 1GiB")
+    return int(match[1]) * _SIZE_UNITS[match[2].lower()]
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    WithJsonSchema({"type": ["string", "integer"], "pattern": _SIZE.pattern, "examples": ["800MiB", "1GiB"]}),
+]
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -360,6 +381,38 @@ class KafkaSpec(_Model):
         return self
 
 
+class ProcessorSpec(_Model):
+    """What processor.py may take, before it is kept from holding up everything."""
+
+    timeout: Duration = Field(
+        default=60.0, gt=0, description="For one row. One that takes longer is ended, and the row is a dead letter."
+    )
+    memory: Bytes | None = Field(
+        default=None,
+        ge=256 << 20,
+        description="Resident memory of the process, such as 1GiB. One that has more finishes what it has begun, and"
+        " starts itself anew.",
+    )
+
+
+class NoticesSpec(_Model):
+    """How others say that a look-up's answers have changed. Without it: `deltactl refresh` alone."""
+
+    token: str | None = Field(
+        default=None,
+        description="POST /notices at --port takes notices with this bearer token, a reference: ${env:NAME} or"
+        " ${file:/path}.",
+    )
+    topic: str | None = Field(
+        default=None, min_length=1, max_length=249, description="Kafka's topic with notices, for transport: kafka."
+    )
+
+    @field_validator("token")
+    @classmethod
+    def _reference(cls, value: str | None) -> str | None:
+        return _must_refer(value, "notices.token")
+
+
 class PipelineSpec(_Model):
     """A pipeline: a source, its tables, a processor, sinks, a transport."""
 
@@ -383,6 +436,8 @@ class PipelineSpec(_Model):
     )
     errors: ErrorSpec = ErrorSpec()
     load: LoadSpec = LoadSpec()
+    processor: ProcessorSpec = ProcessorSpec()
+    notices: NoticesSpec = NoticesSpec()
     connector: dict[str, str | int | bool] = Field(
         default_factory=dict, description="Debezium options to add or change, by Debezium's names."
     )
@@ -427,6 +482,8 @@ class PipelineSpec(_Model):
                     )
         if (self.transport == "kafka") != (self.kafka is not None):
             raise ValueError("transport: kafka and the section kafka: belong together")
+        if self.notices.topic is not None and self.kafka is None:
+            raise ValueError("notices.topic needs transport: kafka; over HTTP, notices.token takes notices with any")
         if self.kafka is not None and self.kafka.retention >= self.tombstone_ttl:
             raise ValueError(
                 "kafka.retention must be below tombstone_ttl, or an old record could bring a deleted row back"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import structlog
 
+from delta_sync import documents
 from delta_sync.errors import EpochRose, SlotMissing, UsageError
 from delta_sync.load import FIRST_LOAD
 from delta_sync.pipeline import Pipeline, check_columns
@@ -77,18 +78,19 @@ def prepare_source(
         there = None
     if delivered is not None:  # what an embedded run had saved as a bound counts no longer; the slot's position does
         known = known._replace(confirmed_most=None, slot_lsn=there.position if there is not None else None)
-    targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in tables.items()}
+    loaded = {name: table for name, table in tables.items() if name in pipeline.tables}
+    targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in loaded.items()}
     loads = state.loads(spec.name)
     newest = _newest_epoch_of_others(loads, targets, sinks)
     if newest >= known.epoch:
         log.warning("epoch_rises", reason="a place holds what was written before", epoch=newest + 1)
         known = known._replace(epoch=newest + 1)
     state.save_pipeline(known, lease)
-    for name in loads.keys() - tables.keys():
+    for name in loads.keys() - loaded.keys():
         # Added again later, it must be loaded again: its changes are not captured now.
         state.forget_load(spec.name, name, lease)
-    for name in tables:
-        fingerprint = load_fingerprint(columns[name], targets[name], sinks)
+    for name, table in loaded.items():
+        fingerprint = load_fingerprint(documents.fingerprint(table, columns), targets[name], sinks)
         reason = _why_to_load(loads.get(name), known.epoch, fingerprint, reload=reload)
         if reason is not None:
             state.begin_load(
@@ -122,9 +124,17 @@ def read_tables(spec: PipelineSpec, reader: SourceReader) -> dict[str, Table]:
 def targets_of_table(
     pipeline: Pipeline, sinks: Mapping[str, AnySink], table: Table, spec: PipelineSpec
 ) -> dict[str, Target]:
-    """Return where a table's documents go, by sink, in every generation of it that is there."""
+    """Return where a table's documents go, by sink, in every generation; nowhere, for a part of others' alone."""
+    if table.id not in pipeline.tables:
+        return {}
     to = pipeline.tables[table.id].to
     return {name: target_for(sink, table, spec) for name, sink in sinks.items() if not to or base_name(name) in to}
+
+
+def targets_of_sink(pipeline: Pipeline, sink: AnySink, tables: Iterable[Table], spec: PipelineSpec) -> list[Target]:
+    """Return where the documents of all tables go that go to this sink."""
+    of_tables = (targets_of_table(pipeline, {sink.name: sink}, table, spec) for table in tables)
+    return [target for some in of_tables for target in some.values()]
 
 
 def load_fingerprint(columns: str, targets: Mapping[str, Target], sinks: Mapping[str, AnySink]) -> str:
@@ -133,9 +143,11 @@ def load_fingerprint(columns: str, targets: Mapping[str, Target], sinks: Mapping
 
 
 def _places(targets: Mapping[str, Target], sinks: Mapping[str, AnySink]) -> dict[str, tuple[AnySink, Target]]:
-    return {
-        f"{store_of(sinks[name].url)} {target.place}": (sinks[name], target) for name, target in sorted(targets.items())
-    }
+    def named(sink: AnySink, target: Target) -> str:
+        # Versions of documents from several tables are of another kind: a place that had others is not the same.
+        return f"{store_of(sink.url)} {target.place}{' by clock' if target.table.is_document else ''}"
+
+    return {named(sinks[name], target): (sinks[name], target) for name, target in sorted(targets.items())}
 
 
 def _newest_epoch_of_others(

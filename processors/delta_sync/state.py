@@ -50,6 +50,8 @@ from delta_sync.state_tables import (
     PIPELINES,
     REVISION,
     STATUSES,
+    TOPICS,
+    VERIFIED,
     VERSION_TABLE,
 )
 from delta_sync.values import to_json
@@ -248,7 +250,8 @@ class StateStore:
         """Delete all that is stored of a pipeline."""
         with self._transaction(write=True) as connection:
             # Leases first, as in a write with a lease: in another order the two could wait for each other.
-            for table in (LEASES, DUMPS, CHUNKS, LOADS, DEAD_LETTERS, STATUSES, MEMBERS, GENERATIONS, NOTICES):
+            others = (DEAD_LETTERS, STATUSES, MEMBERS, GENERATIONS, NOTICES, VERIFIED, TOPICS)
+            for table in (LEASES, DUMPS, CHUNKS, LOADS, *others):
                 connection.execute(sa.delete(table).where(table.c.pipeline == name))
             connection.execute(sa.delete(PIPELINES).where(PIPELINES.c.name == name))
 

@@ -203,8 +203,15 @@ class DumpStore:
                 connection.execute(sa.delete(CHUNKS).where(CHUNKS.c.dump == id_))
 
     def prune(self, most: int) -> None:
-        """Forget the oldest dumps that have ended, beyond so many."""
-        ended = sa.select(DUMPS.c.id).where(DUMPS.c.pipeline == self._pipeline, DUMPS.c.state.not_in(UNFINISHED))
+        """Forget the oldest dumps that have ended, beyond so many; of each table its last `refresh` is kept."""
+        refreshes = sa.select(sa.func.max(DUMPS.c.id)).where(
+            DUMPS.c.pipeline == self._pipeline, DUMPS.c.kind == "refresh"
+        )
+        ended = sa.select(DUMPS.c.id).where(
+            DUMPS.c.pipeline == self._pipeline,
+            DUMPS.c.state.not_in(UNFINISHED),
+            DUMPS.c.id.not_in(refreshes.group_by(DUMPS.c.table_name)),
+        )
         with self._state.transaction(write=True) as connection:
             old = connection.execute(ended.order_by(DUMPS.c.id.desc()).offset(most).limit(IDS_PER_STATEMENT)).scalars()
             connection.execute(sa.delete(DUMPS).where(DUMPS.c.id.in_(old.all())))
@@ -437,6 +444,7 @@ def _begun(dump: Dump) -> dict[str, Any]:
         "epoch": dump.epoch,
         "fingerprint": dump.fingerprint,
         "covered_from": dump.covered_from,
+        "floor": dump.floor,
         "estimate": dump.estimate,
     }
 
@@ -457,6 +465,7 @@ def _dump(row: sa.Row[Any]) -> Dump:
         epoch=row.epoch,
         fingerprint=row.fingerprint,
         covered_from=row.covered_from,
+        floor=row.floor,
         planned_to=_key(row.planned_to),
         planned=bool(row.planned),
         rows=row.row_count,

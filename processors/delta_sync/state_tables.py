@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0007"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0011"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -161,6 +161,7 @@ DUMPS = sa.Table(
     sa.Column("epoch", sa.Integer),
     sa.Column("fingerprint", _text()),
     sa.Column("covered_from", sa.BigInteger),
+    sa.Column("floor", sa.BigInteger),  # a version; NULL: an older Delta began it
     sa.Column("planned_to", _blob()),
     sa.Column("planned", sa.Integer, nullable=False),  # 1: to the end of the table
     sa.Column("next_chunk", sa.BigInteger, nullable=False),  # numbers are never given twice
@@ -213,7 +214,35 @@ NOTICES = sa.Table(
     sa.Column("lookup", _name(255), nullable=False),
     sa.Column("notice_keys", _blob(), nullable=False),
     sa.Column("created_at", Instant, nullable=False),  # by the database's clock
+    sa.Column("pending", sa.Integer, nullable=False, server_default="0"),  # 1: its rows are still to be looked for
     sa.PrimaryKeyConstraint("id", name="pk_delta_notice"),
     sqlite_autoincrement=True,  # an id is never given twice: processes know by it what they have heeded
+    **_OPTIONS,
+)
+
+VERIFIED = sa.Table(
+    "delta_verified",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("table_name", _name(255)),
+    sa.Column("made_for", _name(64), nullable=False),  # a digest: another one begins anew
+    sa.Column("began_at", Instant),  # the verification under way, by the database's clock; NULL: none
+    sa.Column("after_key", _blob()),  # up to which it has come
+    sa.Column("looked_at", Instant),  # when the last one began that came to the end
+    sa.Column("row_count", sa.BigInteger, nullable=False),
+    sa.Column("differences", sa.BigInteger, nullable=False),
+    sa.Column("repaired", sa.BigInteger, nullable=False),
+    sa.PrimaryKeyConstraint("pipeline", "table_name", name="pk_delta_verified"),
+    **_OPTIONS,
+)
+
+TOPICS = sa.Table(
+    "delta_topic",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("topic", _name(255)),
+    sa.Column("number", sa.Integer, autoincrement=False),  # of the partition
+    sa.Column("topic_id", _name(64), nullable=False),  # of the topic that the committed position is of
+    sa.PrimaryKeyConstraint("pipeline", "topic", "number", name="pk_delta_topic"),
     **_OPTIONS,
 )

@@ -52,18 +52,30 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """One table: `key` names the columns that identify a row, in the order of the index that does."""
+    """One table: `key` names the columns that identify a row, in the order of the index that does.
+
+    With `parts`, it is the root of documents (or a part that has parts), and a row read of it has them, too. `query`
+    is a user's own, which is read in place of all that.
+    """
 
     schema: str
     name: str
     columns: tuple[Column, ...]
     key: tuple[str, ...]
     key_is_primary: bool = True
+    full_images: bool = False  # whether the log has all columns of a row as it was before
+    parts: tuple[Part, ...] = ()
+    query: str | None = None
 
     @property
     def id(self) -> str:
         """`public.movie`: how `pipeline.yaml`, processors and messages name it."""
         return f"{self.schema}.{self.name}"
+
+    @property
+    def is_document(self) -> bool:
+        """Whether rows are read with their parts, so that their versions are those of snapshots, not of changes."""
+        return bool(self.parts) or self.query is not None
 
     def column(self, name: str) -> Column:
         """Return the column of that name. Raises KeyError."""
@@ -71,6 +83,35 @@ class Table(NamedTuple):
             if column.name == name:
                 return column
         raise KeyError(name)
+
+
+def keys_alone(table: Table) -> Table:
+    """Return the table as if it had its key columns only: to ask for rows without reading them."""
+    return table._replace(columns=tuple(table.column(name) for name in table.key), parts=(), query=None)
+
+
+class Link(NamedTuple):
+    """A table between two: its `columns` equal those of the row above, its columns `to` those of the part."""
+
+    table: Table
+    columns: tuple[str, ...]
+    to: tuple[str, ...]
+
+
+class Part(NamedTuple):
+    """A part of a document: the rows of `table` (which may have parts) whose `columns` equal `of` of the row above.
+
+    With `through`, those to which a row of that table leads. `most` bounds a list; without `many` it is one row.
+    """
+
+    name: str
+    table: Table
+    many: bool
+    columns: tuple[str, ...]
+    of: tuple[str, ...]
+    through: Link | None = None
+    order_by: tuple[str, ...] = ()
+    most: int = 10_000
 
 
 def key_text(key: Sequence[object]) -> str:

@@ -16,6 +16,7 @@ from delta_sync.capture import Batch, Capture
 from delta_sync.confirming import BoundedCapture
 from delta_sync.decoding import Stretch
 from delta_sync.leases import LeaseKeeper
+from delta_sync.notices import NoticeIntake
 from delta_sync.pipeline import Pipeline
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
@@ -43,8 +44,12 @@ class Transport(ABC):
         """Make sure that the source is captured. Repeated as long as it raises Transient."""
 
     @abstractmethod
-    def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
-        """Return the capture, for the tables as they are at each of its starts."""
+    def capture(self, source: Source, tables: Tables, progress: Progress, unchanged: Callable[[], None]) -> Capture:
+        """Return the capture, for the tables as they are at each of its starts.
+
+        Where other runs may go on with the log meanwhile, nothing is confirmed before `unchanged` was asked, which
+        raises GenerationsChanged or StateBusy.
+        """
 
     @abstractmethod
     def stretches(self, batch: Batch) -> Iterable[Stretch]:
@@ -66,10 +71,20 @@ class Transport(ABC):
         del progress, stopping
         return ()
 
+    def notices(self, intake: NoticeIntake, stopping: threading.Event) -> Sequence[threading.Thread]:
+        """Return threads that give `intake` the notices that come this way; they end when `stopping` is set."""
+        del intake, stopping
+        return ()
+
     def load_lease(self, state: StateStore) -> LeaseKeeper | None:
         """Return who keeps the lease of the process that loads; None where there is only this one."""
         del state
         return None
+
+    def nobody_writes(self, state: StateStore, sink: str) -> bool:
+        """Tell whether no other run writes to a generation that was given up, as this one does not."""
+        del state, sink
+        return True
 
     @abstractmethod
     def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
@@ -104,8 +119,9 @@ class EmbeddedTransport(Transport):
         self._state = state
         return prepare_source(self._spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload)
 
-    def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
+    def capture(self, source: Source, tables: Tables, progress: Progress, unchanged: Callable[[], None]) -> Capture:
         """Return the child process with the Debezium Engine, what it confirms bounded in the state store."""
+        del unchanged  # there is no other run: the next one begins with what this one has confirmed
         self._epoch = source.epoch
         state = self._state
         assert state is not None, "it was prepared"

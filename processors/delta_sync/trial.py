@@ -178,14 +178,22 @@ def try_changes(
     try:
         with asked_by_a_person(pipeline.lookups) as lookups:
             for name, some in changes.items():
-                processed = process(tables[name], pipeline.tables[name], some, lookups)
-                tried += [
-                    Tried(name, key_text(item.change.key), None, "failed", note=f"at stage {item.stage}: {item.error}")
-                    for item in processed.failures
-                ]
-                made = [(write.key, write.document, write.version if recorded else None) for write in processed.writes]
-                for sink, target in targets_of_table(pipeline, sinks, tables[name], spec).items():
-                    tried += _compared(sinks[sink], target, made)
+                targets = targets_of_table(pipeline, sinks, tables[name], spec)
+                for processor, names in pipeline.made_by(name, targets):
+                    processed = process(tables[name], processor, some, lookups)
+                    of = [None] if len(names) == len(targets) else names
+                    tried += [
+                        Tried(
+                            name, key_text(item.change.key), sink, "failed", note=f"at stage {item.stage}: {item.error}"
+                        )
+                        for item in processed.failures
+                        for sink in of
+                    ]
+                    made = [
+                        (write.key, write.document, write.version if recorded else None) for write in processed.writes
+                    ]
+                    for sink in names:
+                        tried += _compared(sinks[sink], targets[sink], made)
     finally:
         for one in sinks.values():
             one.close()

@@ -26,7 +26,7 @@ from delta_sync.sinks import AnySink
 from delta_sync.sinks.base import Stored, Target
 from delta_sync.sources.reader import Chunk, SourceReader
 from delta_sync.spec import LoadSpec
-from delta_sync.tables import Table, key_text
+from delta_sync.tables import Table, key_text, keys_alone
 from delta_sync.values import Document, Row
 from delta_sync.verifying import (
     ABSENT,
@@ -53,6 +53,7 @@ RETRY_S = 1.0  # after source, sink or state store did not answer
 CANDIDATES = 1000  # ids that the source is asked for at once
 SAMPLED_CHUNKS = 20  # so many chunks make a sample of a table, so that it is not of one place in it
 
+REACHED_S = 60.0  # between notes of how far it is: each waits until all suspects are settled, a second or two
 CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
 
 T = TypeVar("T")
@@ -104,21 +105,31 @@ class Repair(Protocol):
     def __call__(self, subject: Subject, damages: Sequence[Damage]) -> None: ...
 
 
+class Made(NamedTuple):
+    """What is made of rows for some sinks: the document of each row, and of the rows whose processing fails, why."""
+
+    sinks: Sequence[str]
+    documents: Sequence[tuple[Key, Document | None]]
+    failed: Sequence[tuple[Key, str]]
+
+
 class Makers:
     """Makes documents of rows: the pipeline's processors and look-ups. `skipped` look-ups are not asked: None."""
 
     def __init__(self, pipeline: Pipeline, lookups: Mapping[str, LookupCaller], skipped: frozenset[str]) -> None:
-        self._processors = {name: _without(one, skipped) for name, one in pipeline.tables.items()}
+        self._pipeline = pipeline
+        self._skipped = skipped
         self._lookups = lookups
 
-    def documents(
-        self, table: Table, rows: Iterable[tuple[Key, Row]]
-    ) -> tuple[list[tuple[Key, Document | None]], list[tuple[Key, str]]]:
-        """Return the document of each row, and of the rows whose processing fails, why. Raises LookupBusy."""
+    def documents(self, table: Table, rows: Iterable[tuple[Key, Row]], sinks: Iterable[str]) -> list[Made]:
+        """Return what is made of rows for these sinks. Raises LookupBusy."""
         changes = [Change(table.id, key, 1, row) for key, row in rows]
-        made = process(table, self._processors[table.id], changes, self._lookups)
-        failed = [(failure.change.key, failure.error) for failure in made.failures]
-        return [(write.key, write.document) for write in made.writes], failed
+        found: list[Made] = []
+        for processor, some in self._pipeline.made_by(table.id, sinks):
+            made = process(table, _without(processor, self._skipped), changes, self._lookups)
+            failed = [(failure.change.key, failure.error) for failure in made.failures]
+            found.append(Made(some, [(write.key, write.document) for write in made.writes], failed))
+        return found
 
 
 def _without(processor: TableProcessor, skipped: frozenset[str]) -> TableProcessor:
@@ -128,6 +139,19 @@ def _without(processor: TableProcessor, skipped: frozenset[str]) -> TableProcess
     function = functools.partial(processor.function, **dict.fromkeys(left_out))
     enrich = {name: one for name, one in processor.enrich.items() if name not in left_out}
     return processor._replace(function=function, enrich=enrich)
+
+
+class ReadRows(NamedTuple):
+    """Rows that were read by key (None: it is gone), with their claim, 0 where there is none; and how they came."""
+
+    rows: dict[Key, Row | None]
+    claim: int
+    chunk: Chunk
+
+    @property
+    def above(self) -> int:
+        """A position above those of which versions are made that this reading surely has, in the table's own scale."""
+        return self.claim if self.chunk.clock is None else self.chunk.clock + 1
 
 
 class KeyReader:
@@ -144,10 +168,8 @@ class KeyReader:
         self._samples.add(sample)
         return sample.position
 
-    def parts(
-        self, table: Table, keys: Collection[Key], at_least: int = 0
-    ) -> Iterator[tuple[dict[Key, Row | None], int]]:
-        """Yield rows (None: it is gone) with their claim, 0 where there is none, in parts that memory has room for.
+    def parts(self, table: Table, keys: Collection[Key], at_least: int = 0) -> Iterator[ReadRows]:
+        """Yield rows in parts that memory has room for.
 
         With `at_least` a part's claim is no lower: it waits for transactions, for as long as they take.
         """
@@ -171,7 +193,7 @@ class KeyReader:
                 rows = {key: rows.get(key) for key in left}
             for key in rows:
                 left.pop(key, None)
-            yield rows, claim
+            yield ReadRows(rows, claim, chunk)
 
 
 class Verifier:
@@ -226,17 +248,30 @@ class Verifier:
         self._threads = threads
         self.log_rests = False  # whether a difference was judged without the log having come past
 
-    def verify(self, subject: Subject) -> Tally:
-        """Verify one table in all of its targets. Raises EpochRose, SinkRefused, and Transient after some patience."""
+    def verify(
+        self, subject: Subject, after: Key | None = None, reached: Callable[[Key, Tally], None] | None = None
+    ) -> Tally:
+        """Verify one table in all of its targets. Raises EpochRose, SinkRefused, and Transient after some patience.
+
+        With `after` the rows up to that key have been verified before, and only their ids are read. `reached` is called
+        every so often with a key up to which nothing is left to be looked at again.
+        """
         work = _Work(subject, {name: IdSums() for name in subject.targets})
         table = subject.table
-        self._listener.begin(table.id, self._patiently(lambda: self._reader.estimated_rows(table)))
+        self._listener.begin(table.id, self.patiently(lambda: self._reader.estimated_rows(table)))
         with self._threads(1 + len(subject.targets)) as pool:
-            for rows, seen_to in self._chunks(table, pool):
+            if after is not None:
+                self._note_ids(work, after)
+            due = self._clock() + REACHED_S
+            for rows, seen_to in self._chunks(table, pool, after):
                 self._look(work, rows, seen_to, pool)
                 self._listener.looked(table.id, work.tally)
-                if len(work.suspects) >= SUSPECTS_MOST:
+                is_due = reached is not None and bool(rows) and self._clock() >= due
+                if is_due or len(work.suspects) >= SUSPECTS_MOST:
                     self._settle(work)
+                if is_due and reached is not None:
+                    reached(rows[-1][0], work.tally)
+                    due = self._clock() + REACHED_S
             for name in subject.targets:
                 self._find_extra(work, name)
             self._settle(work)
@@ -246,10 +281,33 @@ class Verifier:
 
     # ── the source's rows ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _chunks(self, table: Table, pool: Executor) -> Iterator[tuple[list[tuple[Key, Row]], int]]:
+    def _note_ids(self, work: _Work, to: Key) -> None:
+        """Note the ids of the rows up to a key, which are not compared: what has other ids has none of these rows."""
+        narrow, options = keys_alone(work.subject.table), self._options
+
+        def read(start: Key | None) -> Chunk | None:
+            return self._reader.read_chunk(
+                narrow, start, options.chunk_rows, options.chunk_bytes, lambda _: True, to=to
+            )
+
+        after: Key | None = None
+        while after != to:
+            began = self._clock()
+            chunk = self.patiently(functools.partial(read, after))
+            assert chunk is not None, "every snapshot will do"
+            for name, target in work.subject.targets.items():
+                work.ids[name].add(self._sinks[name].id_of(target, key) for key, _ in chunk.rows)
+            if chunk.last_key is None:
+                return
+            after = chunk.last_key
+            self._pace(self._clock() - began)
+            if self._stopping.is_set():
+                raise Stopped
+
+    def _chunks(self, table: Table, pool: Executor, start: Key | None) -> Iterator[tuple[list[tuple[Key, Row]], int]]:
         """Yield the table's rows, or a sample of them; the next ones are read while the last are compared."""
         rows_most = self._rows_at_once(table)
-        after = self._skip(table, None, rows_most, first=True)
+        after = self._skip(table, None, rows_most, first=True) if start is None else start
         if after is _END:
             return
         upcoming = self._begin(table, after, rows_most, pool)
@@ -272,9 +330,7 @@ class Verifier:
         def read() -> tuple[Chunk, float]:
             began = self._clock()
             bytes_most = self._options.chunk_bytes
-            chunk = self._patiently(
-                lambda: self._reader.read_chunk(table, after, rows_most, bytes_most, lambda _: True)
-            )
+            chunk = self.patiently(lambda: self._reader.read_chunk(table, after, rows_most, bytes_most, lambda _: True))
             assert chunk is not None, "every snapshot will do"
             return chunk, self._clock() - began
 
@@ -283,7 +339,7 @@ class Verifier:
     def _rows_at_once(self, table: Table) -> int:
         if self._share >= 1:
             return self._options.chunk_rows
-        estimate = self._patiently(lambda: self._reader.estimated_rows(table)) or 0
+        estimate = self.patiently(lambda: self._reader.estimated_rows(table)) or 0
         return max(10, min(self._options.chunk_rows, int(estimate * self._share / SAMPLED_CHUNKS)))
 
     def _skip(self, table: Table, after: Key | None, rows_most: int, *, first: bool = False) -> Any:
@@ -294,26 +350,30 @@ class Verifier:
         rows = self._rng.randrange(int(mean * (1 if first else 2)) + 1)
         if rows == 0:
             return after
-        found = self._patiently(lambda: self._reader.key_behind(table, after, rows))
+        found = self.patiently(lambda: self._reader.key_behind(table, after, rows))
         return _END if found is None else found
 
     # ── the first look ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _look(self, work: _Work, rows: Sequence[tuple[Key, Row]], seen_to: int, pool: Executor) -> None:
         """Compare a chunk; what looks different is suspect. No claim is needed for what is equal."""
-        made, failed = self._makers.documents(work.subject.table, rows)
+        targets = work.subject.targets
+        made = self._makers.documents(work.subject.table, rows, targets)
         beyond = version_of(self._epoch, seen_to)
-        looks = [
-            pool.submit(self._compare, work.subject, name, made, failed, work.ids[name], beyond)
-            for name in work.subject.targets
-        ]
-        for name, look in zip(work.subject.targets, looks, strict=True):
+        looks = {
+            name: pool.submit(self._compare, work.subject, name, documents, failed, work.ids[name], beyond)
+            for names, documents, failed in made
+            for name in names
+        }
+        for name, look in looks.items():
             for key, sighting in look.result():
                 work.suspects.setdefault(key, {})[name] = sighting
         work.tally.rows += len(rows)
         work.tally.documents += len(rows) * len(work.subject.targets)
-        if failed:
-            self._note_failed(work, None, failed)
+        for names, _, failed in made:
+            whole = len(names) == len(targets)
+            for one in ([None] if whole else names) if failed else ():
+                self._note_failed(work, one, failed)
 
     def _compare(
         self,
@@ -326,7 +386,7 @@ class Verifier:
     ) -> list[tuple[Key, Sighting]]:
         sink, target = self._sinks[name], subject.targets[name]
         keys, documents = [key for key, _ in made], [document for _, document in made]
-        found = self._patiently(lambda: sink.read_beside(target, keys, documents))
+        found = self.patiently(lambda: sink.read_beside(target, keys, documents))
         ids.add(sink.id_of(target, key) for key, document in made if document is not None)
         ids.add(sink.id_of(target, key) for key, _ in failed)
         suspects: list[tuple[Key, Sighting]] = []
@@ -347,12 +407,12 @@ class Verifier:
 
         def scanned() -> IdSums:
             there = IdSums()
-            for batch in sink.scan(target):
-                there.add(id_ for id_, _ in batch)
+            for batch in sink.scan_ids(target):
+                there.add(batch)
             return there
 
         everything = self._share >= 1
-        buckets = work.ids[name].differing(self._patiently(scanned)) if everything else Buckets.share(self._share)
+        buckets = work.ids[name].differing(self.patiently(scanned)) if everything else Buckets.share(self._share)
         foreign: set[str] = set()
 
         def ask() -> None:
@@ -363,7 +423,7 @@ class Verifier:
                     self._settle(work)
 
         if buckets.numbers:
-            self._patiently(ask)
+            self.patiently(ask)
 
     def _suspect_extra(self, work: _Work, name: str, versions: Mapping[str, int], foreign: set[str]) -> None:
         """Suspect those of these ids that the source has no row for; `foreign` are those that no key has."""
@@ -377,15 +437,15 @@ class Verifier:
                 self._report(work, Finding(work.subject.table.id, name, id_, "extra", None, None, version, note))
             elif key is not None:
                 keys[id_] = key
-        narrow = _keys_alone(work.subject.table)
+        narrow = keys_alone(work.subject.table)
         there = {
             sink.id_of(target, key)
-            for rows, _ in self._keys.parts(narrow, list(keys.values()))
+            for rows, *_ in self._keys.parts(narrow, list(keys.values()))
             for key, row in rows.items()
             if row is not None
         }
         absent = [key for id_, key in keys.items() if id_ not in there]
-        for key, stored in zip(absent, self._patiently(lambda: sink.read(target, absent)), strict=True):
+        for key, stored in zip(absent, self.patiently(lambda: sink.read(target, absent)), strict=True):
             if stored is not None and stored.document is not None:
                 work.suspects.setdefault(key, {})[name] = Sighting.of(stored)
 
@@ -399,11 +459,11 @@ class Verifier:
         while work.suspects:
             if self._stopping.wait(PAUSES_S[min(turn, len(PAUSES_S) - 1)]):
                 raise Stopped
-            damages = self._patiently(lambda: self._round(work, mended))
+            damages = self.patiently(lambda: self._round(work, mended))
             if damages and self._repair is not None:
                 self._check_epoch()
                 repair = self._repair
-                self._patiently(lambda: repair(work.subject, damages))  # noqa: B023 -- called at once
+                self.patiently(lambda: repair(work.subject, damages))  # noqa: B023 -- called at once
                 for damage in damages:
                     mended.add((damage.key, damage.sink))
                     work.suspects.setdefault(damage.key, {})[damage.sink] = _UNSEEN
@@ -427,18 +487,19 @@ class Verifier:
         claims: dict[Key, int] = {}
         parts: list[list[Key]] = []
         for some in in_batches(list(work.suspects), self._options.chunk_rows):
-            for rows, claim in self._keys.parts(table, some):
-                parts.append(list(rows))
-                claims |= dict.fromkeys(rows, claim)
-                for key, name, expected in self._expectations(work, rows):
+            for read in self._keys.parts(table, some):
+                parts.append(list(read.rows))
+                claims |= dict.fromkeys(read.rows, read.above)
+                for key, name, expected in self._expectations(work, read.rows):
                     before[key, name] = expected.digest
         state = self._applied.pass_now()
         self._listener.waits("the pipeline runs, but its log does not advance" if state == "stands" else None)
         damages: list[Damage] = []
         for keys in parts:
             sightings = self._read_sinks(work, keys)
-            beyond = version_of(self._epoch, self._keys.sample())
-            for rows, _ in self._keys.parts(table, keys):
+            end = self._keys.sample()
+            beyond = version_of(self._epoch, end if not table.is_document else self._reader.clock() + 1)
+            for rows, *_ in self._keys.parts(table, keys):
                 judged: list[tuple[Key, str, Verdict, Expected, Stored | None]] = []
                 for key, name, expected in self._expectations(work, rows):
                     stored = sightings[name][key]
@@ -469,7 +530,7 @@ class Verifier:
         """Note what was judged; return what is to be mended."""
         table, tally = work.subject.table, work.tally
         wrong = [key_text(key) for key, _, verdict, _, _ in judged if verdict not in ("equal", "again", "expired")]
-        dead = self._patiently(lambda: self._failed_keys(table.id, wrong)) if wrong else set[tuple[str, str | None]]()
+        dead = self.patiently(lambda: self._failed_keys(table.id, wrong)) if wrong else set[tuple[str, str | None]]()
         if any(outlawed(stored, beyond) for *_, stored in judged):
             self._check_epoch()  # what a newer one writes lies beyond everything of this one
         damages: list[Damage] = []
@@ -508,14 +569,16 @@ class Verifier:
         """Yield what the sinks in question should hold for suspects, of which these are the rows."""
         subject = work.subject
         present = [(key, row) for key, row in rows.items() if row is not None]
-        made, failed = self._makers.documents(subject.table, present)
-        documents, errors = dict(made), dict(failed)
-        for key in rows:
-            for name in list(work.suspects.get(key, ())):
-                if key in errors:
-                    yield key, name, Expected(None, errors[key])
-                else:
-                    yield key, name, _expected(self._sinks[name], subject.targets[name], documents.get(key))
+        for names, made, failed in self._makers.documents(subject.table, present, subject.targets):
+            documents, errors = dict(made), dict(failed)
+            for key in rows:
+                for name in names:
+                    if name not in work.suspects.get(key, ()):
+                        continue
+                    if key in errors:
+                        yield key, name, Expected(None, errors[key])
+                    else:
+                        yield key, name, _expected(self._sinks[name], subject.targets[name], documents.get(key))
 
     def _read_sinks(self, work: _Work, keys: Sequence[Key]) -> dict[str, dict[Key, Stored | None]]:
         found: dict[str, dict[Key, Stored | None]] = {}
@@ -529,7 +592,7 @@ class Verifier:
         """Note rows whose processing fails now: those with a dead letter are known already."""
         table = work.subject.table.id
         texts = [key_text(key) for key, _ in failed]
-        dead = {text for text, _ in self._patiently(lambda: self._failed_keys(table, texts))}
+        dead = {text for text, _ in self.patiently(lambda: self._failed_keys(table, texts))}
         for text, (_, error) in zip(texts, failed, strict=True):
             if text in dead:
                 work.tally.dead += 1
@@ -541,7 +604,7 @@ class Verifier:
         work.tally.found[finding.kind] += 1
         self._listener.found(finding)
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def patiently(self, call: Callable[[], T]) -> T:
         """Repeat a call that something transient keeps from succeeding, for a while; then raise it."""
         deadline = self._clock() + self._patience_s
         waited = False
@@ -582,11 +645,6 @@ def _expected(sink: AnySink, target: Target, document: Document | None) -> Expec
         return Expected(sink.stored_form(target, document))
     except Unstorable as error:
         return Expected(None, str(error))
-
-
-def _keys_alone(table: Table) -> Table:
-    """Return the table as if it had its key columns only: to ask for rows without reading them."""
-    return table._replace(columns=tuple(column for column in table.columns if column.name in table.key))
 
 
 def _note(

@@ -20,10 +20,11 @@ from delta_sync.repairing import DirectRepair
 from delta_sync.sinks import base_name
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
-from delta_sync.spec import PipelineSpec
+from delta_sync.spec import PROCESSOR_FILE, PipelineSpec
 from delta_sync.starting import read_tables, targets_of_table
 from delta_sync.state import StateStore, TableLoad
 from delta_sync.verification import KeyReader, Listener, Makers, Subject, Verifier
+from delta_sync.verified import Rounds, VerifiedStore, digest
 from delta_sync.watch import ANSWER_S
 
 
@@ -43,6 +44,7 @@ class Opened(NamedTuple):
 
     verifier: Verifier
     subjects: Sequence[Subject]
+    rounds: Rounds | None = None  # None: some of it is left out, so it does not count as a verification of the tables
 
 
 @contextmanager
@@ -80,7 +82,7 @@ def open_verification(
             raise UsageError(f"Pipeline {spec.name} never ran, so there is nothing to verify.")
 
         def opened(use: str, answer_s: float | None = None) -> SourceReader:
-            reader = open_reader(spec, f"delta {spec.name} verify {use}", answer_s)
+            reader = open_reader(spec, f"delta {spec.name} verify {use}", answer_s, pipeline.documents)
             closing.callback(reader.close)
             return reader
 
@@ -91,7 +93,7 @@ def open_verification(
         tables = {
             name: table
             for name, table in read_tables(spec, by_key).items()
-            if not wanted.tables or name in wanted.tables
+            if name in pipeline.tables and (not wanted.tables or name in wanted.tables)
         }
         check_columns(pipeline, tables)
         loads = state.loads(spec.name)
@@ -173,7 +175,11 @@ def open_verification(
             pace=pace,
             stopping=stopping,
         )
-        yield Opened(verifier, subjects)
+        processor = (folder / PROCESSOR_FILE).read_bytes()
+        made_for = {name: digest(_begun_for(loads[name]), sorted(written(rows).items()), processor) for name in tables}
+        whole = not wanted.sinks and not wanted.skipped and wanted.share >= 1
+        rounds = Rounds(VerifiedStore(state, spec.name), verifier, made_for) if whole else None
+        yield Opened(verifier, subjects, rounds)
 
 
 def _refuse_unknown(option: str, given: Collection[str], spec: PipelineSpec, known: Collection[str]) -> None:

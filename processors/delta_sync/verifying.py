@@ -285,6 +285,19 @@ class Tally:
         return Tally(found={kind: self.found[kind] + other.found[kind] for kind in KINDS}, **numbers)
 
 
+class Verified(NamedTuple):
+    """What is known of a table. `rows`, `differences` and `repaired` are those of all verifications so far.
+
+    `age_s`: so long ago the last complete verification began, so no row's last look is older; None: there was none.
+    """
+
+    table: str
+    age_s: float | None = None
+    rows: int = 0
+    differences: int = 0
+    repaired: int = 0
+
+
 # ── pace ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

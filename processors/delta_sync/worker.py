@@ -20,9 +20,10 @@ import structlog
 import tenacity
 
 from delta_sync.applying import Applied, Part, SinkWriter
+from delta_sync.building import Debounce, DocumentBuilder
 from delta_sync.capture import Batch, Capture
-from delta_sync.changes import APPLIED, Change
-from delta_sync.decoding import Decoded, Lacking, Stretch, TableCodec, Undecodable, decode
+from delta_sync.changes import APPLIED, Change, Key
+from delta_sync.decoding import Decoded, Lacking, Stretch, TableCodec, Touched, Undecodable, Watching, decode
 from delta_sync.delta_event import DeltaEvent, encode_event
 from delta_sync.errors import (
     DeltaError,
@@ -50,19 +51,22 @@ from delta_sync.sinks.base import Target
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore, identity_of
 from delta_sync.tables import Table, key_text
+from delta_sync.turns import Turns
 from delta_sync.values import Row
 from delta_sync.versions import version_of
+from delta_sync.watchdog import AtHand
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 JOBS_MOST = 4  # log batches in flight: one per stage (decode, two in a sink's threads, confirm)
 EVENTS_AT_ONCE = 8192  # waiting batches are joined up to this: larger batches cost sinks less per change
-LOAD_JOBS_MOST = 2  # slices of dumps in flight: one in a sink's threads while the next is processed
-LOG_BEFORE_SLICE = 4  # log batches that go before a waiting slice: the log has priority, but not for ever
 DRAIN_BUDGET_S = 10.0  # after SIGTERM, for what is in flight; container runtimes kill after 10 to 30 s
 RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # of the capture
 DEAD_LETTER_WINDOW_S = 60.0
 EVENTS_RETRY_S = 1.0  # for a schema that the registry does not have
+WITHHOLDING_JOBS = 256  # batches in flight that wait for nothing but the time of some document
+DOCUMENTS_AT_ONCE = 500  # read in one snapshot; their parts are some thousands of rows
+READINGS_MOST = 2  # in the sinks while the next documents are read
 SCHEMA_RETRY_S = 0.5  # a table that is replaced by another is away for a moment
 
 T = TypeVar("T")
@@ -76,6 +80,9 @@ class TableRuntime(NamedTuple):
     targets: Mapping[str, Target]  # by sink
 
 
+_NOTHING: set[tuple[str, Key]] = set()
+
+
 class Job(NamedTuple):
     """A batch of the log, or a slice of a load, that is being applied."""
 
@@ -85,10 +92,12 @@ class Job(NamedTuple):
     decoded: Decoded | None = None
     slice: Slice | None = None
     handled: Sequence[Future[list[Unhandled]]] = ()
+    withheld: set[tuple[str, Key]] = _NOTHING  # documents that are built later, each with its root
 
     def done(self) -> bool:
-        """Whether every sink and every handler has answered."""
-        return all(result.done() for result in self.results) and all(result.done() for result in self.handled)
+        """Whether every document is built, and every sink and every handler has answered."""
+        answered = all(result.done() for result in self.results) and all(result.done() for result in self.handled)
+        return not self.withheld and answered
 
 
 class Worker:
@@ -125,6 +134,9 @@ class Worker:
         gone: Callable[[str], bool] = lambda _: False,
         remember: Callable[[Sequence[Left]], None] = lambda _: None,
         handlers: Sequence[HandlerRunner] = (),
+        at_hand: AtHand | None = None,
+        builder: DocumentBuilder | None = None,
+        codec_of: Callable[[Table], TableCodec] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -148,6 +160,13 @@ class Worker:
         self._gone = gone
         self._remember = remember
         self._handlers = handlers
+        self._at_hand = at_hand
+        self._builder = builder
+        self._codec_of = codec_of
+        self._debounces = {root: Debounce(spec.debounce_s) for root, spec in pipeline.documents.items()}
+        self._parts_only = {n for spec in pipeline.documents.values() for n in spec.tables if n not in pipeline.tables}
+        self._parts_only |= pipeline.documents.keys()
+        self._watched: Mapping[str, Sequence[Watching]] = {}
         self._handled_tables = frozenset(runner.handler.table for runner in handlers)
         self._clock = clock
         self._wall_clock = wall_clock
@@ -158,7 +177,7 @@ class Worker:
         self._changed_tables: set[str] = set()
         self._jobs: deque[Job] = deque()
         self._load_jobs: list[Job] = []
-        self._since_slice = 0
+        self._turns = Turns(clock)
         self._passed_lsn = 0
         self._recent_letters: deque[tuple[float, str]] | None = None  # of the last minute, of earlier runs, too
         self._fatal: BaseException | None = None
@@ -175,6 +194,11 @@ class Worker:
     def targets(self, table: str) -> Mapping[str, Target]:
         """Where a table's documents go, by sink."""
         return self._tables[table].targets
+
+    @property
+    def changes_come(self) -> bool:
+        """Whether the log brings changes, at the moment."""
+        return self._turns.changes_come
 
     def hand_over(self, slice_: Slice) -> None:
         """Take a slice of a load; its `done` tells when every sink has acknowledged it."""
@@ -207,6 +231,9 @@ class Worker:
             for sink, target in runtime.targets.items():
                 self._writers[sink].prepare([target])
         self._tables.update(tables)
+        if self._builder is not None:
+            assert self._codec_of is not None
+            self._watched = self._builder.watched(self._codec_of)
 
     def _refresh_tables(self, names: Iterable[str]) -> None:
         """Take over what has changed of these tables; only then may they be read anew."""
@@ -239,13 +266,15 @@ class Worker:
     def _turn(self) -> None:
         """Finish what is done, begin what is next, or wait for either."""
         with self._news:
-            self._news.wait_for(self._has_something)
+            while not self._has_something() and self._news.wait(self._until_next_s()):
+                pass
             if self._fatal is not None:
                 raise self._fatal
             changed, self._changed_tables = self._changed_tables, set()
         if changed:
             self._refresh_tables(changed)
         self._finish_jobs()
+        self._build_ripe(self._clock())
         batches, slice_ = self._take()
         if batches:
             self._begin_batches(batches)
@@ -259,20 +288,38 @@ class Worker:
             or self._changed_tables
             or (self._jobs and self._jobs[0].done())
             or any(job.done() for job in self._load_jobs)
-            or (self._batches and len(self._jobs) < JOBS_MOST)
-            or (self._slices and len(self._load_jobs) < LOAD_JOBS_MOST)
+            or (self._batches and self._has_room())
+            or (self._slices and self._slice_waits_s() == 0)
+        )
+
+    def _has_room(self) -> bool:
+        """Whether one more batch may be begun. One that only waits for a document's time keeps nothing busy."""
+        return (
+            sum(not job.withheld for job in self._jobs) < JOBS_MOST and len(self._jobs) < JOBS_MOST + WITHHOLDING_JOBS
+        )
+
+    def _until_next_s(self) -> float | None:
+        """Return after which time there is something to do if nothing happens: a document's time, or a slice's turn."""
+        now = self._clock()
+        times = [time - now for debounce in self._debounces.values() if (time := debounce.next_time) is not None]
+        if self._slices and (waits_s := self._slice_waits_s()) is not None:
+            times.append(waits_s)
+        return max(0.0, min(times)) if times else None
+
+    def _slice_waits_s(self) -> float | None:
+        in_sinks = any(not result.done() for job in self._jobs for result in job.results)
+        return self._turns.slice_waits_s(
+            in_flight=len(self._load_jobs), log_in_hand=in_sinks or (bool(self._batches) and self._has_room())
         )
 
     def _take(self) -> tuple[list[Batch], Slice | None]:
         """Take the batches that wait, joined up to EVENTS_AT_ONCE, or a slice when it is its turn."""
         with self._news:
-            slice_is_next = self._slices and len(self._load_jobs) < LOAD_JOBS_MOST
-            if slice_is_next and (not self._batches or self._since_slice >= LOG_BEFORE_SLICE):
-                self._since_slice = 0
+            if self._slices and self._slice_waits_s() == 0:
+                self._turns.slice_began()
                 return [], self._slices.popleft()
-            if not self._batches or len(self._jobs) >= JOBS_MOST:
+            if not self._batches or not self._has_room():
                 return [], None
-            self._since_slice += 1
             taken = [self._batches.popleft()]
             events = taken[0].events
             while self._batches and self._batches[0].generation == taken[0].generation:
@@ -286,9 +333,18 @@ class Worker:
         codecs = {name: runtime.codec for name, runtime in self._tables.items()}
         began = self._clock()
         stretches = [stretch for batch in batches for stretch in self._events_of(batch)]
-        decoded = decode(stretches, codecs, self._spec.heartbeat_prefix, self._ahead.by_table(), self._handled_tables)
+        decoded = decode(
+            stretches,
+            codecs,
+            self._spec.heartbeat_prefix,
+            self._ahead.by_table(),
+            self._handled_tables,
+            self._watched,
+            self._parts_only,
+        )
         self._progress.stages["decode"].add(self._clock() - began)
         if decoded.events:
+            self._turns.changed()
             self._progress.batch_changes.add(decoded.events)
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
@@ -305,9 +361,79 @@ class Worker:
             self._progress.stages["reread"].add(self._clock() - began)
         results = self._submit(changes, decoded.truncates, failures)
         handled = self._hand_to_handlers(decoded.each)
-        self._jobs.append(Job(results, failures, batch=batches[-1], decoded=decoded, handled=handled))
-        if not results and not handled:
+        job = Job(results, failures, batch=batches[-1], decoded=decoded, handled=handled, withheld=set())
+        self._jobs.append(job)
+        if decoded.touched is not None:
+            self._build_touched(job, decoded.touched)
+        if not job.results and not handled:
             self.wake()
+
+    # ── documents from several tables ──
+
+    def _build_touched(self, job: Job, touched: Touched) -> None:
+        """Build the documents that a batch's changes are about, now or when it is their time."""
+        builder = self._builder
+        assert builder is not None, "tables are watched"
+        for root, keys in self._with_columns(list(self._debounces), lambda: builder.keys(touched)).items():
+            due, later = self._debounces[root].split(keys, self._clock())
+            job.withheld.update((root, key) for key in later)
+            self._build(root, due, [job])
+
+    def _build_ripe(self, now: float | None) -> None:
+        """Build the documents whose time has come, for all batches that wait for them; None: all that are withheld."""
+        for root, debounce in self._debounces.items():
+            keys = debounce.ripe(now)
+            if not keys:
+                continue
+            names = {(root, key) for key in keys}
+            waiting = [job for job in self._jobs if not names.isdisjoint(job.withheld)]
+            self._build(root, keys, waiting)
+            for job in waiting:
+                job.withheld.difference_update(names)
+            self.wake()
+
+    def _build(self, root: str, keys: Sequence[Key], jobs: Sequence[Job]) -> None:
+        """Read documents and hand them to the sinks; what becomes of them is the jobs' matter."""
+        builder = self._builder
+        assert builder is not None, "there are documents"
+        failures: list[Failure] = []
+        under_way: deque[list[Future[list[Applied]]]] = deque()
+        left = list(keys)
+        while left:
+            some, left = left[:DOCUMENTS_AT_ONCE], left[DOCUMENTS_AT_ONCE:]
+            began = self._clock()
+            changes, unread = self._with_columns([root], lambda some=some: builder.read(root, some))  # type: ignore[misc]  # a default binds it now
+            left = unread + left
+            self._progress.stages["reread"].add(self._clock() - began)
+            self._progress.reread_rows += len(changes)
+            results = self._submit({root: changes}, {}, failures)
+            for job in jobs:
+                job.results.extend(results)
+            under_way.append(results)
+            if len(under_way) > READINGS_MOST:
+                self._wait_for(under_way.popleft())
+        if jobs:
+            jobs[0].failures.extend(failures)
+
+    def _with_columns(self, roots: Sequence[str], call: Callable[[], T]) -> T:
+        """Repeat a call until the tables of these documents are as it sees them, and the state store answers."""
+        while True:
+            try:
+                return call()
+            except SchemaChanged as error:
+                names = [name for root in roots for name in self._pipeline.documents[root].tables]
+                self._refresh_tables(names)
+                gone = next((name for name in names if self._gone(name)), None)
+                if gone is not None:
+                    raise PipelineStopped(
+                        f"Table {gone} is gone, and documents are made of its rows; create it again, or change them."
+                    ) from error
+                reason: Exception = error
+            except StateBusy as error:
+                reason = error
+            log.warning("documents_wait", reason=redact(str(reason)))
+            if self._stopping.wait(SCHEMA_RETRY_S):
+                raise SourceBusy("Delta stops before documents could be built.") from reason
 
     def _hand_to_handlers(self, events: Sequence[RowEvent]) -> list[Future[list[Unhandled]]]:
         """Let each handler have its table's events, in the order of the log."""
@@ -340,7 +466,7 @@ class Worker:
 
     def _begin_slice(self, slice_: Slice) -> None:
         failures: list[Failure] = []
-        results = self._submit({slice_.table: slice_.changes}, {}, failures, slice_.sinks)
+        results = self._submit({slice_.table: slice_.changes}, {}, failures, slice_)
         self._load_jobs.append(Job(results, failures, slice=slice_))
         if not results:
             self.wake()
@@ -392,28 +518,32 @@ class Worker:
         changes: Mapping[str, Sequence[Change]],
         truncates: Mapping[str, int],
         failures: list[Failure],
-        only: Collection[str] | None = None,
+        slice_: Slice | None = None,
     ) -> list[Future[list[Applied]]]:
-        """Process the changes of all tables and hand the writes to the sinks, to each its part (or `only` to some)."""
+        """Process the changes of all tables and hand the writes to the sinks, each its part (a slice's: to its own)."""
         parts: dict[str, list[Part]] = {}
         left: list[Left] = []
         began, looked_up_s = self._clock(), 0.0
+        only = None if slice_ is None else slice_.sinks
         for name in {**changes, **truncates}:
             runtime = self._tables[name]
             before_s = {lookup: caller.spent_s for lookup, caller in self._lookups.items()}
-            processed = process(runtime.codec.table, self._pipeline.tables[name], changes.get(name, ()), self._lookups)
+            targets = {sink: target for sink, target in runtime.targets.items() if meant(only, sink)}
+            written = 0
+            for processor, sinks in self._pipeline.made_by(name, targets):
+                processed = process(runtime.codec.table, processor, changes.get(name, ()), self._lookups, self._at_hand)
+                whole = len(sinks) == len(runtime.targets)
+                failures += processed.failures if whole else _for_each(processed.failures, sinks)
+                left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]
+                written = max(written, len(processed.writes))
+                for sink in sinks:
+                    part = Part(targets[sink], processed.writes, processed.changes, truncates.get(name))
+                    if part.writes or part.truncate is not None:
+                        parts.setdefault(sink, []).append(part)
             # They are asked at the same time, so the slowest one is what was waited for.
             spent = (caller.spent_s - before_s[lookup] for lookup, caller in self._lookups.items())
             looked_up_s += max(spent, default=0.0)
-            failures += processed.failures
-            left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]
-            self._progress.writes += len(processed.writes)
-            for sink, target in runtime.targets.items():
-                if not meant(only, sink):
-                    continue
-                part = Part(target, processed.writes, processed.changes, truncates.get(name))
-                if part.writes or part.truncate is not None:
-                    parts.setdefault(sink, []).append(part)
+            self._progress.writes += written
         if changes:
             self._progress.stages["process"].add(max(0.0, self._clock() - began - looked_up_s))
             if self._lookups:
@@ -422,7 +552,7 @@ class Worker:
             self._remember_first(left)
         results: list[Future[list[Applied]]] = []
         for sink, sink_parts in parts.items():
-            result = self._writers[sink].submit(sink_parts)
+            result = self._writers[sink].submit(sink_parts, of_dump=slice_ is not None)
             result.add_done_callback(lambda _: self.wake())
             results.append(result)
         return results
@@ -482,7 +612,7 @@ class Worker:
 
     def _bury(self, failures: Sequence[Failure], origin: str) -> None:
         """Store dead letters, unless there are too many: then the pipeline stops, and nothing is lost or stored."""
-        letters = [_letter(self._spec.name, item, origin) for item in failures]
+        letters = [_letter(self._spec.name, item, origin, self._pipeline.documents) for item in failures]
         if self._recent_letters is None:
             self._recent_letters = deque(self._keep_trying(self._letters_of_earlier_runs))
         recent, now = self._recent_letters, self._clock()
@@ -539,6 +669,7 @@ class Worker:
         timer.daemon = True
         timer.start()
         try:
+            self._build_ripe(None)
             while (self._jobs or self._load_jobs) and self._clock() < deadline:
                 with self._news:
                     self._news.wait_for(
@@ -599,6 +730,11 @@ class Worker:
                 return
 
 
+def _for_each(failures: Iterable[Failure], sinks: Sequence[str]) -> list[Failure]:
+    """Return failures of a function that is not for all of a table's sinks: others may have the document."""
+    return [failed._replace(sink=sink) for failed in failures for sink in sinks]
+
+
 def _rejections(results: Iterable[Future[list[Applied]]]) -> list[Failure]:
     """Return a failure for each write that a sink rejected. Raises what a sink raised."""
     return [
@@ -644,10 +780,12 @@ def _undecodable(item: Undecodable, codecs: Mapping[str, TableCodec]) -> Failure
     return failure(Change(item.table, item.key, item.version, None), "decode", error)
 
 
-def _letter(pipeline: str, item: Failure, origin: str) -> DeadLetter:
+def _letter(pipeline: str, item: Failure, origin: str, documents: Collection[str]) -> DeadLetter:
     now = dt.datetime.now(dt.UTC)
     if item.event is None:
         event = DeltaEvent.of(pipeline, item.change, now, "load" if origin == "load" else "log")
+        if item.change.table in documents:
+            event = event._replace(row=None)  # it is read again when it is replayed
     else:
         event = item.event.delta_event(pipeline)
     try:

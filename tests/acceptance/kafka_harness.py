@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import psycopg
 
-from acceptance.harness import IN_STEP_TIMEOUT_S, SHAPES, Actor, Pipeline, Run, Shape, Shop, Source, Stores
+from acceptance.harness import IN_STEP_TIMEOUT_S, SHAPES, Actor, Pipeline, Run, Shape, Shop, Source, Stores, metrics
 from delta_sync.errors import Transient
 from delta_sync.kafka import settings
 from delta_sync.kafka.names import group_id, topic_name
@@ -218,6 +218,22 @@ def kafka_stage(
             **options,
         )
         yield KafkaStage(shop, pipeline, exits)
+
+
+def dump_by_both(pipeline: KafkaPipeline, table: str, port_of_second: int) -> None:
+    """Dump a table, again and again until the worker that does not plan has read some of it, if not at once.
+
+    No changes may come meanwhile that it could write.
+    """
+    before = metrics(port_of_second)["delta_writes_total"]
+
+    def second_wrote() -> bool:
+        limit = ("--rows-per-second", "400")  # slowly, so that there is something left for it
+        done = pipeline.deltactl("dump", "start", pipeline.name, "--table", table, *limit, "--wait")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return metrics(port_of_second)["delta_writes_total"] > before
+
+    wait_until(second_wrote, IN_STEP_TIMEOUT_S, "a chunk for the second worker")
 
 
 def child_of(run: Run, name: str) -> psutil.Process:

@@ -1,7 +1,8 @@
 """Documents that are enriched by a real service in another process, in every mood that a service can be in.
 
 No change is lost, a document never goes back to an older row, what a required look-up answers is always there, and what
-an optional one left out is there in the end. What was cached and has changed is there once it is said so.
+an optional one left out is there in the end. What was cached and has changed is there once it is said so, by a command
+or over HTTP; and what nobody says is there before it is too old.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROWS = 300
 CALLS = 10  # that the service gets in each mood before it changes
 WRITER_PAUSE_S = 0.02
 TIMEOUT_S = 120.0
+TOKEN = "a token of notices"
 
 SETUP = f"""
 CREATE TABLE movie (id int PRIMARY KEY, rev int NOT NULL);
@@ -41,12 +43,15 @@ stock = pipeline.lookup(**options, required=False, deadline="250ms")(
     lookup.http("stock", "{url}/stock", key="id", timeout_s=3)
 )
 label = pipeline.lookup(ttl="1h")(lookup.http("label", "{url}/label", key="id"))
+tag = pipeline.lookup(ttl="0s", refresh_after="{refresh_after}")(lookup.http("tag", "{url}/label", key="id"))
+asked = {{"star": stars.by("id"), "some": stock.by("id"), "name": label.by("id"), "tagged": tag.by("id")}}
 
 
-@pipeline.table({table!r}, enrich={{"star": stars.by("id"), "some": stock.by("id"), "name": label.by("id")}})
-def movie(row, star, some, name):
+@pipeline.table({table!r}, enrich=asked)
+def movie(row, star, some, name, tagged):
     stock = some["value"] if some else None
-    return {{"id": row["id"], "rev": row["rev"], "stars": star["value"], "stock": stock, "label": name["value"]}}
+    document = {{"id": row["id"], "rev": row["rev"], "stars": star["value"], "stock": stock}}
+    return {{**document, "label": name["value"], "tag": tagged["value"]}}
 """
 
 
@@ -145,12 +150,24 @@ def lookups(it: Stage) -> dict[str, Any]:
     return found
 
 
-def test_whatever_the_service_does(stage: Callable[..., Stage], service: Service) -> None:
+def write_processor(it: Stage, service: Service, refresh_after: str) -> None:
+    text = PROCESSOR.format(
+        name=it.pipeline.name, url=service.url, table=it.pipeline.tables[0], refresh_after=refresh_after
+    )
+    (it.pipeline.home / "processor.py").write_text(text)
+
+
+def test_whatever_the_service_does(
+    stage: Callable[..., Stage], service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     print(f"seed {SEED}")
     it = stage(SETUP, ["movie"])
-    text = PROCESSOR.format(name=it.pipeline.name, url=service.url, table=it.pipeline.tables[0])
-    (it.pipeline.home / "processor.py").write_text(text)
-    run = it.run()
+    write_processor(it, service, "1d")
+    monkeypatch.setenv("NOTICE_TOKEN", TOKEN)
+    specification = it.pipeline.home / "pipeline.yaml"
+    specification.write_text(specification.read_text() + "notices: {token: '${env:NOTICE_TOKEN}'}\n")
+    port = free_port()
+    run = it.run("--port", str(port))
     wait_until(it.pipeline.loaded, TIMEOUT_S, f"the first load; {run.tail()}")
     with Writer(it.source), Reader(it.new_stores()) as reader:
         for mood in MOODS:
@@ -169,7 +186,7 @@ def test_whatever_the_service_does(stage: Callable[..., Stage], service: Service
     assert run.events("lookup_left")
     assert run.events("lookup_mends")
     refreshed(it, service, run)
-    assert run.stop() == 0
+    told_over_http(it, service, run, port)
 
 
 def refreshed(it: Stage, service: Service, run: Run) -> None:
@@ -197,13 +214,46 @@ def refreshed(it: Stage, service: Service, run: Run) -> None:
     assert shifts() == [1000, 1000, 0], "a change of the log gets what was cached before"
 
 
+def told_over_http(it: Stage, service: Service, run: Run, port: int) -> None:
+    """A notice that was taken is heeded, though the process is killed at once; what is none is refused.
+
+    Then, what nobody says is found out: no answer of `tag` grows older than its `refresh_after`, over restarts.
+    """
+    notices = f"http://127.0.0.1:{port}/notices"
+    last = documents(it.stores)[ROWS - 1] if ROWS - 1 in documents(it.stores) else documents(it.stores)[ROWS]
+    id_: int = last["id"]
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    service.labels_are_shifted(2000)
+    assert requests.post(notices, json={"lookup": "label", "keys": [id_]}, timeout=30).status_code == 401
+    wrong = requests.post(notices, json={"lookup": "label", "keys": ["x"]}, headers=headers, timeout=30)
+    assert (wrong.status_code, "'x' is no value of" in wrong.json()["error"]) == (400, True)
+    taken = requests.post(notices, json={"lookup": "label", "keys": [id_]}, headers=headers, timeout=30)
+    assert taken.status_code == 202, taken.text
+    assert documents(it.stores)[id_]["label"] == last["label"], "it takes seconds to be heeded"
+    run.kill()
+    write_processor(it, service, "4s")
+    for shift in (2000, 3000):
+        service.labels_are_shifted(shift)
+        run = it.run()
+
+        def follows(by: int = shift) -> bool:
+            found = documents(it.stores)
+            heeded = found[id_]["label"] in (value_of(id_) + 2000, value_of(id_) + 3000)  # a round asks for it, too
+            return heeded and all(one["tag"] == value_of(other) + by for other, one in found.items())
+
+        wait_until(follows, TIMEOUT_S, f"the answers that nobody told of; {run.tail()}")
+        ages = json.loads(it.pipeline.deltactl("status", it.pipeline.name, "--json").stdout)["enrichment_ages_s"]
+        assert list(ages) == [it.pipeline.tables[0]], ages
+        assert run.stop() == 0
+
+
 def mended(it: Stage, run: Run) -> None:
     """Wait until every document equals its row and both answers; there is one for each row, and no other."""
     it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
     with it.source.connect() as connection:
         rows: dict[int, int] = dict(connection.execute("SELECT id, rev FROM movie").fetchall())
     wanted = {
-        id_: {"id": id_, "rev": rev, "stars": value_of(id_), "stock": value_of(id_), "label": value_of(id_)}
+        id_: {"id": id_, "rev": rev, **dict.fromkeys(("stars", "stock", "label", "tag"), value_of(id_))}
         for id_, rev in rows.items()
     }
     found: dict[int, Any] = {}

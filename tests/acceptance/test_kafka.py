@@ -10,8 +10,12 @@ import pytest
 from kafka import TopicPartition
 
 from acceptance.harness import SHAPES, Run, Shop, metrics
-from acceptance.kafka_harness import KafkaStage, kafka_stage
+from acceptance.kafka_harness import KafkaStage, dump_by_both, kafka_stage
+from delta_sync.generations import Generations, GenerationStore
 from delta_sync.kafka.names import topic_name
+from delta_sync.kafka.topics import create_topics, delete_topics, wanted_topics
+from delta_sync.spec import load_spec
+from delta_sync.state import StateStore
 from delta_sync.testing.kafka import Kafka, admin_client
 from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.registry import Apicurio
@@ -77,17 +81,58 @@ def dump(stage: KafkaStage, port_of_second: int) -> None:
     found = zip(keys, stage.stores.read("cache", account, keys), strict=True)
     there = [(key, stored.version) for key, stored in found if stored is not None and stored.document is not None]
     stage.stores.sinks["cache"].discard(target, there)
-    before = metrics(port_of_second)["delta_writes_total"]
+    dump_by_both(stage.pipeline, stage.pipeline.tables[0], port_of_second)
 
-    def second_wrote() -> bool:
-        table = stage.pipeline.tables[0]
-        # Slowly, so that there is something left for it; no changes come meanwhile that it could write.
-        limit = ("--rows-per-second", "400")
-        done = stage.pipeline.deltactl("dump", "start", stage.pipeline.name, "--table", table, *limit, "--wait")
-        assert done.returncode == 0, done.stdout + done.stderr
-        return metrics(port_of_second)["delta_writes_total"] > before
 
-    wait_until(second_wrote, 120.0, "a chunk for the second worker")
+def make_anew(stage: KafkaStage, sidecar: Run) -> None:
+    """Nobody reads while somebody deletes a topic and makes it again: Kafka deletes the group's positions with it."""
+    write(stage.shop, "into a topic that goes")
+    written = stage.shop.insert_lsn()
+    wait_until(lambda: stage.shop.confirmed_lsn(stage.pipeline.slot) >= written, 60.0, f"the log; {sidecar.tail()}")
+    table = stage.pipeline.tables[0]
+    topic = topic_name(stage.pipeline.name, table)
+    spec = load_spec(stage.pipeline.home)
+    assert delete_topics(stage.pipeline.kafka, [topic]) == [topic]
+    (wanted,) = [one for one in wanted_topics(spec) if one.name == topic]
+    wait_until(lambda: create_topics(stage.pipeline.kafka, [wanted]) == [topic], 60.0, "the topic to be made again")
+    checked = stage.pipeline.deltactl("pipeline", "check", stage.pipeline.name, "--json")
+    found = [problem["what"] for problem in json.loads(checked.stdout)["problems"] if topic in problem["where"]]
+    assert any("deleted and made again" in what for what in found), checked.stdout + checked.stderr
+    worker = stage.start("worker")
+    wait_until(lambda: marked(worker) == {table}, 60.0, f"a mark of {table}; {worker.tail()}")
+    stage.in_step(sidecar, worker)
+    assert stage.pipeline.loads()[table].reason == "its topic was made anew"
+    assert [event["topics"] for event in worker.events("topic_made_anew")] == [[topic]]
+    write(stage.shop, "into the new topic")
+    stage.in_step(sidecar, worker)
+    assert worker.stop() == 0
+
+
+def generations(stage: KafkaStage) -> Generations | None:
+    with StateStore.open(load_spec(stage.pipeline.home).state, stage.pipeline.home) as state:
+        return GenerationStore(state, stage.pipeline.name).all().get("cache")
+
+
+def rebuild(stage: KafkaStage, *runs: Run, frozen: Run) -> None:
+    """A sink is rebuilt while rows change, and dropped; one worker notices late, and another when all is over."""
+    words = ["pipeline", "rebuild", stage.pipeline.name, "--sink", "cache"]
+    writer = stage.writing(ROWS, 2)
+    stage.comes_through("before", *runs, frozen)
+    frozen.freeze()
+    done = stage.pipeline.deltactl(*words, timeout_s=600)  # it waits for new runs, dumps and verifications
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert generations(stage) == Generations("cache", 2, 1, "kept", 2)
+    done = stage.pipeline.deltactl(*words, "--drop-old", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Only once no worker that is alive writes to it.
+    wait_until(lambda: generations(stage) == Generations("cache", 2, None, "", 2), 90.0, f"the drop; {runs[-1].tail()}")
+    assert [one["sink"] for run in runs for one in run.events("generation_dropped")] == ["cache.1"]
+    stage.stores.sinks["cache"].number = 2  # from here on this is what is compared
+    frozen.thaw()
+    stage.comes_through("after a frozen worker woke", *runs, frozen)
+    writer.stop()
+    stage.in_step(*runs, frozen)
+    assert writer.transactions > 20
 
 
 def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) -> None:
@@ -109,6 +154,10 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     assert worker.events("lease_taken")  # of the load
     dump(stage, port)
     stage.in_step(sidecar, worker, second)
+    third = stage.start("worker")
+    wait_until(lambda: bool(third.events("partitions_assigned")), 60.0, f"partitions for the third; {third.tail()}")
+    rebuild(stage, sidecar, worker, second, frozen=third)
+    assert third.stop() == 0
     worker.kill()
     write(stage.shop, "after one was killed")
     stage.in_step(sidecar, second)
@@ -146,5 +195,7 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     assert measured["delta_latency_seconds_count"] == measured["delta_changes_total"] > 0
     assert measured["delta_positions_expired_total"] == len(gaps)
     assert third.stop() == 0
+
+    make_anew(stage, sidecar)
     assert sidecar.stop() == 0
     assert stage.pipeline.dead_letters() == []

@@ -11,16 +11,22 @@ from pathlib import Path
 
 import pymysql
 import pytest
+from kafka import KafkaConsumer, TopicPartition
 
 from acceptance.harness import Actor, Run
-from acceptance.kafka_harness import child_of
+from acceptance.kafka_harness import child_of, dump_by_both
 from acceptance.mariadb_harness import MariaPipeline, execute, maria_pipeline
+from delta_sync.decoding import Event
+from delta_sync.kafka.avro import HEADER_BYTES, AvroDecoder
+from delta_sync.kafka.consumer import Partition, Records
+from delta_sync.kafka.names import topic_name
+from delta_sync.kafka.registry import SchemaRegistry
 from delta_sync.kafka.topics import read_cluster, wanted_topics
 from delta_sync.sinks import target_for
 from delta_sync.sources.mysql.connection import Session
 from delta_sync.testing.kafka import Kafka
 from delta_sync.testing.mariadb import MariaDB
-from delta_sync.testing.processes import wait_until
+from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import Redis
 from delta_sync.values import to_json
@@ -108,7 +114,7 @@ def fill(session: Session) -> None:
     )
 
 
-def test_a_pipeline_from_mariadb(pipeline: MariaPipeline) -> None:
+def test_a_pipeline_from_mariadb(pipeline: MariaPipeline, kafka: Kafka) -> None:
     source = pipeline.source
     with closing(source.session()) as session, contextlib.ExitStack() as exits:
 
@@ -144,6 +150,18 @@ def test_a_pipeline_from_mariadb(pipeline: MariaPipeline) -> None:
         with Writing(pipeline):
             check_dump_and_repair(pipeline)
         pipeline.in_step(sidecar, worker)
+
+        # ── two workers read a table again whose documents are gone, once while the writer goes on ──
+        port = free_port()
+        second = start("worker", "--port", str(port))
+        wait_until(lambda: bool(second.events("partitions_assigned")), BEGINS_S, f"its partitions; {second.tail()}")
+        more = ", ".join(f"({n}, 'more', {n}.25, NOW(3), '2024-02-29')" for n in range(ROWS, 4 * ROWS))
+        execute(session, f"INSERT INTO account (id, name, balance, at, since) VALUES {more}")
+        pipeline.in_step(sidecar, worker, second)
+        dump_by_two(pipeline, port)
+        pipeline.in_step(sidecar, worker, second)
+        assert second.stop() == 0
+        check_templates(pipeline, kafka)
 
         # ── the log begins anew: the epoch rises, and what was deleted meanwhile goes ──
         execute(session, "RESET MASTER", "DELETE FROM account WHERE id % 2 = 0", "UPDATE account SET name = 'reset'")
@@ -190,6 +208,57 @@ def check_dump_and_repair(pipeline: MariaPipeline) -> None:
     assert found == [(types, "2")], repaired.stdout + repaired.stderr
     assert (repaired.returncode, lines[-1]["repaired"], lines[-1]["pipeline_runs"]) == (0, 1, True), lines
     check_types(pipeline)
+
+
+def dump_by_two(pipeline: MariaPipeline, port_of_second: int) -> None:
+    """A dump brings back all that a store has lost."""
+    account = pipeline.tables[0]
+    table = pipeline.source.reader.tables([account])[account]
+    cache = pipeline.sinks["cache"]
+    target = target_for(cache, table, pipeline.spec)
+
+    def lose() -> None:
+        keys = list(pipeline.source.rows(table))
+        found = zip(keys, cache.read(target, keys), strict=True)
+        cache.discard(target, [(key, one.version) for key, one in found if one is not None])
+
+    lose()
+    dump_by_both(pipeline, account, port_of_second)
+    lose()
+    with Writing(pipeline):
+        done = pipeline.deltactl("dump", "start", pipeline.name, "--table", account, "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check_templates(pipeline: MariaPipeline, kafka: Kafka) -> None:
+    """Debezium's records are read by templates, but for the first of a schema, and as they are read as a whole."""
+    topic = topic_name(pipeline.name, pipeline.tables[0])
+    values: list[bytes] = []
+    with closing(KafkaConsumer(bootstrap_servers=kafka.url)) as consumer:
+        partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic)]
+        ends = consumer.end_offsets(partitions)
+        consumer.assign(partitions)
+        consumer.seek_to_beginning(*partitions)
+
+        def read() -> bool:
+            values.extend(one.value for records in consumer.poll(100).values() for one in records if one.value)
+            return all(consumer.position(at) >= ends[at] for at in partitions)
+
+        wait_until(read, BEGINS_S, f"all of {topic}")
+    decoder = AvroDecoder(SchemaRegistry(pipeline.kafka.registry))
+
+    def decoded(some: list[bytes]) -> list[Event]:
+        found = decoder.decode([Records(Partition(topic, 0), [None] * len(some), some, [b"1"] * len(some), [0], 0)])
+        return [event for stretch in found.stretches for event in stretch.events]
+
+    events = decoded(values)
+    assert len(events) == len(values) > SOME
+    schemas = {value[:HEADER_BYTES] for value in values}
+    assert sum("ts_ns" in event for event in events) == len(schemas), "those that are read as a whole have more"
+    for value, event in list(zip(values, events, strict=True))[:: len(values) // SOME]:
+        decoder.use([])  # forgets its templates
+        (whole,) = decoded([value])
+        assert all(whole[name] == event[name] for name in ("before", "after", "op", "source")), (whole, event)
 
 
 def check_types(pipeline: MariaPipeline) -> None:

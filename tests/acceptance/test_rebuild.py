@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import redis
+from pymongo import MongoClient
 
 from acceptance.harness import Actor, Run, Stage
 from delta_sync.generations import Generations, GenerationStore
@@ -24,6 +25,7 @@ from delta_sync.testing.processes import wait_until
 
 SEED = random.SystemRandom().randrange(1_000_000)
 PATIENCE_S = 120.0  # no test may depend on speed
+REBUILD_TIMEOUT_S = 600.0  # it waits for a new run, a dump and a verification
 ROWS = 400
 QUIET = range(1, 41)  # keys that are always there; whoever reads one must find it
 TABLES = ("film", "actor")
@@ -59,45 +61,91 @@ class Writing(Actor):
 
 
 class Reading(Actor):
-    """Reads as the how-to page says: the pointer, then the key. Each key is there, and never gets older."""
+    """Reads as the how-to page says. Each key is there, and never gets older within a generation.
 
-    def __init__(self, it: Stage) -> None:
-        super().__init__("reader")
-        self._url = it.stores.sinks["cache"].url
-        self._schema = it.source.schema
+    `seen` counts what was read, by what `serving` said.
+    """
+
+    def __init__(self, it: Stage, sink: str) -> None:
+        super().__init__(f"reader of {sink}")
         self.seen: Counter[str] = Counter()
+        self._sink = sink
+        self._url = it.stores.sinks[sink].url
+        self._schema = it.source.schema
 
     def act(self) -> None:
+        with contextlib.ExitStack() as exits:
+            self._read_all_the_time(*self.open(exits))
+
+    def _read_all_the_time(self, serving: Callable[[str], str], read: Callable[[str, str, int], int | None]) -> None:
         rng = random.Random(f"{SEED} reader")
         newest: dict[tuple[str, str, int], int] = {}
-        client: Any = redis.Redis
-        with client.from_url(self._url) as client:
-            while not self.stopping.wait(0.01):
-                table, key = rng.choice(TABLES), rng.choice(QUIET)
-                pointer = f"delta:g:{self._schema}.{table}:{{id}}"
-                prefix = (client.get(pointer) or b"").decode()
-                text = client.get(f"{prefix}{self._schema}.{table}:{key}")
-                if text is None and (client.get(pointer) or b"").decode() != prefix:
-                    continue  # it was dropped in between
-                assert text is not None, f"{table} {key} is not there, with the prefix {prefix!r}"
-                n = json.loads(text)["n"]
-                # Generations are written by threads of their own, so they may differ by what is on its way.
-                assert n >= newest.get((prefix, table, key), 0), (prefix, table, key, n)
-                newest[prefix, table, key] = n
-                self.seen[prefix] += 1
+        while not self.stopping.wait(0.01):
+            table, key = rng.choice(TABLES), rng.choice(QUIET)
+            place = serving(table)
+            n = read(place, table, key)
+            if n is None and serving(table) != place:
+                continue  # it was dropped in between
+            assert n is not None, f"{table} {key} is not there, at {place!r}"
+            # Generations are written by threads of their own, so they may differ by what is on its way.
+            assert n >= newest.get((place, table, key), 0), (place, table, key, n)
+            newest[place, table, key] = n
+            self.seen[place.removeprefix(table)] += 1
+
+    def open(self, exits: contextlib.ExitStack) -> tuple[Callable[[str], str], Callable[[str, str, int], int | None]]:
+        """Return what tells where a table's documents are, and what reads one there."""
+        if self._sink == "docs":
+            database = exits.enter_context(MongoClient[dict[str, Any]](self._url)).get_default_database()
+
+            def led_to(table: str) -> str:
+                led = database["delta_serving"].find_one({"_id": table})
+                return table if led is None else str(led["collection"])
+
+            def find(place: str, table: str, key: int) -> int | None:
+                document = database[place].find_one({"_id": key})
+                return None if document is None else int(document["n"])
+
+            return led_to, find
+        client: Any = exits.enter_context(contextlib.closing(redis.Redis.from_url(self._url)))
+
+        def pointer(table: str) -> str:
+            return (client.get(f"delta:g:{self._schema}.{table}:{{id}}") or b"").decode()
+
+        def get(place: str, table: str, key: int) -> int | None:
+            text = client.get(f"{place}{self._schema}.{table}:{key}")
+            if text is None:
+                return None
+            document = json.loads(text)
+            assert document.get("made") == (None if place else "as before"), "each generation has a function of its own"
+            return int(document["n"])
+
+        return pointer, get
+
+    def wait_for(self, place: str) -> None:
+        """Wait until somebody reads this generation."""
+        before = self.seen[place]
+        wait_until(lambda: self.seen[place] > before or not self.is_alive(), PATIENCE_S, f"a reader of {place!r}")
 
 
-def row(it: Stage) -> Generations | None:
+def let_the_first_generation_be_as_it_was(it: Stage) -> None:
+    """Give the cache's first generation a function of its own: it is there before the sink is rebuilt."""
+    with (it.pipeline.home / "processor.py").open("a") as file:
+        for number, table in enumerate(it.pipeline.tables):
+            file.write(f"\n\n@pipeline.table({table!r}, to=['cache.1'])\ndef before_{number}(row):\n")
+            file.write("    return {**row, 'made': 'as before'}\n")
+
+
+def row(it: Stage, sink: str = "cache") -> Generations | None:
     with StateStore.open(load_spec(it.pipeline.home).state, it.pipeline.home) as state:
-        return GenerationStore(state, it.pipeline.name).all().get("cache")
+        return GenerationStore(state, it.pipeline.name).all().get(sink)
 
 
-def command(it: Stage, *options: str) -> list[str]:
-    return ["pipeline", "rebuild", it.pipeline.name, "--sink", "cache", *options]
+def command(it: Stage, *options: str, sink: str = "cache") -> list[str]:
+    return ["pipeline", "rebuild", it.pipeline.name, "--sink", sink, *options]
 
 
-def rebuild(it: Stage, *options: str) -> None:
-    done = it.pipeline.deltactl(*command(it, *options))
+def rebuild(it: Stage, *options: str, sink: str = "cache") -> None:
+    done = it.pipeline.deltactl(*command(it, *options, sink=sink), timeout_s=REBUILD_TIMEOUT_S)
     assert done.returncode == 0, done.stderr
 
 
@@ -115,16 +163,11 @@ def documents(it: Stage, prefix: str) -> dict[str, dict[int, int]]:
 
 def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Callable[..., Stage]) -> None:
     print(f"seed {SEED}")
-    it = stage(SETUP, TABLES, processor="return dict(row)", load={"chunk_rows": 20})
+    it = stage(SETUP, TABLES, processor="return dict(row)", sinks=("cache", "docs"), load={"chunk_rows": 20})
+    let_the_first_generation_be_as_it_was(it)
     run = it.run()
     wait_until(it.pipeline.loaded, PATIENCE_S, f"the load; {run.tail()}")
-    with Writing(it) as writer, Reading(it) as reader:
-
-        def seen(prefix: str) -> None:
-            """Wait until somebody reads this generation."""
-            before = reader.seen[prefix]
-            wait_until(lambda: reader.seen[prefix] > before or not reader.is_alive(), PATIENCE_S, "a reader of it")
-
+    with Writing(it) as writer, Reading(it, "cache") as reader, Reading(it, "docs") as documents_reader:
         # Whoever asks for it dies as soon as it has begun, and the pipeline with it.
         folder = it.pipeline.folder
         words = [sys.executable, "-m", "deltactl.main", *command(it), "--dir", str(folder / "pipelines")]
@@ -136,30 +179,49 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
         run = it.run()
         rebuild(it)
         assert row(it) == Generations("cache", 2, 1, "kept", 2)
-        seen("g2:")
+        reader.wait_for("g2:")
 
         # There and back: the old one had all changes, too.
+        verified = it.pipeline.deltactl("verify", it.pipeline.name, "--json", timeout_s=REBUILD_TIMEOUT_S)
+        assert verified.returncode == 0, verified.stdout
         rebuild(it, "--back")
-        seen("")
+        reader.wait_for("")
         # Forth again, by a command that is killed before it has led readers: the run that drops the old one does that.
         with StateStore.open(load_spec(it.pipeline.home).state, it.pipeline.home) as state:
             there = Generations("cache", 1, 2, "kept", 2)
             GenerationStore(state, it.pipeline.name).change(there, there.back())
-        seen("")
+        reader.wait_for("")
         rebuild(it, "--drop-old", "--yes")
         wait_until(lambda: row(it) == Generations("cache", 2, None, "", 2), PATIENCE_S, f"the drop; {run.tail()}")
         assert not any(documents(it, "").values())
-        seen("g2:")
+        reader.wait_for("g2:")
         checked = it.pipeline.deltactl("pipeline", "check", it.pipeline.name)
         assert checked.returncode == 0, checked
-    print(writer.done, reader.seen)
+
+        # MongoDB: a collection beside the other, with the indexes that readers have.
+        documents_reader.wait_for("")
+        with MongoClient[dict[str, Any]](it.stores.sinks["docs"].url) as mongo:
+            database = mongo.get_default_database()
+            database[TABLES[0]].create_index("n", name="theirs")
+            rebuild(it, sink="docs")
+            documents_reader.wait_for(".g2")
+            assert "theirs" in database[f"{TABLES[0]}.g2"].index_information()
+            rebuild(it, "--drop-old", "--yes", sink="docs")
+            alone = Generations("docs", 2, None, "", 2)
+            wait_until(lambda: row(it, "docs") == alone, PATIENCE_S, f"the drop; {run.tail()}")
+            documents_reader.wait_for(".g2")
+            assert set(database.list_collection_names()).isdisjoint(TABLES)
+    print(writer.done, reader.seen, documents_reader.seen)
     assert writer.done
 
     it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
     table = f"{it.source.schema}.{TABLES[0]}"
     words = ["pipeline", "test", it.pipeline.name, "--table", table, "--keys", str(min(QUIET)), "--json"]
     tried = json.loads(it.pipeline.deltactl(*words).stdout)
-    assert [(one["sink"], one["effect"]) for one in tried] == [("cache.2", "same")]
+    assert [(one["sink"], one["effect"]) for one in tried] == [("cache.2", "same"), ("docs.2", "same")]
+    for sink in it.stores.sinks.values():
+        sink.number = 2
+    it.in_step(run)
     with it.source.connect() as connection:
         for table, found in documents(it, "g2:").items():
             assert found == dict(connection.execute(f"SELECT id, n FROM {table}".encode()).fetchall())
@@ -170,3 +232,6 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
     with client.from_url(it.stores.sinks["cache"].url) as client:
         left = [key for key in client.scan_iter() if it.source.schema.encode() in key]
         assert left == [], "neither documents, nor tombstones, nor pointers"
+    with MongoClient[dict[str, Any]](it.stores.sinks["docs"].url) as mongo:
+        database = mongo.get_default_database()
+        assert [name for name in database.list_collection_names() if database[name].find_one() is not None] == []

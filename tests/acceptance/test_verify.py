@@ -21,11 +21,11 @@ import pytest
 import redis
 import requests
 
-from acceptance.harness import SHAPES, Actor, Scene, Shape, Shop
+from acceptance.harness import SHAPES, Actor, Scene, Shape, Shop, metrics
 from delta_sync.changes import Write
 from delta_sync.sinks.base import VERSION_FIELD
 from delta_sync.tables import key_text
-from delta_sync.testing.processes import wait_until
+from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.versions import MAX_POSITION, version_of
 from deltactl.app import INTERRUPTED
 
@@ -50,11 +50,16 @@ class Damaged(NamedTuple):
 
 
 @pytest.fixture
-def it(scene: Callable[..., Scene]) -> Iterator[Scene]:
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def it(scene: Callable[..., Scene], port: int) -> Iterator[Scene]:
     """Yield a scene whose pipeline runs, with a writer at it."""
     print(f"seed {SEED}")
     it = scene(ROWS, SINKS, load={"chunk_rows": 50})
-    run = it.run()
+    run = it.run("--port", str(port))
     wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
     yield it
     assert run.running, run.tail()
@@ -197,7 +202,7 @@ def go_round(it: Scene) -> None:
         assert run.stop() == INTERRUPTED, run.tail()
 
 
-def test_what_was_damaged_is_found_and_mended_while_rows_change(it: Scene) -> None:
+def test_what_was_damaged_is_found_and_mended_while_rows_change(it: Scene, port: int) -> None:
     with Writing(it.shop) as writer:
         for _ in range(TIMES_UNDER_LOAD):
             status, found, numbers = verify(it)
@@ -212,4 +217,11 @@ def test_what_was_damaged_is_found_and_mended_while_rows_change(it: Scene) -> No
         assert (status, found) == (0, []), numbers
         go_round(it)
         print(writer.done)
+        # Whoever verifies, the pipeline shows it: three times and two rounds at least, of which one found the damage.
+        rows = 5 * len(SHAPES) * len(QUIET)
+        wait_until(lambda: metrics(port).get("delta_verified_rows_total", 0.0) >= rows, 120, "the numbers")
+        measured = metrics(port)
+        assert measured["delta_verified_differences_total"] == len(expected)
+        assert measured["delta_verified_repaired_total"] == len(expected)
+        assert measured["delta_verified_age_seconds"] > 0
     assert sum(writer.done.values()) > 100

@@ -6,9 +6,10 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import confluent_kafka
@@ -27,11 +28,18 @@ from kafka.admin import (
 )
 from kafka.structs import OffsetAndMetadata
 
-from delta_sync.errors import CheckFailed
+from delta_sync.errors import CheckFailed, StateBusy
 from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, PositionsExpired, Records, open_group
+from delta_sync.kafka.notices import KafkaNotices
 from delta_sync.kafka.settings import Timeouts
+from delta_sync.notices import NoticeIntake
+from delta_sync.pipeline import Pipeline
+from delta_sync.refreshing import NoticeStore
 from delta_sync.spec import KafkaSpec, RegistrySpec, SecuritySpec
+from delta_sync.state import StateStore
+from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.kafka import USERS, Kafka, admin_client
+from delta_sync.testing.processes import wait_until
 
 Client = Literal["kafka-python", "confluent-kafka"]
 CLIENTS: tuple[Client, ...] = ("kafka-python", "confluent-kafka")
@@ -455,8 +463,8 @@ def test_a_commit_after_the_partitions_were_lost_is_ignored(world: World) -> Non
     lost, other = world.member(HASTY), world.member()
     turns(lost, until=lambda: lost.positions().get(world.partition(0)) == 10)
     turns(other, until=lambda: other.partitions == {0, 1, 2})  # the first one no longer polls
-    other.group.commit({world.partition(0): 10})
-    lost.group.commit({world.partition(0): 4})
+    assert other.group.commit({world.partition(0): 10})
+    assert not lost.group.commit({world.partition(0): 4}), "and it says so"
     assert world.committed() == {0: 10}
     late: list[int] = []
 
@@ -729,3 +737,53 @@ def test_a_topic_that_is_not_there_is_a_failed_check(world: World) -> None:
         member.poll()
     with admin_client(world.server.url) as admin:
         assert world.topic not in admin.list_topics()  # nor has it been made by asking
+
+
+def test_notices_are_taken_from_a_topic_and_bad_messages_do_not_stand_in_their_way(
+    world: World, tmp_path: Path
+) -> None:
+    """Beside the group's own promises: what `kafka.notices` makes of them, with a state store that fails at first."""
+    producer = confluent_kafka.Producer({"bootstrap.servers": world.server.url})
+    sent = [b'{"lookup": "ratings", "keys": [%d]}' % number for number in range(20)]
+    for number, value in enumerate([b"no notice", *sent, b'{"lookup": "none", "keys": [1]}', None]):
+        producer.produce(world.topic, value, partition=number % 3)
+    assert producer.flush(WAIT_S) == 0
+    stopping, intake, pipeline = threading.Event(), NoticeIntake(), Pipeline("movies")
+    lookup = pipeline.lookup()(ratings)
+    pipeline.table("public.movie", enrich={"rating": lookup.by("id")})(movie)
+    table = Table("public", "movie", (Column("id", "bigint", Kind.INTEGER),), ("id",))
+    with StateStore.open("sqlite:///state.db", tmp_path) as state:
+        store = FailingAtFirst(state, "movies")
+        intake.open(pipeline, lambda: {"public.movie": table}, store)
+        reader = KafkaNotices(lambda: world.member().group, world.topic, intake, stopping)
+        reader.start()
+        try:
+            wait_until(lambda: sum(intake.counts.values()) >= 23, WAIT_S, "the last message")
+            wait_until(lambda: sum(world.committed().values()) == 23, WAIT_S, "the last commit")
+        finally:
+            stopping.set()
+            reader.join(WAIT_S)
+        kept = {key for notice in store.get(store.ids()) for key in notice.keys}
+    assert store.failed
+    assert kept == set(range(20)), "those of the try that failed, too"
+    assert intake.counts["kafka", "refused"] >= 3
+
+
+class FailingAtFirst(NoticeStore):
+    """A state store that is locked when it is asked first."""
+
+    failed = False
+
+    def add(self, lookup: str, keys: Sequence[Any], *, pending: bool = False) -> int:
+        if not self.failed:
+            self.failed = True
+            raise StateBusy("It is locked.")
+        return super().add(lookup, keys, pending=pending)
+
+
+def movie(row: dict[str, Any], rating: Any) -> dict[str, Any]:
+    return {**row, "rating": rating}
+
+
+def ratings(keys: list[Any]) -> dict[Any, Any]:
+    return dict.fromkeys(keys)

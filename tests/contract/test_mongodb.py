@@ -18,7 +18,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from delta_sync.changes import APPLIED, STALE, Write
-from delta_sync.errors import SinkBusy
+from delta_sync.errors import SinkBusy, SinkRefused, UsageError
 from delta_sync.sinks.base import Stored, Target
 from delta_sync.sinks.mongodb import (
     CODEC,
@@ -448,6 +448,86 @@ def test_a_key_that_cannot_be_encoded_is_rejected(sink: MongoSink) -> None:
     writes = [Write(("\ud800",), 5, None), Write(("\udfff",), 5, {}), Write(("ok",), 5, None)]
     assert [outcome.kind for outcome in sink.apply(target, writes)] == ["rejected", "rejected", "applied"]
     sink.drop(target)
+
+
+# ── generations ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def generation(url: str, number: int) -> tuple[MongoSink, Target]:
+    sink = open_sink(url)
+    sink.number = number
+    return sink, sink.target(MOVIE, MongoTargetOptions())
+
+
+def test_a_new_generation_is_built_beside_the_old_one_and_readers_are_led_to_it(
+    mongodb: MongoStandIn, sink: MongoSink, target: Target, database: Database[dict[str, Any]]
+) -> None:
+    apply(sink, target, (1,), 5, {"n": "old"})
+    apply(sink, target, (3,), 5, {"n": "old"})
+    theirs = database["movie"].create_index("n", unique=False, sparse=True, name="by_n")
+    (first, old), (second, new) = generation(mongodb.url, 1), generation(mongodb.url, 2)
+
+    def read() -> dict[int, str]:
+        """Read as the how-to page says."""
+        led = database["delta_serving"].find_one({"_id": "movie"}) or {"collection": "movie"}
+        return {one["_id"]: one["n"] for one in database[led["collection"]].find()}
+
+    try:
+        assert old[1:] == target[1:], "the first is where it always was"
+        for one, of in ((first, old), (second, new)):
+            one.prepare(of)
+            one.prepare(of)  # a run begins anew
+        index = database["movie.g2"].index_information()[theirs]
+        assert (index["key"], index["sparse"]) == ([("n", 1)], True), "readers find as fast as before"
+        first.truncate(old, 4)
+        assert [stored and stored.version for stored in first.read(old, [(1,), (2,)])] == [5, None]
+        assert second.newest_version(new) == 0, "the floor is its own, too"
+        for number in (1, 2, 3):
+            apply(second, new, (number,), 6, {"n": "new"})
+        apply(second, new, (3,), 7, None)
+        assert second.apply(new, [Write((3,), 6, {"n": "late"})]) == [STALE]
+        apply(first, old, (3,), 7, None)
+        assert read() == {1: "old"}
+        second.lead_readers([new])
+        second.lead_readers([new])  # again, by whoever was killed
+        assert read() == {1: "new", 2: "new"}
+        with pytest.raises(SinkRefused, match=r"leads readers from movie to movie\.g2"):
+            sink.prepare(target)  # it lost its state, and would write where nobody looks
+        apply(first, old, (4,), 8, {"n": "old"})
+        first.lead_readers([old])
+        assert read() == {1: "old", 4: "old"}, "the way back"
+        sink.prepare(target)
+        second.lead_readers([new])
+        assert first.drop(old) == 2
+        assert read() == {1: "new", 2: "new"}, "the pointer is not the first one's any more"
+        assert second.drop(new) == 2
+        assert database["delta_serving"].find_one() is None
+        assert [name for name in database.list_collection_names() if name.startswith("movie")] == []
+    finally:
+        for one, of in ((first, old), (second, new)):
+            one.drop(of)
+            one.close()
+
+
+def test_a_generation_has_indexes_of_its_own_once_it_is_there(
+    mongodb: MongoStandIn, sink: MongoSink, target: Target, database: Database[dict[str, Any]]
+) -> None:
+    apply(sink, target, (1,), 5, {"n": 1})
+    second, new = generation(mongodb.url, 2)
+    try:
+        second.prepare(new)
+        apply(second, new, (1,), 5, {"n": 1})
+        database["movie"].create_index("n", name="later")
+        second.prepare(new)
+        assert "later" not in database["movie.g2"].index_information(), "what is built is not changed behind one's back"
+    finally:
+        second.drop(new)
+        second.close()
+
+
+def test_no_table_is_written_to_where_readers_are_led(sink: MongoSink) -> None:
+    with pytest.raises(UsageError, match="delta_serving is Delta's own"):
+        sink.target(MOVIE, MongoTargetOptions(collection="delta_serving"))
 
 
 # ── trouble ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,6 +24,7 @@ class PostgresLog:
 
     def __init__(self, url: str, capture: EmbeddedCapture) -> None:
         self._connection = psycopg.connect(url, autocommit=True)
+        self._connection.execute("SET synchronous_commit = local")  # a mark is to be seen whatever commits wait for
         self._connection.execute("CREATE TABLE IF NOT EXISTS public.log_mark (id int PRIMARY KEY)")
         self._capture = capture
         self._marks = 0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from structlog.testing import capture_logs
 
-from delta_sync.applying import Applied, Part, SinkWriter
+from delta_sync.applying import THREADS, Applied, Part, SinkWriter
 from delta_sync.changes import APPLIED, STALE, Change, Outcome, Write
 from delta_sync.errors import SinkBusy, SinkRefused
 from delta_sync.sinks.base import Target
@@ -215,3 +215,27 @@ def test_two_batches_are_on_their_way_at_once() -> None:
     with writing(sink) as writer:
         futures = [writer.submit([part(sink, write(id_))]) for id_ in (1, 2)]
         assert [future.result(TIMEOUT_S)[0].outcomes for future in futures] == [[APPLIED], [APPLIED]]
+
+
+def test_changes_do_not_wait_behind_dumps() -> None:
+    """Whatever a dump has handed over stands still in the sink; a change gets through."""
+    passed = threading.Event()
+    under_way = threading.Semaphore(0)
+
+    class Slow(MemorySink):
+        def apply(self, target: Target, writes: Sequence[Write]) -> list[Outcome]:
+            if writes[0].key != (1,):
+                under_way.release()
+                assert passed.wait(TIMEOUT_S)
+            return super().apply(target, writes)
+
+    sink = Slow()
+    with writing(sink) as writer:
+        of_dump = [writer.submit([part(sink, write(id_))], of_dump=True) for id_ in range(10, 10 + 2 * THREADS)]
+        for _ in range(THREADS):
+            assert under_way.acquire(timeout=TIMEOUT_S)
+        try:
+            assert writer.submit([part(sink, write(1))]).result(TIMEOUT_S)[0].outcomes == [APPLIED]
+        finally:
+            passed.set()
+        assert all(future.result(TIMEOUT_S)[0].outcomes == [APPLIED] for future in of_dump)

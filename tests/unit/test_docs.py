@@ -25,6 +25,7 @@ from delta_sync.progress import LogPosition, Progress
 from delta_sync.sinks import sink_class
 from delta_sync.spec import spec_from
 from delta_sync.testing.harness import Harness
+from delta_sync.verifying import Verified
 from deltactl.app import App
 from deltactl.main import main
 
@@ -243,6 +244,9 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
     progress.position.advance(1)
     progress.partition_lags = {("delta_movies.public.movie", 0): PartitionLag(3, 0.5)}
     progress.dumps = [Dump(table="public.movie", kind="table")]
+    progress.notices = {("http", "accepted"): 1}
+    progress.enrichment_ages_s = {"public.movie": 1.0}
+    progress.note_verified({"public.movie": Verified("public.movie", 5.0)})
     rows: list[str] = []
     for metric in ProgressCollector("movies", progress).collect():
         assert metric.samples, metric.name

@@ -325,7 +325,7 @@ def test_a_dead_letter_is_replayed_by_its_handler_with_all_that_it_was(scene: Sc
     movies.on("public.movie", name="notify")(scene.handle)
     event = event_of(5, before={"id": 1, "title": "A"}, op="update")
     failed = Failure(Change(event.table, event.key, 5, event.after), "handle", "it was down", "", "on:notify", event)
-    letter = _letter("movies", failed, "log")
+    letter = _letter("movies", failed, "log", ())
     kept = decode_event(letter.event)
     assert _handle_again(letter, kept, movies) is None
     assert scene.calls == [event]

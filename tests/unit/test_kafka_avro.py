@@ -12,10 +12,12 @@ import pytest
 from fastavro import parse_schema, schemaless_reader
 
 from debezium_avro import (
+    BINLOG_SOURCE,
     MESSAGE,
     MOVIE,
     SOURCE,
     Writer,
+    binlog_event,
     envelope,
     event,
     key_of,
@@ -24,7 +26,7 @@ from debezium_avro import (
     source,
 )
 from delta_sync.decoding import Stretch, decode
-from delta_sync.errors import SchemaUnfit, SchemaUnknown, UndecodableChange
+from delta_sync.errors import PipelineStopped, SchemaUnfit, SchemaUnknown, UndecodableChange
 from delta_sync.kafka.avro import (
     AvroDecoder,
     DecodedRecords,
@@ -187,6 +189,14 @@ def test_only_the_newest_of_a_key_comes_out(writer: Writer, decoder: AvroDecoder
     polled = of_keys(writer, (1, 10), (2, 20), (1, 30), (3, 40), (1, 50), (2, 60))
     decoded = decoder.decode([polled])
     assert [(one["after"]["id"], one["source"]["lsn"]) for one in all_events(decoded)] == [(3, 40), (1, 50), (2, 60)]
+    assert decoded.events == 6
+
+
+def test_each_event_comes_out_of_a_topic_where_that_is_wanted(writer: Writer, decoder: AvroDecoder) -> None:
+    values: list[bytes | None] = [writer.value(MOVIES, event("u", None, movie(1), lsn=lsn)) for lsn in (10, 30, 20)]
+    some, others = records(values, [key_of(1)] * 3, topic="wanted"), records(values, [key_of(1)] * 3)
+    decoded = decoder.decode([some, others], ["wanted"])
+    assert [one["source"]["lsn"] for one in all_events(decoded)] == [10, 30, 20, 30]
     assert decoded.events == 6
 
 
@@ -681,56 +691,90 @@ def test_a_stretch_is_what_decoding_takes(writer: Writer, decoder: AvroDecoder) 
 
 # ── MariaDB ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-BINLOG_SOURCE = {
-    "type": "record",
-    "name": "Source",
-    "namespace": "io.debezium.connector.mariadb",
-    "fields": [
-        *({"name": name, "type": "string"} for name in ("version", "connector", "name")),
-        {"name": "ts_ms", "type": "long"},
-        {"name": "db", "type": "string"},
-        *({"name": name, "type": ["null", "string"], "default": None} for name in ("sequence", "table", "gtid")),
-        {"name": "file", "type": "string"},
-        {"name": "pos", "type": "long"},
-        {"name": "row", "type": "int"},
-    ],
-}
 
-
+@pytest.fixture(scope="module")
 def binlog_writer() -> Writer:
-    schema = envelope(MOVIE)
-    (place,) = (field for field in schema["fields"] if field["name"] == "source")
-    place["type"] = BINLOG_SOURCE
-    return Writer({MOVIES: schema})
+    return Writer({MOVIES: envelope(MOVIE, source=BINLOG_SOURCE)})
 
 
-def binlog_event(op: str, after: Any, pos: int, row: int, file: str = "binlog.000012") -> dict[str, Any]:
-    block = {"version": "3.6.3.Final", "connector": "mariadb", "name": "movies", "ts_ms": 1_790_000_000_000}
-    block |= {"db": "studio", "table": "movie", "gtid": "0-1-27", "file": file, "pos": pos, "row": row}
-    return event(op, None, after, lsn=0) | {"source": block}
-
-
-def test_a_binary_logs_events_are_in_the_order_of_their_places() -> None:
-    writer = binlog_writer()
-    events = [
-        binlog_event("c", movie(1), 500, 0),
-        binlog_event("c", movie(2), 500, 499),
-        binlog_event("t", None, 600, 499),  # the number is the row's before
-        binlog_event("c", movie(3), 650, 0),
-        binlog_event("u", movie(3), 4, 0, "binlog.000013"),
-    ]
+def positions(writer: Writer, events: list[Any]) -> list[int]:
     decoded = AvroDecoder(writer).decode([records([writer.value(MOVIES, one) for one in events])])
     assert not decoded.undecodable
-    (stretch,) = decoded.stretches
-    sources = [one["source"] for one in stretch.events]
-    assert {(one["schema"], one["table"]) for one in sources} == {("studio", "movie")}
-    positions = [one["lsn"] for one in sources]
-    assert positions == [12 << 32 | 500, 12 << 32 | 999, 12 << 32 | 600, 12 << 32 | 650, 13 << 32 | 4]
-    assert positions[3] > positions[2], "a row that comes after a TRUNCATE outlives it"
+    found = all_events(decoded)
+    for one, written in zip(found, events, strict=True):
+        of = {"op": written["op"], "before": own_names(written["before"]), "after": own_names(written["after"])}
+        block = {"schema": "studio", "table": "movie", "txId": 0, "ts_ms": written["source"]["ts_ms"]}
+        assert one | {"source": {**one["source"], "lsn": None}} == one | of | {"source": {**block, "lsn": None}}
+    return [one["source"]["lsn"] for one in found]
 
 
-def test_a_place_without_a_number_is_undecodable() -> None:
-    writer = binlog_writer()
-    value = writer.value(MOVIES, binlog_event("c", movie(1), 4, 0, file="binlog"))
-    (broken,) = AvroDecoder(writer).decode([records([value])]).undecodable
+def by_template(writer: Writer, *events: Any) -> list[bool]:
+    """Tell which were read by a template, which leaves out what is behind `op`."""
+    found = all_events(AvroDecoder(writer).decode([records([writer.value(MOVIES, one) for one in events])]))
+    return ["ts_ns" not in one for one in found]
+
+
+def test_a_binary_logs_events_are_in_the_order_of_their_places(binlog_writer: Writer) -> None:
+    events = [
+        binlog_event("c", None, movie(1), 500),
+        binlog_event("c", None, movie(2), 500, row=499),
+        binlog_event("t", None, None, 600, row=499),  # the number is the row's before
+        binlog_event("c", None, movie(3), 650, gtid="0-1-28"),
+        binlog_event("u", movie(3), movie(3, title=None), 4, file="binlog.000013", gtid=None, thread=None),
+        binlog_event("d", movie(4), None, 2**32 - 9, row=8, file="binlog.000013"),
+    ]
+    found = positions(binlog_writer, events)
+    begins = [12 << 32 | 500, 12 << 32 | 999, 12 << 32 | 600, 12 << 32 | 650]
+    assert found == [*begins, 13 << 32 | 4, 13 << 32 | 2**32 - 1]
+    assert found[3] > found[2], "a row that comes after a TRUNCATE outlives it"
+    assert by_template(binlog_writer, *events) == [False, True, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"file": "binlog.1000000"},
+        {"file": "another.000012"},
+        {"sequence": "[1]"},
+        {"gtid": "no GTID"},
+        {"query": "UPDATE movie SET title = 'x'"},
+        {"snapshot": "true"},
+        {"server_id": 2**31},
+    ],
+)
+def test_what_a_binary_logs_template_did_not_expect_is_read_all_the_same(
+    binlog_writer: Writer, block: dict[str, Any]
+) -> None:
+    events = [binlog_event("u", None, movie(number), 10 * number + 200) for number in range(3)]
+    events[1]["source"] |= block
+    file = int(events[1]["source"]["file"].partition(".")[2])
+    assert positions(binlog_writer, events) == [12 << 32 | 200, file << 32 | 210, 12 << 32 | 220]
+    assert by_template(binlog_writer, *events)[::2] == [False, True]
+
+
+@pytest.mark.parametrize("file", ["mysql-bin.000001", "mariadb-server-bin.000001", "a.b.c.999999", "f.000001"])
+def test_a_binary_logs_files_may_have_any_name(binlog_writer: Writer, file: str) -> None:
+    """Where the length of the name is a digit, too."""
+    events = [
+        binlog_event("u", None, movie(number), pos, row=number, file=file, gtid=f"1-2-{pos}")
+        for number, pos in enumerate([4, 63, 64, 8191, 8192, 2**31, 2**32 - 9])
+    ]
+    number = int(file.rpartition(".")[2])
+    assert positions(binlog_writer, events) == [
+        number << 32 | one["source"]["pos"] + one["source"]["row"] for one in events
+    ]
+    assert by_template(binlog_writer, *events) == [False, *6 * [True]]
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["by a template", "as a whole"])
+def test_a_transaction_beyond_4_gib_stops_the_pipeline(binlog_writer: Writer, first: bool) -> None:
+    events = [binlog_event("u", None, movie(1), 4), binlog_event("u", None, movie(2), 2**32 - 2, row=2)]
+    values: list[bytes | None] = [binlog_writer.value(MOVIES, one) for one in events]
+    with pytest.raises(PipelineStopped, match=r"beyond 4 GiB"):
+        AvroDecoder(binlog_writer).decode([records(values[first:])])
+
+
+def test_a_place_without_a_number_is_undecodable(binlog_writer: Writer) -> None:
+    value = binlog_writer.value(MOVIES, binlog_event("c", None, movie(1), 4, file="binlog"))
+    (broken,) = AvroDecoder(binlog_writer).decode([records([value])]).undecodable
     assert "'binlog':4, row 0" in str(broken.error)

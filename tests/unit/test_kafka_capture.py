@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping
 
 import pytest
 
 from delta_sync.capture import Batch
-from delta_sync.errors import StateBusy
+from delta_sync.errors import GenerationsChanged, StateBusy
 from delta_sync.kafka import capture as module
 from delta_sync.kafka.capture import KafkaCapture, lag_of
 from delta_sync.kafka.consumer import KafkaBusy, Partition, PositionsExpired, Records
+from delta_sync.kafka.topic_ids import SeenTopics, made_anew
 from delta_sync.measures import PartitionLag
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.testing.processes import wait_until
 
 TOPIC = "delta_movies.public.movie"
 EPOCH_S = 1_700_000_000.0  # when the clock of a bench was at 0
@@ -28,8 +31,8 @@ class Group:
         self.committed: dict[Partition, int] = {}
         self.commits: list[dict[Partition, int]] = []
         self.mine: set[Partition] = set()
-        self.paused = self.closed = False
-        self.woken = 0
+        self.paused = self.closed = self.rebalancing = False
+        self.woken = self.polls = 0
         self.unread: dict[Partition, int] = {}
         self.rewound: list[dict[Partition, int]] = []
 
@@ -57,6 +60,7 @@ class Group:
         return happens
 
     def poll(self, timeout_s: float) -> list[Records]:
+        self.polls += 1
         while self.coming and not self.paused:
             what = self.coming.pop(0)
             if isinstance(what, list):
@@ -66,9 +70,12 @@ class Group:
             what()
         return []
 
-    def commit(self, positions: Mapping[Partition, int]) -> None:
+    def commit(self, positions: Mapping[Partition, int]) -> bool:
         self.commits.append({partition: at for partition, at in positions.items() if partition in self.mine})
+        if self.rebalancing:
+            return False
         self.committed.update(self.commits[-1])
+        return True
 
     def rewind(self, partitions: Collection[Partition]) -> dict[Partition, int]:
         self.rewound.append(dict.fromkeys((at for at in partitions if at in self.mine), BEGINNING))
@@ -95,10 +102,21 @@ class Bench:
         self.now = 100.0
         self.groups: list[Group] = []
         self.progress = Progress(LogPosition(lambda: self.now), lambda: self.now)
-        self.expired: list[tuple[list[Partition], dict[Partition, int]]] = []  # and what was committed at that moment
+        self.lost: list[tuple[list[Partition], str, dict[Partition, int]]] = []  # and what was committed at that moment
         self.failing: Exception | None = None
+        self.unchanged: Callable[[], None] = lambda: None
+        self.saved, self.topic_ids = {P0: "old", P1: "old"}, {P0: "old", P1: "old"}
+        self.looks: list[tuple[int, int]] = []  # how many groups there were, and polls of the last
         self.capture = KafkaCapture(
-            self._open, [TOPIC], self.progress, self._note_expired, lambda: self.now, lambda: EPOCH_S + self.now
+            self._open,
+            [TOPIC],
+            self.progress,
+            self._note_lost,
+            self.look,
+            self.saved.update,
+            lambda: self.unchanged(),
+            lambda: self.now,
+            lambda: EPOCH_S + self.now,
         )
         self.capture.start()
 
@@ -106,10 +124,14 @@ class Bench:
         self.groups.append(Group())
         return self.groups[-1]
 
-    def _note_expired(self, partitions: Collection[Partition]) -> None:
+    def _note_lost(self, partitions: Collection[Partition], why: str) -> None:
         if self.failing is not None:
             raise self.failing
-        self.expired.append((sorted(partitions), dict(self.group.committed)))
+        self.lost.append((sorted(partitions), why, dict(self.group.committed)))
+
+    def look(self) -> SeenTopics:
+        self.looks.append((len(self.groups), self.group.polls))
+        return SeenTopics(dict(self.saved), dict(self.topic_ids))
 
     @property
     def group(self) -> Group:
@@ -127,7 +149,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Bench:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(module, "ASKED_S", 60.0)  # the state store's answer is there before a poll returns
     made = Bench()
     made.poll(made.group.give(P0, P1))
     return made
@@ -266,6 +289,72 @@ def test_a_new_start_begins_behind_what_was_committed(bench: Bench) -> None:
     assert bench.group.committed == {P0: 5}
 
 
+# ── sinks that are others meanwhile ──────────────────────────────────────────────────────────────────────────────────
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def ask() -> None:
+        raise error
+
+    return ask
+
+
+def test_nothing_is_committed_once_a_sink_has_got_another_generation(bench: Bench) -> None:
+    bench.capture.confirm(bench.batch([records(P0, 5)]))
+    bench.unchanged = raising(GenerationsChanged("another"))
+    with pytest.raises(GenerationsChanged):
+        bench.poll()
+    bench.group.take(P0)()
+    bench.capture.stop()
+    assert bench.groups[0].commits == []
+    assert bench.groups[0].closed
+
+
+def test_without_the_state_store_the_stream_goes_on_and_nothing_is_committed_until_it_is_back(bench: Bench) -> None:
+    bench.capture.confirm(bench.batch([records(P0, 5)]))
+    bench.unchanged = raising(StateBusy("it restarts"))
+    for number in range(6, 30):  # more than may be unconfirmed
+        bench.capture.confirm(bench.batch([records(P0, number)]))
+    assert bench.group.commits == []
+    assert bench.progress.state() == ("waiting", "commit: it restarts")
+    bench.unchanged = lambda: None
+    bench.poll()
+    assert bench.group.committed == {P0: 29}
+    assert bench.progress.state()[0] != "waiting"
+
+
+def test_an_answer_says_nothing_of_what_was_read_after_the_question(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ASKED_S", 0.0)
+    monkeypatch.setattr(module, "ASKED_LAST_S", 0.0)
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        asked.set()
+        assert answer.wait(60.0)
+
+    bench.unchanged = hang
+    bench.capture.confirm(bench.batch([records(P0, 5), records(P1, 5)]))
+    bench.poll()
+    assert asked.wait(60.0)
+    bench.capture.confirm(bench.batch([records(P0, 6), records(P1, 6)]))
+    bench.poll(bench.group.take(P1), bench.group.give(P1))  # another may have been further meanwhile
+    assert bench.group.commits == []
+    bench.unchanged = raising(GenerationsChanged("another"))
+    answer.set()
+
+    def told() -> bool:
+        try:
+            bench.poll()
+        except GenerationsChanged:
+            return True
+        return False
+
+    wait_until(told, 60.0, "the answer to the second question")
+    assert bench.group.committed == {P0: 5}
+
+
 # ── positions that have expired ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -275,7 +364,7 @@ def expired(*positions: tuple[Partition, int | None]) -> PositionsExpired:
 
 def test_a_gap_is_recorded_before_the_position_behind_it_is_committed(bench: Bench) -> None:
     assert bench.poll(expired((P0, 10))) is None
-    assert bench.expired == [([P0], {})]
+    assert bench.lost == [([P0], "positions expired", {})]
     assert bench.group.committed == {P0: BEGINNING}
     bench.capture.confirm(bench.batch([records(P0, 60)]))
     bench.poll()
@@ -317,7 +406,101 @@ def test_a_gap_in_a_partition_that_is_anothers_by_now(bench: Bench) -> None:
     bench.group.mine.discard(P0)
     bench.poll(expired((P0, 10), (P1, None)))
     assert bench.group.committed == {P1: BEGINNING}
-    assert bench.expired == [([P0, P1], {})]
+    assert bench.lost == [([P0, P1], "positions expired", {})]
+
+
+# ── topics that were made anew ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_topics_are_looked_at_before_anything_is_read(bench: Bench) -> None:
+    assert bench.looks == [(1, 0)]
+    bench.capture.start()
+    assert bench.looks == [(1, 0), (2, 0)]
+
+
+def test_a_topic_that_was_made_anew_is_read_from_its_beginning(bench: Bench) -> None:
+    flying = bench.batch([records(P0, 100), records(P1, 7)])
+    before = flying.generation
+    bench.topic_ids[P0] = "new"
+    bench.capture.topics_seen(bench.look())
+    bench.capture.confirm(flying)
+    bench.poll()
+    assert bench.lost == [([P0], "its topic was made anew", {})]
+    assert bench.saved == {P0: "new", P1: "old"}
+    assert bench.group.committed == {P0: BEGINNING, P1: 7}
+    bench.capture.confirm(bench.batch([records(P0, 60)]))
+    bench.poll()
+    assert bench.group.committed == {P0: 60, P1: 7}
+    assert bench.batch([records(P0, 61)]).generation > before
+    bench.capture.topics_seen(bench.look())
+    bench.poll()
+    assert len(bench.lost) == 1
+
+
+def test_a_topic_that_cannot_be_mended_is_found_again(bench: Bench) -> None:
+    """The state store does not answer; then the group rebalances, and another may have the partitions after that."""
+    bench.topic_ids = {P0: "new", P1: "new"}
+    bench.failing = StateBusy("the state store does not answer")
+    bench.capture.topics_seen(bench.look())
+    with pytest.raises(StateBusy):
+        bench.poll()
+    assert (bench.group.rewound, bench.saved) == ([], {P0: "old", P1: "old"})
+    bench.failing = None
+    bench.group.rebalancing = True
+    bench.capture.topics_seen(bench.look())
+    bench.poll()
+    assert (bench.group.committed, bench.saved) == ({}, {P0: "old", P1: "old"})
+    bench.group.rebalancing = False
+    bench.capture.topics_seen(bench.look())
+    bench.poll()
+    assert (bench.group.committed, bench.saved) == ({P0: BEGINNING, P1: BEGINNING}, {P0: "new", P1: "new"})
+    assert [partitions for partitions, _, _ in bench.lost] == [[P0, P1], [P0, P1]]
+
+
+def test_a_look_that_began_before_a_topic_was_mended_has_nothing_mended_again(bench: Bench) -> None:
+    bench.topic_ids[P0] = "new"
+    late = bench.look()
+    bench.capture.topics_seen(bench.look())
+    bench.poll()
+    bench.capture.topics_seen(late)
+    bench.poll()
+    assert len(bench.lost) == 1
+    bench.topic_ids[P0] = "newest"
+    bench.capture.topics_seen(bench.look())
+    bench.poll()
+    assert len(bench.lost) == 2
+
+
+def test_what_was_seen_before_a_partition_came_is_of_no_use(bench: Bench) -> None:
+    """Another member may have mended it by then."""
+    bench.poll(bench.group.take(P0))
+    bench.topic_ids[P0] = "new"
+    bench.capture.topics_seen(bench.look())
+    bench.poll(bench.group.give(P0))
+    bench.poll()
+    assert bench.lost == []
+    bench.capture.topics_seen(bench.look())
+    bench.poll()
+    assert [partitions for partitions, _, _ in bench.lost] == [[P0]]
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "expected"),
+    [
+        ({}, {P0: "a", P1: "a"}, {}),
+        ({P0: "a", P1: "a"}, {P0: "a", P1: "a"}, {}),
+        ({P0: "a", P1: "a"}, {P0: "b", P1: "b"}, {P0: "b", P1: "b"}),
+        ({P0: "b", P1: "a"}, {P0: "b", P1: "b"}, {P1: "b"}),  # somebody else has mended the first
+        ({P0: "a"}, {P0: "b", P1: "b"}, {P0: "b", P1: "b"}),  # made anew, with more partitions
+        ({P0: "a"}, {P0: "a", P1: "a"}, {}),  # it got one more
+        ({P0: "b", P1: "a"}, {P0: "b"}, {}),  # made anew with fewer, and mended
+        ({P0: "a"}, {}, {}),  # it is not there
+    ],
+)
+def test_which_partitions_are_of_a_topic_that_was_made_anew(
+    saved: dict[Partition, str], now: dict[Partition, str], expected: dict[Partition, str]
+) -> None:
+    assert made_anew(SeenTopics(saved, now), [P0, P1]) == expected
 
 
 # ── lags ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -142,6 +142,7 @@ class Bench:
         self.finished: list[str] = []
         self.sinks = {"cache"}
         self.columns = "columns"
+        self.changes_come = False
         self.make_dumps: type[DumpStore] = DumpStore
         self.threads = 1  # what is read in which order is told by one
         self.failures: list[BaseException] = []
@@ -210,6 +211,7 @@ class Bench:
             failed=self.fail,
             stopping=self.stopping,
             fills=lambda dump: dump.sinks is None or self.sinks.issuperset(dump.sinks),
+            changes_come=lambda: self.changes_come,
         )
 
     @property
@@ -269,6 +271,36 @@ def test_a_chunk_is_handed_over_in_slices(make: MakeBench, monkeypatch: pytest.M
     bench = make(rows=CHUNK_ROWS)
     bench.loader().run()
     assert [len(slice_.changes) for slice_ in bench.slices] == [2, 1]
+
+
+def test_slices_are_smaller_while_changes_come(make: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "SLICE_ROWS_BESIDE_LOG", 1)
+    monkeypatch.setattr(load, "SLICES_MOST", 1)
+    bench = make(rows=2 * CHUNK_ROWS)
+    hand_over = bench.hand_over
+
+    def change_comes(slice_: Slice) -> None:
+        bench.changes_come = True
+        hand_over(slice_)
+
+    bench.hand_over = change_comes  # type: ignore[method-assign]  # the log wakes up behind the first slice
+    bench.loader().run()
+    assert [len(slice_.changes) for slice_ in bench.slices] == [CHUNK_ROWS, 1, 1, 1]
+    assert [change.key for change in bench.changes] == [(id_,) for id_ in range(2 * CHUNK_ROWS)]
+
+
+def test_no_more_is_read_while_much_has_to_wait_for_the_log(make: MakeBench) -> None:
+    """So a dump is no faster than the log that it comes behind, and takes no memory meanwhile."""
+    bench = make(rows=3 * load.HELD_CHUNKS * CHUNK_ROWS)
+    loader = bench.loader()
+    loader.look()
+    for _ in range(load.HELD_CHUNKS):
+        assert loader.has_room
+        assert loader.read_chunk(cast("PostgresReader", bench.reader))
+    assert not loader.has_room
+    loader.pass_log_for_read()
+    loader.write_chunks()
+    assert loader.has_room
 
 
 def test_tables_take_turns(make: MakeBench) -> None:

@@ -13,6 +13,7 @@ from delta_sync.applying import SinkNumbers
 from delta_sync.dumps import Dump
 from delta_sync.measures import Histogram, PartitionLag
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.verifying import Verified
 
 TIMEOUT_S = 60.0
 
@@ -65,6 +66,7 @@ def test_metrics_are_what_was_measured(progress: Progress, url: str) -> None:
         Dump(id=3, table="public.movie", kind="table", state="running", rows=50, waits="pid 7"),
         Dump(id=4, table="public.movie", kind="keys", state="paused"),
     ]
+    progress.note_verified({"public.movie": Verified("public.movie", 5.0, 100, 3, 2), "public.a": Verified("public.a")})
     samples = {
         (sample.name, *sorted(label for name, label in sample.labels.items() if name != "pipeline")): sample.value
         for family in text_string_to_metric_families(answer(url, "/metrics")[1])
@@ -83,6 +85,11 @@ def test_metrics_are_what_was_measured(progress: Progress, url: str) -> None:
     assert samples["delta_dump_rows", "3", "public.movie", "table"] == 50
     assert samples["delta_dump_state", "3", "public.movie", "table", "waiting"] == 1
     assert samples["delta_dump_state", "4", "keys", "paused", "public.movie"] == 1
+    assert samples["delta_verified_age_seconds", "public.movie"] == 5.0
+    assert ("delta_verified_age_seconds", "public.a") not in samples, "it was never verified to its end"
+    assert samples["delta_verified_rows_total", "public.movie"] == 100
+    assert samples["delta_verified_differences_total", "public.movie"] == 3
+    assert samples["delta_verified_repaired_total", "public.movie"] == 2
     assert samples["delta_lag_seconds",] == 0.5  # the worst of those that are known
 
 

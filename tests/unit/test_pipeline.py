@@ -179,3 +179,34 @@ def test_a_lookup_is_asked_by_a_column_that_is_there_and_can_be_compared() -> No
         check_columns(pipeline, tables)
     pipeline.tables["public.movie"].enrich["rating"] = ratings.by("id")  # type: ignore[index]  # a dict, in truth
     check_columns(pipeline, tables)
+
+
+def test_a_generation_of_a_sink_may_have_a_function_of_its_own() -> None:
+    pipeline = Pipeline("movies")
+
+    @pipeline.table("public.movie", to=["search.1", "cache.1"])
+    def before(row: Document) -> Document:
+        return {"name": row["title"]}
+
+    @pipeline.table("public.movie")
+    def movie(row: Document) -> Document:
+        return {"title": row["title"]}
+
+    @pipeline.table("public.genre")
+    def genre(row: Document) -> Document:
+        return row
+
+    def made_by(table: str, *sinks: str) -> list[tuple[object, list[str]]]:
+        return [(one.function, names) for one, names in pipeline.made_by(table, sinks)]
+
+    # What was never rebuilt is its first generation, so nothing changes for it before it is.
+    assert made_by("public.movie", "docs", "search", "cache") == [(movie, ["docs"]), (before, ["search", "cache"])]
+    assert made_by("public.movie", "search.1", "search.2") == [(before, ["search.1"]), (movie, ["search.2"])]
+    assert made_by("public.movie", "search.2", "search.10") == [(movie, ["search.2", "search.10"])]
+    assert made_by("public.genre", "search.1", "search.2") == [(genre, ["search.1", "search.2"])]
+    assert [one.function for one in pipeline.functions()] == [movie, genre, before, before]
+    with pytest.raises(UsageError, match=r"public.movie for cache.1 is declared twice, before in .*\(before\)"):
+        pipeline.table("public.movie", to=["cache.1"])(genre)
+    for to in (["search.1", "cache"], ["search.one"], ["search."]):
+        with pytest.raises(UsageError, match="it can name nothing else"):
+            pipeline.table("public.movie", to=to)(genre)

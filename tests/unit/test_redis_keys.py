@@ -40,7 +40,7 @@ from delta_sync.testing.contract import MOVIE, PART, SEAT
 def test_render(template: str, table: object, prefix: str, key: tuple[object, ...], expected: str) -> None:
     parsed = parse_template(template, table, prefix)  # type: ignore[arg-type]  # parametrize has no types
     assert parsed.render(key) == expected
-    assert parsed.matches(expected)
+    assert parsed.own([expected.encode()]) == [expected.encode()]
     assert parsed.text(table) == prefix + template  # type: ignore[arg-type]  # as above
 
 

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -195,6 +195,7 @@ def test_a_change_from_before_there_was_a_mask_is_masked_when_it_is_replayed() -
 
 
 def test_a_replay_masks_what_was_kept_in_the_clear(tmp_path: Path) -> None:
+    from delta_sync.replaying import _Now as Now  # pyright: ignore[reportPrivateUsage] -- not asked here
     from delta_sync.replaying import _replay  # pyright: ignore[reportPrivateUsage] -- the rest of it opens stores
 
     folder = folder_of(tmp_path)
@@ -215,7 +216,15 @@ def test_a_replay_masks_what_was_kept_in_the_clear(tmp_path: Path) -> None:
     )
     sink = MemorySink("cache")
     table = masked(PERSON, people.shapes["public.person"])
-    failed = _replay(letter, load_processor(folder, people), people, {"cache": sink}, {table.id: table}, {})
+    failed = _replay(
+        letter,
+        load_processor(folder, people),
+        people,
+        {"cache": sink},
+        {table.id: table},
+        {},
+        Now(cast("Any", None), 1),
+    )
     assert failed is None
     (document,) = sink.documents(target_for(sink, table, people)).values()
     assert (document["email"][:5], document["tags"]) == ("hmac:", "***")
@@ -317,7 +326,8 @@ def test_a_change_of_the_shape_is_one_of_the_tables_columns() -> None:
         assert after != before
     assert fingerprint(None) == ""
     assert reader.fingerprinted({"public.other": "columns"}) == {"public.other": "columns"}
-    assert reader.shaped({"public.person": PERSON})["public.person"].column("tags").mask == Mask("redact", "***")
+    (person,) = reader.assembled([PERSON.id], lambda _: {PERSON.id: PERSON}, lambda _: []).values()
+    assert person.column("tags").mask == Mask("redact", "***")
     assert spec(dump_spec(spec())) == spec()
 
 

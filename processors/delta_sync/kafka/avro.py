@@ -2,7 +2,8 @@
 
 A record is a zero byte, the four bytes of its schema's id, and an envelope: the images `before` and `after`, then
 `source` with the connector's version and name, position and transaction, then `op` and times. All but the images costs
-most of the time of reading an envelope as a whole, for five values. So for each schema a regular expression is learnt
+most of the time of reading an envelope as a whole, for five values (of MariaDB's the position is three fields, and
+there is no transaction). So for each schema a regular expression is learnt
 from the first record, which finds these five in the bytes of the others, and tells where the images end. A record that
 it does not fit is read as a whole.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from io import BytesIO
 from typing import Any, Final, NamedTuple, Protocol, TypeGuard, cast
 
@@ -22,7 +23,7 @@ from fastavro import schemaless_reader as _untyped_reader  # pyright: ignore[rep
 from delta_sync.decoding import Event, Image, Stretch
 from delta_sync.errors import SchemaUnfit, UndecodableChange
 from delta_sync.kafka.consumer import Partition, Records
-from delta_sync.sources.mysql.claims import event_position
+from delta_sync.sources.mysql.claims import MAX_OFFSET, OFFSET_BITS, event_position, position_of
 from delta_sync.versions import MAX_EPOCH, POSITION_BITS
 
 Json = Any  # an Avro schema or a part of it
@@ -81,25 +82,28 @@ class AvroDecoder:
         self._names = {adjusted_name(name): name for name in columns}
         self._readers.clear()
 
-    def decode(self, polled: Iterable[Records]) -> DecodedRecords:
+    def decode(self, polled: Iterable[Records], each_of: Collection[str] = ()) -> DecodedRecords:
         """Return the events of some records, in the order of each partition, without tombstones.
 
-        Of the events of one key and one partition only the one with the highest version comes out. Raises Transient
-        when the registry does not have a schema now: nothing has happened then, the same call may be made again.
+        Of the events of one key and one partition only the one with the highest version comes out, except of the topics
+        `each_of`. Raises Transient when the registry does not have a schema now: nothing has happened then, the same
+        call may be made again.
         """
         undecodable: list[UndecodableRecord] = []
         stretches: list[Stretch] = []
         count = 0
         for records in polled:
-            found, events = self._find(records, undecodable)
+            found, events = self._find(records, undecodable, each=records.partition.topic in each_of)
             count += events
             stretches += _read(records, found, undecodable)
         # Partitions have no order among themselves; the last event is the one that tells how far the log has got.
         stretches.sort(key=_newest_ts_ms)
         return DecodedRecords(stretches, undecodable, count)
 
-    def _find(self, records: Records, undecodable: list[UndecodableRecord]) -> tuple[list[_Found | None], int]:
-        """Return where the newest event of each key is, in the records' order; and how many events there are.
+    def _find(
+        self, records: Records, undecodable: list[UndecodableRecord], *, each: bool
+    ) -> tuple[list[_Found | None], int]:
+        """Return where the newest event of each key is, or each event, in the records' order; and how many there are.
 
         Newest by version, not by place: a connector that was frozen may, when it goes on, send what it still had in
         its hands after another has sent newer changes, and is then ended. The last record of a key is not the newest
@@ -133,7 +137,7 @@ class AvroDecoder:
                     match = template.tail.match(value, start) if start >= 0 else None
                 if template is not None and match is not None:
                     raw_ts, raw_xid, raw_lsn, op = match.group(*template.groups)
-                    lsn = _long(raw_lsn)
+                    lsn = template.position(raw_lsn)
                     if lsn >> POSITION_BITS:
                         raise UndecodableChange(f"The event's lsn is {lsn}.")
                     if raw_xid != last_xid:
@@ -152,7 +156,7 @@ class AvroDecoder:
                 undecodable.append(_undecodable(records, index, error))
                 continue
             key = keys[index]
-            if key is not None and PLACEHOLDER not in key:
+            if key is not None and not each and PLACEHOLDER not in key:
                 version = epoch << POSITION_BITS | lsn
                 known = newest.get(key)
                 if known is not None:
@@ -408,9 +412,10 @@ class _Reader:
 
     def learn(self, value: bytes, event: Event) -> None:
         """Try to find a template in a record that was read as a whole, and in none before."""
-        if self._images is None or event["op"] == "m" or self._has_binlog:
-            return  # (the names of files and GTIDs have no place in a template)
-        template = _template(self._envelope, event)
+        if self._images is None or event["op"] == "m":
+            return
+        whole, _ = self._decode(value, self._whole)  # with all of `source`, of which a binary log's keeps little
+        template = _template(self._envelope, whole)
         if template is None:
             return
         start = value.rfind(template.lead)
@@ -419,7 +424,7 @@ class _Reader:
             return
         raw_ts, raw_xid, raw_lsn, op = match.group(*template.groups)
         source = event["source"]
-        found = _long(raw_ts), _long(raw_xid), _long(raw_lsn), op.decode()
+        found = _long(raw_ts), _long(raw_xid), template.position(raw_lsn), op.decode()
         if found == (source["ts_ms"], source["txId"], source["lsn"], event["op"]):
             self.template = template
 
@@ -562,7 +567,7 @@ class _Template(NamedTuple):
     """What the records of one schema and one connector have in common, from `source` on.
 
     `lead` is how `source` begins, with what never changes: a record's last place where it stands is `source`. `tail`
-    matches from there to the record's end, with the groups ts_ms, txId, lsn, op.
+    matches from there to the record's end, with the groups ts_ms, txId, lsn, op. `position` reads the lsn.
     """
 
     lead: bytes
@@ -570,13 +575,18 @@ class _Template(NamedTuple):
     groups: tuple[int, int, int, int]
     schema: str
     table: str
+    position: Callable[[bytes], int]
 
 
 _GROUPS = ("ts_ms", "txId", "lsn", "op")
 _CONSTANT = frozenset({"version", "connector", "name", "snapshot", "db", "schema", "table"})
 _LONG = rb"[\x80-\xff]{0,9}[\x00-\x7f]"
-# A sequence is a JSON array of two positions; its length is one byte, for it is below 64.
-_STRINGS = {"sequence": rb"[\x00-\x7f]\[[^\]]*\]", "op": rb"\x02(?P<op>[crudt])"}
+# A sequence is a JSON array of two positions, a GTID some numbers; their length is one byte, for it is below 64.
+_NULLABLE_STRINGS = {"sequence": rb"[\x00-\x7f]\[[^\]]*\]", "gtid": rb"[\x00-\x7f][0-9a-f:,-]*"}
+_STRINGS = _NULLABLE_STRINGS | {"op": rb"\x02(?P<op>[crudt])"}
+_PLACE = ["file", "pos", "row"]  # in a binary log, in this order
+_FILE = re.compile(r"(.*\.)\d{6}", re.DOTALL)
+_FILE_DIGITS = 6  # a server's files get a seventh after 31 years at one a quarter of an hour: that is read as a whole
 MIN_LEAD_BYTES = (
     16  # shorter, and it might stand in a row by chance, which costs time; version, connector and name are 25
 )
@@ -585,6 +595,10 @@ MIN_LEAD_BYTES = (
 def _template(envelope: Json, event: Event) -> _Template | None:
     """Return the template for an event's schema; None if the schema has what templates do not know."""
     source = event["source"]
+    names = list(source)
+    of_binlog = _binlog_patterns(source["file"]) if "file" in names else {}
+    if of_binlog is None or (of_binlog and names[names.index("file") :][: len(_PLACE)] != _PLACE):
+        return None
     patterns: list[bytes] = []
     lead = b""
     leading = True
@@ -603,6 +617,9 @@ def _template(envelope: Json, event: Event) -> _Template | None:
                 patterns.append(re.escape(constant))
                 continue
             leading = False
+            if name in of_binlog:
+                patterns.append(of_binlog[name])
+                continue
             group = name if name in _GROUPS and in_source == (name != "op") else None
             pattern = _pattern(name, schema, value, group)
             if pattern is None:
@@ -612,7 +629,42 @@ def _template(envelope: Json, event: Event) -> _Template | None:
         return None
     tail = re.compile(b"".join(patterns) + rb"\Z", re.DOTALL)
     ts_ms, xid, lsn, op = (tail.groupindex[name] for name in _GROUPS)
-    return _Template(lead, tail, (ts_ms, xid, lsn, op), source["schema"], source["table"])
+    schema, position = (source["db"], _binlog_position) if of_binlog else (source["schema"], _long)
+    return _Template(lead, tail, (ts_ms, xid, lsn, op), schema, source["table"], position)
+
+
+def _binlog_patterns(file: str) -> dict[str, bytes] | None:
+    """Return what matches the fields of a record of a binary log that others have not; None: its file has no number.
+
+    The lsn is the number of the file and the two fields behind it. There is no transaction: its group is empty, which
+    is zero. A TRUNCATE is not matched: its row is not its own, so it is read as a whole.
+    """
+    match = _FILE.fullmatch(file)
+    if match is None:
+        return None
+    name = _varint(len(file.encode())) + match[1].encode()
+    number = b"[0-9]{%d}" % _FILE_DIGITS
+    return {
+        "file": re.escape(name) + b"(?P<txId>)(?P<lsn>" + number,
+        "pos": _LONG,
+        "row": _LONG + b")",
+        "op": rb"\x02(?P<op>[crud])",
+    }
+
+
+def _binlog_position(data: bytes) -> int:
+    """Return a change's position from the number of its file, where its event starts, and its place in that."""
+    offset = number = shift = 0
+    for byte in data[_FILE_DIGITS:]:
+        number |= (byte & 0x7F) << shift
+        if byte & 0x80:
+            shift += 7
+        else:
+            offset += number >> 1 ^ -(number & 1)
+            number = shift = 0
+    digits = data[:_FILE_DIGITS]
+    file = int(digits)
+    return file << OFFSET_BITS | offset if 0 <= offset <= MAX_OFFSET else position_of(f".{digits.decode()}", offset)
 
 
 def _constant(schema: Json, text: object) -> bytes | None:
@@ -637,7 +689,7 @@ def _pattern(name: str, schema: Json, value: object, group: str | None) -> bytes
             return None
         null = re.escape(_branch(schema, "null"))
         (other,) = (branch for branch in schema if branch != "null")
-        if other not in ("long", "int") and name != "sequence":
+        if other not in ("long", "int") and name not in _NULLABLE_STRINGS:
             return null if value is None else None
         inner = _pattern(name, other, value, group)
         if inner is None:

@@ -3,6 +3,11 @@
 A batch has records of several partitions, and partitions come and go. A position is committed when its batch and all
 batches before it are confirmed, and only while the partition has been this member's without a break since the batch was
 polled: after a break another member may be further already. What is not committed is delivered again, without harm.
+
+Before a commit the state store is asked whether the sinks are still those that this run writes to (`unchanged`). So a
+worker that was frozen while a sink got another generation cannot commit what that one lacks, and a dump into it need
+not know who the workers are: whatever was committed without it had been read before it was there
+(`docs/design/rebuild.md`).
 """
 
 from __future__ import annotations
@@ -10,13 +15,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import structlog
 
 from delta_sync.capture import Batch
+from delta_sync.errors import EpochRose, StateBusy
 from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, PositionsExpired, Records
+from delta_sync.kafka.topic_ids import Ids, SeenTopics, made_anew
 from delta_sync.measures import PartitionLag
 from delta_sync.progress import Progress
 
@@ -27,6 +35,10 @@ IN_FLIGHT_BYTES = 16 << 20  # and no more than this, beside the first: decoded, 
 PAUSE_AFTER_S = 5.0  # a pause lets clients throw away what they fetched ahead, so it is for sinks that are really stuck
 LAGS_S = 1.0  # between looks at how far behind it is: as often as the status is saved
 COMMIT_S = 0.2  # between commits: each is a round trip, and what is not committed is only delivered again
+ASKED_S = 0.05  # an answer of the state store takes a millisecond; a slow one is waited for beside the stream
+ASKED_LAST_S = 2.0  # before a partition is given away, or the group is left: what is not committed is delivered again
+POSITIONS_EXPIRED = "positions expired"  # why a table is loaded again
+TOPIC_MADE_ANEW = "its topic was made anew"  # likewise
 
 
 class Flying(NamedTuple):
@@ -47,12 +59,22 @@ class Delivered(NamedTuple):
     parts: Sequence[Flying]
 
 
+class Asked(NamedTuple):
+    """Positions that may be committed once it has been answered that the sinks are unchanged."""
+
+    answer: Future[None]
+    positions: dict[Partition, int]
+
+
 class KafkaCapture:
     """Delivers the records of some topics. `payload` of its batches is a list of `Records`.
 
-    `open_group` makes a new member; `progress` is told what it waits for, and how far behind it is. `expired` is called
-    with partitions of which records were gone before they were read. It has to record what will mend that: once it has
-    returned, the positions behind the gap are committed.
+    `open_group` makes a new member; `progress` is told what it waits for, and how far behind it is. `lost` is called
+    with partitions of which records were gone before they were read, and why. It has to record what will mend that:
+    once it has returned, the positions behind the gap are committed. `look` looks at topics as `look_at_topics` does;
+    it is called at each start before anything is read, and whoever calls it later tells by `topics_seen`. `mended` is
+    told of which topics positions are committed now. `unchanged` is asked before anything else is committed, in a
+    thread of its own: it raises EpochRose when this run must not commit any more, or StateBusy.
     """
 
     def __init__(
@@ -60,14 +82,22 @@ class KafkaCapture:
         open_group: Callable[[], ConsumerGroup],
         topics: Collection[str],
         progress: Progress,
-        expired: Callable[[Collection[Partition]], None],
+        lost: Callable[[Collection[Partition], str], None],
+        look: Callable[[], SeenTopics],
+        mended: Callable[[Ids], None],
+        unchanged: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._open_group = open_group
         self._topics = topics
         self._progress = progress
-        self._expired = expired
+        self._unchanged = unchanged
+        self._lost = lost
+        self._look = look
+        self._mended = mended
+        self._seen: SeenTopics | None = None
+        self._mended_now: dict[Partition, str] = {}  # since they are this member's: a look may have begun before
         self._clock = clock
         self._wall_clock = wall_clock
         self._group: ConsumerGroup | None = None
@@ -79,6 +109,8 @@ class KafkaCapture:
         self._assigned_ever = 0
         self._committable: dict[Partition, int] = {}
         self._committed_at = 0.0
+        self._asked: Asked | None = None
+        self._asking = ThreadPoolExecutor(1, "unchanged")
         self._reached_ms: dict[Partition, int] = {}  # when the newest record was sent that was read of each partition
         self._looked_at = -LAGS_S
         self._paused = self._busy = False
@@ -109,12 +141,14 @@ class KafkaCapture:
         self._full_since = None
         group = self._group = self._open_group()
         group.subscribe(self._topics, self._came, self._go)
+        self._look()  # before anything is read: a topic that is made anew after that is known to be another
 
     def poll(self, timeout_s: float) -> Batch | None:
         """Return the next records. Nothing comes while too much is unconfirmed, but the membership is kept."""
         group = self._group
         assert group is not None, "it was started"
         try:
+            self._mind_topics(group)
             self._commit_now_and_then()
             self._look_at_lags(group)
             if self._hold_back(group, timeout_s):
@@ -147,6 +181,10 @@ class KafkaCapture:
         self._delivered.append(Delivered(self._sequence, size_bytes, parts))
         return Batch(self._generation, self._sequence, sum(len(some.values) for some in records), records)
 
+    def topics_seen(self, seen: SeenTopics) -> None:
+        """Take note of what topics there are; any thread may call it. The next `poll` begins anew with other ones."""
+        self._seen = seen
+
     def confirm(self, batch: Batch) -> None:
         """Let the batch and all before it be committed by the next `poll`."""
         with self._lock:
@@ -164,12 +202,10 @@ class KafkaCapture:
         group, self._group = self._group, None
         if group is None:
             return
-        try:
-            self._settle()
-            group.commit(self._committable)
-        except KafkaBusy as error:
-            log.warning("not_committed", reason=str(error))
+        self._settle()
+        self._commit_last(group, self._committable)
         group.close()
+        self._asked = None
         self._assignments.clear()
         self._committable.clear()
         self._delivered.clear()
@@ -182,6 +218,8 @@ class KafkaCapture:
         for partition in partitions:
             self._assigned_ever += 1
             self._assignments[partition] = self._assigned_ever
+            self._mended_now.pop(partition, None)
+        self._seen = None  # whose they were may have mended them since
         log.info("partitions_assigned", partitions=_texts(partitions), of=len(self._assignments))
 
     def _go(self, partitions: Collection[Partition]) -> None:
@@ -190,39 +228,69 @@ class KafkaCapture:
         going = {
             partition: self._committable.pop(partition) for partition in partitions if partition in self._committable
         }
-        try:
-            if going and self._group is not None:
-                self._group.commit(going)
-        except KafkaBusy as error:
-            log.warning("not_committed", reason=str(error))
+        if self._group is not None:
+            self._commit_last(self._group, going)
         for partition in partitions:
+            if self._asked is not None:
+                self._asked.positions.pop(partition, None)
             self._assignments.pop(partition, None)
             self._reached_ms.pop(partition, None)
         self._generation += 1
         log.info("partitions_revoked", partitions=_texts(partitions), left=len(self._assignments))
 
     def _go_on_behind_the_gap(self, group: ConsumerGroup, error: PositionsExpired) -> None:
-        """Go on with what is there. In this order, so that whoever is killed in between finds the gap once more.
-
-        What is still in flight of these partitions must not be committed any more: it lies before the gap, or in a
-        topic that is no longer there, whose positions could be beyond records of the new one.
-        """
-        self._expired(error.positions)
-        self._settle()
-        for partition in error.positions:
-            self._committable.pop(partition, None)
-            if partition in self._assignments:
-                self._assigned_ever += 1
-                self._assignments[partition] = self._assigned_ever
-        self._generation += 1
-        positions = group.rewind(error.positions)
-        group.commit(positions)
+        positions, _ = self._begin_anew(group, error.positions, POSITIONS_EXPIRED)
         log.warning(
             "positions_expired",
             positions={_text(partition): offset for partition, offset in sorted(error.positions.items())},
             goes_on_at={_text(partition): offset for partition, offset in sorted(positions.items())},
             reason=str(error),
         )
+
+    def _mind_topics(self, group: ConsumerGroup) -> None:
+        """Begin anew with the partitions of topics that are others than those that the positions are of.
+
+        What says that they are mended comes last, and only when the positions are committed: whoever is killed, or
+        loses the partitions, before that, finds these topics to be others once more.
+        """
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return
+        anew = {at: id_ for at, id_ in made_anew(seen, self._assignments).items() if self._mended_now.get(at) != id_}
+        if not anew:
+            return
+        positions, committed = self._begin_anew(group, anew, TOPIC_MADE_ANEW)
+        log.warning(
+            "topic_made_anew",
+            topics=sorted({partition.topic for partition in anew}),
+            goes_on_at={_text(partition): offset for partition, offset in sorted(positions.items())},
+        )
+        if committed:
+            ids = {partition: anew[partition] for partition in positions}
+            self._mended(ids)
+            self._mended_now |= ids
+
+    def _begin_anew(
+        self, group: ConsumerGroup, partitions: Collection[Partition], why: str
+    ) -> tuple[dict[Partition, int], bool]:
+        """Go on with what is there. In this order, so that whoever is killed in between finds the gap once more.
+
+        What is still in flight of these partitions must not be committed any more: it lies before the gap, or in a
+        topic that is no longer there, whose positions could be beyond records of the new one. Returns the positions,
+        and whether they are committed.
+        """
+        self._lost(partitions, why)
+        self._settle()
+        for partition in partitions:
+            self._committable.pop(partition, None)
+            if self._asked is not None:
+                self._asked.positions.pop(partition, None)
+            if partition in self._assignments:
+                self._assigned_ever += 1
+                self._assignments[partition] = self._assigned_ever
+        self._generation += 1
+        positions = group.rewind(partitions)
+        return positions, group.commit(positions)
 
     # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -236,13 +304,38 @@ class KafkaCapture:
                     self._committable[part.partition] = part.next_offset
 
     def _commit_now_and_then(self) -> None:
+        """Commit what may be. Raises what `unchanged` did, but for StateBusy: then it is asked again later."""
         self._settle()
         now = self._clock()
-        if self._committable and self._group is not None and now - self._committed_at >= COMMIT_S:
-            self._group.commit(self._committable)
-            self._committable.clear()
-            self._committed_at = now
-            self._progress.stages["commit"].add(self._clock() - now)
+        if self._asked is None and self._committable and now - self._committed_at >= COMMIT_S:
+            self._asked = Asked(self._asking.submit(self._unchanged), dict(self._committable))
+            wait([self._asked.answer], ASKED_S)
+        asked, group = self._asked, self._group
+        if asked is None or group is None or not asked.answer.done():
+            return
+        self._asked = None
+        self._committed_at = now
+        try:
+            asked.answer.result()
+        except StateBusy as error:
+            self._progress.waits("commit", str(error))
+            return
+        self._progress.waits("commit", None)
+        group.commit(asked.positions)
+        for partition, offset in asked.positions.items():
+            if self._committable.get(partition) == offset:
+                del self._committable[partition]
+        self._progress.stages["commit"].add(self._clock() - now)
+
+    def _commit_last(self, group: ConsumerGroup, positions: Mapping[Partition, int]) -> None:
+        """Commit what is not ours much longer, if the state store says soon that it may be."""
+        if not positions:
+            return
+        try:
+            self._asking.submit(self._unchanged).result(ASKED_LAST_S)
+            group.commit(positions)
+        except (KafkaBusy, StateBusy, EpochRose, TimeoutError) as error:
+            log.warning("not_committed", reason=str(error) or type(error).__name__)
 
     def _look_at_lags(self, group: ConsumerGroup) -> None:
         """Tell now and then how far behind each partition is: what is not read, and what is not in every sink yet."""

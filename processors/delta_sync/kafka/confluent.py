@@ -260,14 +260,14 @@ class ConfluentGroup:
 
     # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def commit(self, positions: Mapping[Partition, int]) -> None:
+    def commit(self, positions: Mapping[Partition, int]) -> bool:
         self._uncommitted |= {partition: offset for partition, offset in positions.items() if partition in self._next}
         with self._translated():
-            self._commit()
+            return self._commit()
 
-    def _commit(self) -> None:
+    def _commit(self) -> bool:
         if not self._uncommitted:
-            return
+            return True
         offsets = [TopicPartition(*partition, offset) for partition, offset in self._uncommitted.items()]
         try:
             done = self._connected().commit(offsets=offsets, asynchronous=False)
@@ -276,11 +276,12 @@ class ConfluentGroup:
             failed = [error.args[0]]
         self._deferred = any(error.code() in _REBALANCING for error in failed)
         if self._deferred:
-            return
+            return False
         if left := [error for error in failed if error.code() not in _LOST]:
             raise KafkaException(left[0])
         # Lost or not: of a lost membership the next poll will tell, and the positions are another's.
         self._uncommitted.clear()
+        return not failed
 
     def lags(self) -> dict[Partition, int]:
         consumer = self._connected()

@@ -92,10 +92,12 @@ class ConsumerGroup(Protocol):
         """
         ...
 
-    def commit(self, positions: Mapping[Partition, int]) -> None:
-        """Commit positions. Those of partitions that are no longer this member's are left out, silently.
+    def commit(self, positions: Mapping[Partition, int]) -> bool:
+        """Commit positions, return whether that was done. Those of partitions that are no longer this member's are
+        left out, silently.
 
-        While the group rebalances it takes no commits: then this returns, and `poll` commits them as soon as it can.
+        While the group rebalances it takes no commits: then this returns False, and `poll` commits them as soon as it
+        can, unless the partitions are another's by then.
         """
         ...
 

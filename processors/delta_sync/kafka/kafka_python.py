@@ -100,15 +100,16 @@ class KafkaPythonGroup:
         for partition in partitions:
             self._uncommitted.pop(partition, None)
 
-    def commit(self, positions: Mapping[Partition, int]) -> None:
+    def commit(self, positions: Mapping[Partition, int]) -> bool:
         self._uncommitted |= {partition: offset for partition, offset in positions.items() if partition in self._mine}
         with self._translated():
-            self._commit()
+            return self._commit()
 
-    def _commit(self) -> None:
+    def _commit(self) -> bool:
         self._deferred = self._consumer.group_metadata().state is not _structs.MemberState.STABLE
         if self._deferred or not self._uncommitted:
-            return
+            return not self._deferred
+        lost = False
         offsets = {
             _structs.TopicPartition(*partition): _structs.OffsetAndMetadata(offset, "", -1)
             for partition, offset in self._uncommitted.items()
@@ -117,13 +118,14 @@ class KafkaPythonGroup:
             self._consumer.commit(offsets, timeout_ms=1000 * settings.REQUEST_TIMEOUT_S)
         except _errors.RebalanceInProgressError:
             self._deferred = True
-            return
+            return False
         except _errors.CommitFailedError as error:
             if error.args and isinstance(error.args[0], _errors.RebalanceInProgressError):
                 self._deferred = True
-                return
-            # Otherwise the membership is lost, which the next poll will tell; the positions are another's now.
+                return False
+            lost = True  # the membership, which the next poll will tell; the positions are another's now
         self._uncommitted.clear()
+        return not lost
 
     def rewind(self, partitions: Collection[Partition]) -> dict[Partition, int]:
         mine = [_structs.TopicPartition(*partition) for partition in partitions if Partition(*partition) in self._mine]

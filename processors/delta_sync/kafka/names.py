@@ -37,6 +37,11 @@ def history_topic(pipeline: str) -> str:
     return f"delta_{pipeline}.schema-history"
 
 
+def notices_group_id(pipeline: str) -> str:
+    """Return the consumer group by which a pipeline's workers share the notices of a topic."""
+    return f"delta_{pipeline}.notices"
+
+
 def group_id(pipeline: str) -> str:
     """Return the consumer group of a pipeline's workers."""
     return f"delta_{pipeline}"

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
+from uuid import UUID
 
 from kafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from delta_sync.kafka.consumer import KafkaBusy, Partition
+from delta_sync.kafka.topic_ids import Ids
 from delta_sync.secrets import redact
 
 # Imported by name: it has no types, and the stubs that pyright brings are of an older version.
 _kafka: Any = import_module("kafka")
 _admin: Any = import_module("kafka.admin")
 T = TypeVar("T")
+
+NO_ID = UUID(int=0)  # what an older broker says
 
 
 class GroupOffsets:
@@ -34,6 +38,10 @@ class GroupOffsets:
     def committed(self) -> dict[Partition, int]:
         """Return the group's committed positions; a partition without one is missing."""
         return self._asked(self._committed)
+
+    def topic_ids(self) -> Ids:
+        """Return the id of each partition's topic; none where a topic is not there, or the broker is older than 2.8."""
+        return self._asked(self._topic_ids)
 
     def close(self) -> None:
         """Release connections. Idempotent."""
@@ -66,6 +74,14 @@ class GroupOffsets:
             Partition(at.topic, at.partition): ends[at].offset
             for at in partitions
             if ends[at].offset > beginnings[at].offset
+        }
+
+    def _topic_ids(self, client: Any) -> dict[Partition, str]:
+        return {
+            Partition(topic["name"], partition["partition_index"]): str(topic["topic_id"])
+            for topic in client.describe_topics(self._topics)
+            if topic.get("topic_id") not in (None, NO_ID)
+            for partition in topic["partitions"]
         }
 
     def _committed(self, client: Any) -> dict[Partition, int]:

@@ -8,6 +8,7 @@ and when the group's committed positions have reached these ends, everything bef
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 WAITED_FOR_S = 0.1  # between looks while a load waits for a position
 RESTING_S = 1.0  # otherwise: the lag that is shown is no finer
 RETRY_S = 1.0
+TOPICS_S = 5.0  # between looks whether topics are still the same: as often as the slot is looked at
 
 
 class Offsets(Protocol):
@@ -53,7 +55,10 @@ class Barrier(NamedTuple):
 
 
 class GroupProgress(threading.Thread):
-    """Advances `position` until `stopping` is set. `reader`, to which `place` belongs, and `offsets` are its own."""
+    """Advances `position` until `stopping` is set. `reader`, to which `place` belongs, and `offsets` are its own.
+
+    `look_at_topics` is called every so often; it may raise Transient.
+    """
 
     def __init__(
         self,
@@ -64,8 +69,13 @@ class GroupProgress(threading.Thread):
         position: LogPosition,
         waits: Callable[[str | None], None],
         stopping: threading.Event,
+        look_at_topics: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name="progress", daemon=True)
+        self._look_at_topics = look_at_topics
+        self._clock = clock
+        self._topics_at = -TOPICS_S
         self._reader = reader
         self._place = place
         self._offsets = offsets
@@ -79,6 +89,9 @@ class GroupProgress(threading.Thread):
         while not self._stopping.is_set():
             try:
                 self.look()
+                if self._clock() - self._topics_at >= TOPICS_S:
+                    self._look_at_topics()
+                    self._topics_at = self._clock()
                 self._waits(None)
                 pause_s = WAITED_FOR_S if self._position.waited_for else RESTING_S
             except Transient as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
 
+from delta_sync.applied_log import says_it_runs
 from delta_sync.capture import Batch, Capture
 from delta_sync.decoding import Stretch, Undecodable
 from delta_sync.errors import EpochRose, SourceBusy
@@ -15,11 +17,14 @@ from delta_sync.kafka import settings
 from delta_sync.kafka.avro import AvroDecoder, UndecodableRecord
 from delta_sync.kafka.capture import KafkaCapture
 from delta_sync.kafka.consumer import Partition, open_group
-from delta_sync.kafka.names import group_id, topic_name
+from delta_sync.kafka.names import group_id, notices_group_id, topic_name
+from delta_sync.kafka.notices import KafkaNotices
 from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.progress import GroupProgress
 from delta_sync.kafka.registry import SchemaRegistry
+from delta_sync.kafka.topic_ids import SeenTopics, TopicStore, look_at_topics
 from delta_sync.leases import LeaseKeeper
+from delta_sync.notices import NoticeIntake
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
@@ -36,7 +41,6 @@ from delta_sync.watch import ANSWER_S
 ROSE = "The sidecar has begun a new epoch; this worker begins anew with it."
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-POSITIONS_EXPIRED = "positions expired"  # why a table is loaded again
 LOAD_LEASE = "load"
 LOAD_LEASE_S = 10.0  # so long a load stands still when its worker was killed; a slow state store must not cost it
 
@@ -55,18 +59,25 @@ class KafkaTransport(Transport):
         self._topics = {topic_name(spec.name, table): table for table in spec.tables}
         self._decoder = AvroDecoder(SchemaRegistry(spec.kafka.registry))
         self._columns: frozenset[str] = frozenset()
+        self._each_of: frozenset[str] = (
+            frozenset()
+        )  # topics of which each event counts: for handlers, for documents of parts
         self._tables: Tables = dict
         self._capture: KafkaCapture | None = None
         self._state: StateStore | None = None
+        self._pipeline: Pipeline | None = None
 
     def prepare(
         self, pipeline: Pipeline, reader: SourceReader, state: StateStore, sinks: Mapping[str, AnySink]
     ) -> Source:
         """Wait for the sidecar: it makes sure of publication and slot, and decides the epoch."""
         del sinks
-        self._state = state
+        self._state, self._pipeline = state, pipeline
+        each_of = {one.table for one in pipeline.handlers.values()}
+        each_of.update(table for document in pipeline.documents.values() for table in document.tables)
+        self._each_of = frozenset(topic_name(self._spec.name, table) for table in each_of)
         known = state.pipeline(self._spec.name)
-        if known is None or not state.loads(self._spec.name).keys() >= self._spec.tables.keys():
+        if known is None or not state.loads(self._spec.name).keys() >= pipeline.tables.keys():
             raise SourceBusy(
                 f"No sidecar has prepared these tables yet; start one: `deltactl sidecar {self._spec.name}`."
             )
@@ -77,28 +88,44 @@ class KafkaTransport(Transport):
         check_columns(pipeline, tables)
         return Source(known.epoch, tables, {name: columns.get(name, "") for name in tables})
 
-    def capture(self, source: Source, tables: Tables, progress: Progress) -> Capture:
-        """Return a member of the consumer group."""
+    def capture(self, source: Source, tables: Tables, progress: Progress, unchanged: Callable[[], None]) -> Capture:
+        """Return a member of the consumer group, which commits while the sinks are unchanged."""
         self._epoch = source.epoch
         self._tables = tables
-
         session_s = self._kafka.session_timeout
         timeouts = settings.DEFAULT_TIMEOUTS._replace(session_s=session_s, heartbeat_s=min(3.0, session_s / 3))
         self._capture = KafkaCapture(
             lambda: open_group(self._kafka, group_id(self._spec.name), timeouts),
             self._topics,
             progress,
-            lambda partitions: self._load_again(partitions, progress),
+            lambda partitions, why: self._load_again(partitions, why, progress),
+            self._look_once,
+            self._topic_store().replace,
+            unchanged,
         )
         return self._capture
 
-    def _load_again(self, partitions: Collection[Partition], progress: Progress) -> None:
-        """Have the tables of these partitions loaded again, by whichever worker loads. Raises StateBusy."""
-        tables = sorted({self._topics[partition.topic] for partition in partitions})
+    def _topic_store(self) -> TopicStore:
         assert self._state is not None, "it was prepared"
-        self._state.load_again(self._spec.name, tables, POSITIONS_EXPIRED)
+        return TopicStore(self._state, self._spec.name)
+
+    def _look_once(self) -> SeenTopics:
+        with contextlib.closing(self._offsets()) as offsets:
+            return look_at_topics(self._topic_store(), offsets.topic_ids)
+
+    def _offsets(self) -> GroupOffsets:
+        return GroupOffsets(
+            lambda: settings.resolved(settings.kafka_python(self._kafka)), group_id(self._spec.name), self._topics
+        )
+
+    def _load_again(self, partitions: Collection[Partition], why: str, progress: Progress) -> None:
+        """Have the tables of these partitions loaded again, by whichever worker loads. Raises StateBusy."""
+        assert self._state is not None, "it was prepared"
+        assert self._pipeline is not None, "it was prepared"
+        tables = self._pipeline.affected(self._topics[partition.topic] for partition in partitions)
+        self._state.load_again(self._spec.name, tables, why)
         progress.positions_expired += len(partitions)
-        log.warning("tables_loaded_again", tables=tables, reason=POSITIONS_EXPIRED)
+        log.warning("tables_loaded_again", tables=tables, reason=why)
 
     def stretches(self, batch: Batch) -> Iterable[Stretch]:
         """Return a batch's events. Raises Transient while the registry lacks a schema, EpochRose for a newer epoch."""
@@ -106,7 +133,7 @@ class KafkaTransport(Transport):
         if columns != self._columns:
             self._columns = columns
             self._decoder.use(columns)
-        decoded = self._decoder.decode(batch.payload)
+        decoded = self._decoder.decode(batch.payload, self._each_of)
         if any(stretch.epoch > self._epoch for stretch in decoded.stretches):
             raise EpochRose(ROSE)
         broken = [self._undecodable(record) for record in decoded.undecodable]
@@ -136,15 +163,15 @@ class KafkaTransport(Transport):
         """Nothing: the sidecar does."""
 
     def background(self, progress: Progress, stopping: threading.Event) -> Sequence[threading.Thread]:
-        """Return the thread that finds out how far the group is."""
+        """Return the thread that finds out how far the group is, and whether topics are still the same."""
+        capture, store = self._capture, self._topic_store()
+        assert capture is not None, "it is made before"
 
         def waits(reason: str | None) -> None:
             progress.waits("kafka", reason)
 
         reader = open_reader(self._spec, f"delta {self._spec.name} progress", ANSWER_S)
-        offsets = GroupOffsets(
-            lambda: settings.resolved(settings.kafka_python(self._kafka)), group_id(self._spec.name), self._topics
-        )
+        offsets = self._offsets()
         return [
             GroupProgress(
                 reader=reader,
@@ -153,12 +180,32 @@ class KafkaTransport(Transport):
                 position=progress.position,
                 waits=waits,
                 stopping=stopping,
+                look_at_topics=lambda: capture.topics_seen(look_at_topics(store, offsets.topic_ids)),
             )
         ]
+
+    def notices(self, intake: NoticeIntake, stopping: threading.Event) -> Sequence[threading.Thread]:
+        """Return the thread that reads the topic of notices, if there is one."""
+        topic = self._spec.notices.topic
+        if topic is None:
+            return ()
+        group = notices_group_id(self._spec.name)
+        return [KafkaNotices(lambda: open_group(self._kafka, group), topic, intake, stopping)]
 
     def load_lease(self, state: StateStore) -> LeaseKeeper:
         """Return who keeps the lease of the one worker that loads."""
         return LeaseKeeper(state, self._spec.name, LOAD_LEASE, self._member, LOAD_LEASE_S)
+
+    def nobody_writes(self, state: StateStore, sink: str) -> bool:
+        """Tell whether no worker that has said of late that it is there has this sink.
+
+        One that is frozen is not waited for: what it still writes it cannot commit, nor is it seen by readers.
+        """
+        now = state.database_now()
+        return not any(
+            sink in status.get("sinks", {}) and says_it_runs(status, now - saved_at)
+            for _, status, saved_at in state.members(self._spec.name)
+        )
 
     def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
         """Save it as this member's."""

@@ -144,6 +144,11 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
         Ids are as `id_of` writes them. What is written meanwhile may be missed or met twice.
         """
 
+    def scan_ids(self, target: Target) -> Iterator[list[str]]:
+        """Yield ids as `scan` does, where that is cheaper; among them may be those of documents without a version."""
+        for batch in self.scan(target):
+            yield [id_ for id_, _ in batch]
+
     @abstractmethod
     def newest_version(self, target: Target) -> int:
         """Return the highest version of all that could outrank a write: documents, tombstones, the floor; 0 for none.

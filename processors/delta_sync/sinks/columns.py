@@ -6,6 +6,7 @@ import base64
 import datetime as dt
 import decimal
 import enum
+import functools
 import math
 import re
 import uuid
@@ -35,8 +36,10 @@ ID_COLUMN = "_delta_id"
 
 MAX_NAME_BYTES = 63  # PostgreSQL cuts longer ones, so two could become one
 EXACT_IN_DOUBLE = 1 << 53
+NAMES_KEPT = 4096  # what was found about them: more than some tables' columns, and no bound to what documents may have
 
 
+@functools.lru_cache(maxsize=NAMES_KEPT)
 def name_conflict(name: object) -> str | None:
     """Return why a field's name cannot be a column's, if so."""
     if not isinstance(name, str):

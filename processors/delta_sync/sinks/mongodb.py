@@ -10,6 +10,10 @@ tombstone before it writes, too, so that a row that is deleted already does not 
 A process that dies there leaves a document that is older than its tombstone or the floor, if these came while it was
 writing. Nothing need ever write that key again, so `sweep` looks for such documents.
 
+Once a sink is rebuilt, the second generation of `movies` is the collection `movies.g2`, with tombstones of its own, and
+`delta_serving` has `{"_id": "movies", "collection": "movies.g2"}`, by which readers go. A collection is never renamed:
+whoever still writes to a generation that was given up must not reach another one by its name.
+
 What BSON makes of a document's values:
 
 | Python | BSON |
@@ -51,6 +55,7 @@ from pymongo.errors import (
     ConfigurationError,
     ConnectionFailure,
     DocumentTooLarge,
+    DuplicateKeyError,
     OperationFailure,
     WaitQueueTimeoutError,
 )
@@ -65,6 +70,7 @@ from delta_sync.urls import parts_of, split_url
 from delta_sync.values import Document, Interval, decimal_text, scalar_text
 
 TOMBSTONES = ".delta_tombstones"  # what a target's companion collection is called, after the target's own name
+SERVING = "delta_serving"  # the collection by which readers find a generation
 FLOOR_ID = bson.ObjectId("0" * 24)  # no key's id is of that type (see `bson_id`)
 
 MAX_DOCUMENT_BYTES = 16 << 20  # MongoDB's limit
@@ -107,11 +113,15 @@ class MongoTargetOptions(TargetOptions):
 
 
 class Place(NamedTuple):
-    """Where a target's documents are; `intervals`: whether its table has columns of them (see `_with_texts`)."""
+    """Where a target's documents are; `intervals`: whether its table has columns of them (see `_with_texts`).
+
+    `name` is what readers know, the collection of the first generation.
+    """
 
     database: str
     collection: str
     intervals: bool
+    name: str
 
 
 class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
@@ -120,6 +130,7 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
     schemes: ClassVar[tuple[str, ...]] = ("mongodb", "mongodb+srv")
     options_model: ClassVar[type[Options]] = MongoOptions
     target_model: ClassVar[type[TargetOptions]] = MongoTargetOptions
+    generations: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -141,13 +152,16 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
     # ── targets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def target(self, table: Table, options: MongoTargetOptions) -> Target:
-        collection = options.collection or self._collection or table.name
-        if "$" in collection or "\0" in collection or collection.startswith("system.") or ".." in f".{collection}.":
-            raise UsageError(f"sink {self.name}: MongoDB allows no collection named {collection!r}; set `collection`.")
+        name = options.collection or self._collection or table.name
+        if "$" in name or "\0" in name or name.startswith("system.") or ".." in f".{name}.":
+            raise UsageError(f"sink {self.name}: MongoDB allows no collection named {name!r}; set `collection`.")
+        if name == SERVING:
+            raise UsageError(f"sink {self.name}: the collection {name} is Delta's own; set `collection`.")
+        collection = name if self.number in (None, 1) else f"{name}.g{self.number}"
         if len(f"{self._database}.{collection}{TOMBSTONES}".encode()) > MAX_NAMESPACE_BYTES:
             raise UsageError(f"sink {self.name}: collection name {collection!r} is too long; set `collection`.")
         intervals = any(column.kind is Kind.INTERVAL for column in table.columns)
-        return Target(table, f"{self._database}.{collection}", Place(self._database, collection, intervals))
+        return Target(table, f"{self._database}.{collection}", Place(self._database, collection, intervals, name))
 
     def check(self, targets: Sequence[Target]) -> list[Problem]:
         where = f"sink {self.name}"
@@ -189,7 +203,7 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
         if not auth.get("authenticatedUsers"):
             return []  # access control is off
         privileges: list[Mapping[str, Any]] = auth.get("authenticatedUserPrivileges", [])
-        names = (place.collection, place.collection + TOMBSTONES)
+        names = [place.collection, place.collection + TOMBSTONES, *([SERVING] if self.number is not None else [])]
         return missing_actions(privileges, place.database, names)
 
     def prepare(self, target: Target) -> None:
@@ -202,6 +216,45 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
                     raise
                 index = {"keyPattern": {"at": 1}, "expireAfterSeconds": self.tombstone_ttl_s}
                 tombstones.database.command("collMod", tombstones.name, index=index)
+            if self.number is None:
+                self._refuse_unread(target)
+            else:
+                self._copy_indexes(target)
+
+    def _refuse_unread(self, target: Target) -> None:
+        """Raise SinkRefused when readers look elsewhere."""
+        place: Place = target.settings
+        led = self._serving(place).find_one({"_id": place.name})
+        if led is not None and led.get("collection") != place.collection:
+            raise SinkRefused(
+                f"{place.database}.{SERVING} leads readers from {place.name} to {led.get('collection')}, and the state"
+                " store knows nothing of it; give the pipeline its state back, or delete that document and --reload"
+            )
+
+    def _copy_indexes(self, target: Target) -> None:
+        """Give a collection that is not there yet the indexes that readers have, in one command, while it is empty."""
+        place: Place = target.settings
+        database = self._connected()[place.database]
+        if place.collection in database.list_collection_names(filter={"name": place.collection}):
+            return
+        led = self._serving(place).find_one({"_id": place.name}) or {}
+        serving = database[str(led.get("collection", place.name))]
+        indexes = [
+            {name: value for name, value in index.items() if name not in ("v", "ns")}
+            for index in serving.list_indexes()
+            if index["name"] != "_id_"
+        ]
+        if indexes:
+            concern = self._write_concern.document
+            database.command("createIndexes", place.collection, indexes=indexes, writeConcern=concern)
+
+    def lead_readers(self, targets: Sequence[Target]) -> None:
+        """Say in each target's document of `delta_serving` where its readers find it; one after the other."""
+        with self._typed_errors():
+            for target in targets:
+                place: Place = target.settings
+                now = {"$set": {"collection": place.collection}}
+                self._serving(place).update_one({"_id": place.name}, now, upsert=True)
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -424,6 +477,9 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
             count = self._documents(target).count_documents({})
             self._documents(target).drop()
             self._tombstones(target).drop()
+            if self.number is not None:
+                place: Place = target.settings
+                self._serving(place).delete_one({"_id": place.name, "collection": place.collection})
         return count
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -486,19 +542,24 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
                 self._client = MongoClient(self.url, **client_options(self.url, self.options))
             return self._client
 
-    def _collection_of(self, place: Place, suffix: str = "") -> _Collection:
+    def _collection_of(self, place: Place, name: str) -> _Collection:
         return self._connected()[place.database].get_collection(
-            place.collection + suffix,
+            name,
             codec_options=CODEC,
             read_preference=ReadPreference.PRIMARY,  # a secondary may not have the tombstone yet
             write_concern=self._write_concern,
         )
 
     def _documents(self, target: Target) -> _Collection:
-        return self._collection_of(target.settings)
+        place: Place = target.settings
+        return self._collection_of(place, place.collection)
 
     def _tombstones(self, target: Target) -> _Collection:
-        return self._collection_of(target.settings, TOMBSTONES)
+        place: Place = target.settings
+        return self._collection_of(place, place.collection + TOMBSTONES)
+
+    def _serving(self, place: Place) -> _Collection:
+        return self._collection_of(place, SERVING)
 
     @contextlib.contextmanager
     def _typed_errors(self) -> Generator[None]:
@@ -509,6 +570,8 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
             raise SinkBusy(f"MongoDB at {self._hosts} cannot be reached: {_brief(error)}") from error
         except BulkWriteError as error:  # of removals, the one bulk whose errors are not looked at one by one
             raise SinkBusy(f"MongoDB at {self._hosts} could not delete: {_brief(error)}") from error
+        except DuplicateKeyError as error:  # of two who lead readers at once, for the first time
+            raise SinkBusy(f"MongoDB at {self._hosts}: somebody else leads readers: {_brief(error)}") from error
         except OperationFailure as error:
             raise self._typed(error.code, _brief(error)) from error
         except ConfigurationError as error:

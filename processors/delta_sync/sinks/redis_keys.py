@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from binascii import crc_hqx
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -47,9 +47,10 @@ class KeyTemplate(NamedTuple):
             texts += (scalar_text(key[column]).translate(escapes), literal)
         return "".join(texts)
 
-    def matches(self, redis_key: str) -> bool:
-        """Tell whether the key could be one of this template's."""
-        return _pattern(self.literals).fullmatch(redis_key) is not None
+    def own(self, redis_keys: Iterable[bytes]) -> list[bytes]:
+        """Return the keys that could be of this template; those that are not UTF-8 are somebody else's."""
+        matches = _pattern(self.literals).fullmatch
+        return [key for key in redis_keys if matches(key) and (key.isascii() or _is_text(key))]
 
     def parse(self, redis_key: str) -> list[str] | None:
         """Return the texts of the columns, in the order of the table's key; None if the key is not of this template."""
@@ -88,9 +89,17 @@ class KeyTemplate(NamedTuple):
 
 
 @lru_cache(maxsize=1000)  # templates in one process: more than anybody has
-def _pattern(literals: tuple[str, ...]) -> re.Pattern[str]:
+def _pattern(literals: tuple[str, ...]) -> re.Pattern[bytes]:
     """Return what all keys with these literals match. A scan asks it about every key of the store."""
-    return re.compile("(?s:.*)".join(re.escape(literal) for literal in literals))
+    return re.compile(b"(?s:.*)".join(re.escape(literal.encode()) for literal in literals))
+
+
+def _is_text(key: bytes) -> bool:
+    try:
+        key.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1000)

@@ -37,10 +37,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import sqlalchemy as sa
+from psycopg.types.array import ListBinaryDumper
 from pydantic import Field
 from sqlalchemy import event, exc
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.sql.dml import ReturningInsert
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import ColumnsAdded, DeltaError, Problem, SinkBusy, SinkRefused, Unstorable, UsageError
@@ -142,15 +144,11 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
         super().__init__(name, url, options, tombstone_ttl_s)
         self._now = now
         self._url = parse_url(name, url, options)
+        self.is_sqlite = self._url.get_backend_name() == "sqlite"
         self._where = self._url.database if self.is_sqlite else f"{self._url.host or 'localhost'}"
         self._connecting = threading.Lock()
         self._engine: sa.Engine | None = None
         self._shapes: dict[str, Shape] = {}
-
-    @property
-    def is_sqlite(self) -> bool:
-        """Whether the store is a file of SQLite's."""
-        return self._url.get_backend_name() == "sqlite"
 
     # ── targets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -421,6 +419,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
         now_ms = round(self._now() * 1000)
         keys = {name: f"f{number}" for number, name in enumerate(shape.kinds)}
         empty = dict.fromkeys(keys.values())
+        as_it_is = AS_IT_IS_IN_SQLITE if self.is_sqlite else AS_IT_IS_IN_POSTGRESQL
         for row in rows:
             values = {**empty, ID_COLUMN: row.id, VERSION_FIELD: row.version, DELETED_COLUMN: None}
             if row.fields is None:
@@ -429,7 +428,9 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
                 for name, (kind, value) in (row.fields or {}).items():
                     if name not in keys:
                         raise Unstorable(self._no_column(shape, name))
-                    values[keys[name]] = self._fitted(target, name, shape.kinds[name], kind, value)
+                    if kind != shape.kinds[name]:
+                        kind, value = fitted(target.place, name, shape.kinds[name], kind, value)
+                    values[keys[name]] = value if kind in as_it_is else self._as_text(kind, value)
             except Unstorable as error:
                 outcomes[row.number] = rejected(str(error).rstrip("."))
             else:
@@ -446,22 +447,15 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             " into one that holds them as an object"
         )
 
-    def _fitted(self, target: Target, name: str, column: Kind | None, kind: Kind, value: Any) -> Any:
-        """Return the value as its column takes it. Raises Unstorable."""
-        return self._raw(*fitted(target.place, name, column, kind, value))
-
-    def _raw(self, kind: Kind, value: Any) -> Any:
-        if kind == "json":
-            return to_json(value).decode()
-        if not self.is_sqlite:
-            return value
+    def _as_text(self, kind: Kind, value: Any) -> str:
+        """Return a value that the driver does not take as it is."""
         match kind:
+            case "json":
+                return to_json(value).decode()
             case "decimal":
                 return decimal_text(value)
-            case "date" | "time" | "timestamp" | "timestamptz" | "uuid":
-                return scalar_text(value)
             case _:
-                return value
+                return scalar_text(value)
 
     def _upsert_apart(
         self, target: Target, shape: Shape, rows: Sequence[tuple[Row, dict[str, Any]]]
@@ -484,12 +478,6 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
         """Upsert rows in one transaction, and return the ids of those that were not stale."""
         table, floor = shape.rows, self._floor(target.settings)
         with self._writing() as connection:
-            insert = _insert(connection.dialect, table)
-            upsert = insert.on_conflict_do_update(
-                index_elements=[table.c[ID_COLUMN]],
-                set_={column: insert.excluded[column.key] for column in table.c if column.key != ID_COLUMN},
-                where=self._not_newer(table, insert.excluded),
-            ).returning(table.c[ID_COLUMN])
             state = sa.select(floor.c.version, floor.c.generation).with_for_update(read=True)
             least, generation = connection.execute(state).one()
             if generation != shape.generation:
@@ -497,8 +485,20 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             live = [one for one in values if one[VERSION_FIELD] >= least]
             if not live:
                 return set()
+            if not self.is_sqlite:
+                upsert = self._upserting(table, postgresql.insert(table).from_select(*_unnested(table, live)))
+                return set(connection.execute(upsert).scalars())
             paged = {"insertmanyvalues_page_size": len(live)}  # the limit of parameters holds beside it
+            upsert = self._upserting(table, sqlite.insert(table))
             return set(connection.execute(upsert, live, execution_options=paged).scalars())
+
+    def _upserting(self, table: sa.Table, insert: postgresql.Insert | sqlite.Insert) -> ReturningInsert[str]:
+        """Return the statement that replaces the rows that are not newer, and names those that it has written."""
+        return insert.on_conflict_do_update(
+            index_elements=[table.c[ID_COLUMN]],
+            set_={column: insert.excluded[column.key] for column in table.c if column.key != ID_COLUMN},
+            where=self._not_newer(table, insert.excluded),
+        ).returning(table.c[ID_COLUMN])
 
     def _not_newer(self, table: sa.Table, excluded: Any) -> sa.ColumnElement[bool]:
         """Return the condition that what is there is not newer than what is to be written."""
@@ -614,7 +614,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             if self._engine is None:
                 self._engine = create_engine(self._url, BUSY_TIMEOUT_S)
                 if not self.is_sqlite:
-                    event.listen(self._engine, "connect", _utc)
+                    event.listen(self._engine, "connect", _set_up)
             return self._engine
 
     def _writing(self) -> contextlib.AbstractContextManager[sa.Connection]:
@@ -666,6 +666,11 @@ SQLITE_TYPES: Mapping[Kind, str] = {  # whatever has TEXT in its name is kept as
     "uuid": "UUID_TEXT",
     "json": "JSON_TEXT",
 }
+
+
+# What the driver takes as it is; of the others `_as_text` makes one.
+AS_IT_IS_IN_SQLITE: frozenset[Kind] = frozenset({"boolean", "integer", "float", "text", "bytes"})
+AS_IT_IS_IN_POSTGRESQL: frozenset[Kind] = frozenset(POSTGRESQL_TYPES) - {"json"}
 
 
 class _Raw(sa.types.UserDefinedType[Any]):
@@ -747,11 +752,37 @@ def _insert(dialect: sa.Dialect, table: sa.Table) -> postgresql.Insert | sqlite.
     return sqlite.insert(table) if dialect.name == "sqlite" else postgresql.insert(table)
 
 
-def _utc(connection: Any, _record: object) -> None:
-    """Let moments come back in UTC: in another zone, Python cannot hold the first and last of them."""
+_OWN_SPECS = {ID_COLUMN: "text", VERSION_FIELD: "bigint", DELETED_COLUMN: "bigint"}
+
+
+def _unnested(table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> tuple[list[sa.Column[Any]], sa.Select[Any]]:
+    """Return rows as a query of PostgreSQL's, and its columns: one array for each, NULL for those without a value.
+
+    A statement of a few parameters, whatever the number of rows: to parse one with a parameter for each value takes the
+    server and SQLAlchemy several times as long as to write the rows.
+    """
+    arrays: dict[str, sa.ColumnElement[Any]] = {}
+    specs = {column.key: _OWN_SPECS.get(column.key) or cast("_Raw", column.type).spec for column in table.c}
+    for name, spec in specs.items():
+        values = [row[name] for row in rows]
+        if any(value is not None for value in values):
+            # JSON goes as text: the driver has no arrays of what it need not look into.
+            of = "text" if spec == "jsonb" else spec
+            arrays[name] = sa.cast(sa.bindparam(None, values, type_=_Raw("")), _Raw(f"{of}[]"))
+    source = sa.func.unnest(*arrays.values()).table_valued(*arrays).render_derived()
+    columns = [sa.cast(source.c[name] if name in arrays else sa.null(), _Raw(spec)) for name, spec in specs.items()]
+    return list(table.c), sa.select(*columns)
+
+
+def _set_up(connection: Any, _record: object) -> None:
+    """Let moments come back in UTC: in another zone, Python cannot hold the first and last of them.
+
+    Arrays go in binary, which takes a third of the time that escaping their texts does, or less.
+    """
     with connection.cursor() as cursor:
         cursor.execute("SET TIME ZONE 'UTC'")
     connection.commit()
+    connection.adapters.register_dumper(list, ListBinaryDumper)
 
 
 def _sqlstate(error: exc.DBAPIError | exc.TimeoutError) -> str:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from types import MappingProxyType
 
+from delta_sync.documents import DocumentSpec
 from delta_sync.errors import UsageError
 from delta_sync.sources.inspection import Inspector
 from delta_sync.sources.mysql.claims import format_position
+from delta_sync.sources.reader import NO_DOCUMENTS, SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.versions import format_lsn
 
-if TYPE_CHECKING:
-    from delta_sync.sources.reader import SourceReader
 
-
-def open_reader(spec: PipelineSpec, application_name: str, answer_s: float | None = None) -> SourceReader:
+def open_reader(
+    spec: PipelineSpec,
+    application_name: str,
+    answer_s: float | None = None,
+    documents: Mapping[str, DocumentSpec] = MappingProxyType({}),
+) -> SourceReader:
     """Return a reader of a pipeline's source; it connects when it is first used. Raises UsageError.
 
-    It takes the whole specification, so that nobody reads a masked column in the clear: its tables have the masks.
+    It takes the whole specification, so that nobody reads a masked column in the clear: its tables have the masks. The
+    roots of `documents` have their parts.
 
     With `answer_s` its calls raise SourceBusy when the source has said nothing for so long; without it long queries
     take as long as they need.
@@ -33,10 +39,12 @@ def open_reader(spec: PipelineSpec, application_name: str, answer_s: float | Non
             need_package()
             from delta_sync.sources.mysql.reader import MariaReader
 
+            if documents:
+                raise UsageError(NO_DOCUMENTS)
             reader = MariaReader(spec.source, application_name, answer_s)
         case kind:
             raise UsageError(unknown(kind))
-    reader.shapes = spec.shapes
+    reader.shapes, reader.documents = spec.shapes, documents
     return reader
 
 

@@ -13,22 +13,33 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from delta_sync.changes import Key
 from delta_sync.decoding import TableCodec
+from delta_sync.documents import DocumentSpec, ForeignKey, Watch, resolved
+from delta_sync.errors import UsageError
 from delta_sync.shaping import fingerprint, masked
 from delta_sync.spec import PipelineSpec, ShapeSpec
 from delta_sync.tables import Table
 from delta_sync.values import Row
+from delta_sync.versions import dump_version, version_of
+
+NO_DOCUMENTS = "Documents from several tables are built of PostgreSQL only, so far; declare a function for each table."
 
 
 class Chunk(NamedTuple):
     """Rows read in one snapshot, in the order of the key. The next chunk begins behind `last_key`; None: the end.
 
     Of rows read by their keys, `last_key` tells only whether some were left out: then it is not None. `seen_to` is a
-    position above every change that the snapshot sees.
+    position above every change that the snapshot sees. Rows with their parts have a `clock`, which rises with what
+    snapshots see; their versions are made of it, and `seen_to` is a number above it.
     """
 
     seen_to: int
     rows: list[tuple[Key, Row]]
     last_key: Key | None
+    clock: int | None = None
+
+    def version(self, epoch: int, claim: int) -> int:
+        """Return the version of its rows: below what the claim leaves to the log, or by the clock."""
+        return dump_version(epoch, claim) if self.clock is None else version_of(epoch, self.clock)
 
 
 class SourceIdentity(NamedTuple):
@@ -135,10 +146,38 @@ class SourceReader(ABC):
 
     claim_wait_s: ClassVar[float]  # how long a claim of rows read by key is worth waiting for, where it is not needed
     shapes: Mapping[str, ShapeSpec] = MappingProxyType({})  # by table, as `open_reader` sets them
+    documents: Mapping[str, DocumentSpec] = MappingProxyType({})  # by root, as `open_reader` sets them
 
-    def shaped(self, tables: Mapping[str, Table]) -> dict[str, Table]:
-        """Return tables with the masks that the specification has for them: what `tables` has to return."""
-        return {name: masked(table, self.shapes.get(name)) for name, table in tables.items()}
+    @property
+    def documented(self) -> frozenset[str]:
+        """The tables of which documents are made."""
+        return frozenset(name for document in self.documents.values() for name in document.tables)
+
+    def assembled(
+        self,
+        names: Sequence[str],
+        read: Callable[[Sequence[str]], Mapping[str, Table]],
+        read_keys: Callable[[Sequence[str]], Sequence[ForeignKey]],
+    ) -> dict[str, Table]:
+        """Return tables with the masks that the specification has for them, roots with parts: what `tables` returns.
+
+        Raises UsageError for parts that do not fit.
+        """
+        wanted = [document for root, document in self.documents.items() if root in names]
+        everything = tuple(dict.fromkeys([*names, *(name for document in wanted for name in document.tables)]))
+        found = {name: masked(table, self.shapes.get(name)) for name, table in read(everything).items()}
+        keys = read_keys(everything) if wanted else ()
+        made = {name: found[name] for name in names if name in found}
+        for document in wanted:
+            missing = next((name for name in document.tables if name not in found), None)
+            if missing is not None and document.root in found:
+                raise UsageError(
+                    f"The source has no table {missing}, and documents of {document.root} have a part of it; create it,"
+                    " or change the document."
+                )
+            if document.root in found:
+                made[document.root] = resolved(document, found, keys)
+        return made
 
     def fingerprinted(self, columns: Mapping[str, str]) -> dict[str, str]:
         """Return fingerprints that change with the tables' shapes, too: what `fingerprints` has to return."""
@@ -235,11 +274,29 @@ class SourceReader(ABC):
         """
 
     @abstractmethod
-    def keys_having(self, table: Table, column: str, values: Sequence[Any]) -> list[Key]:
+    def keys_having(self, table: Table, column: str, values: Sequence[Any], most: int | None = None) -> list[Key]:
         """Return the keys of the rows whose column has one of these values, as rows have them.
 
-        The whole table is read unless the column has an index. Raises UsageError for a value beyond the column's type.
+        If there are more than `most`, some more than that. The whole table is read unless the column has an index.
+        Raises UsageError for a value beyond the column's type.
         """
+
+    @abstractmethod
+    def clock(self) -> int:
+        """Return the clock of a snapshot that is taken now; see `Chunk`."""
+
+    @abstractmethod
+    def root_keys(
+        self, watch: Watch, values: Sequence[Key], most: int, usable: Callable[[Any], bool]
+    ) -> list[Key] | None:
+        """Return the keys of a document's root to which values of a watch lead, at most so many, in one snapshot.
+
+        None if that is not `usable`. Raises SchemaChanged.
+        """
+
+    @abstractmethod
+    def root_condition(self, root: Table, watch: Watch, values: Sequence[Key]) -> str:
+        """Return the condition, as SQL, that is true of the root's rows to which values of a watch lead."""
 
     @abstractmethod
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Any], bool]) -> Chunk | None:

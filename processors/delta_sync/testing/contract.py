@@ -598,6 +598,7 @@ class SinkContract:
         sink.apply(target, [Write((n,), 9000, None) for n in range(0, 2500, 5)])
         expected = {sink.id_of(target, (n,)): 100 + n for n in range(2500) if n % 5}
         assert scanned(sink, target) == expected
+        assert {id_ for batch in sink.scan_ids(target) for id_ in batch} == expected.keys()
 
     @pytest.mark.parametrize("version", [3000, version_of(2, 2**52 - 1), LARGEST_VERSION])
     @pytest.mark.parametrize("of", ["document", "tombstone", "floor"])
@@ -733,6 +734,7 @@ def scanned(sink: AnySink, target: Target) -> dict[str, int]:
     for batch in sink.scan(target):
         for id_, version in batch:
             assert found.setdefault(id_, version) == version
+    assert found.keys() <= {id_ for batch in sink.scan_ids(target) for id_ in batch}
     return found
 
 

@@ -14,6 +14,7 @@ from pymysql.cursors import SSCursor
 
 from delta_sync.changes import Key
 from delta_sync.decoding import TableCodec
+from delta_sync.documents import Watch
 from delta_sync.errors import CheckFailed, Problem, SchemaChanged, SourceBusy, UsageError
 from delta_sync.secrets import redact
 from delta_sync.sources.mysql import codec
@@ -21,7 +22,7 @@ from delta_sync.sources.mysql.catalogue import read_fingerprints, read_tables
 from delta_sync.sources.mysql.claims import MAX_OFFSET, OFFSET_BITS, STOOD_S, Sample, Samples, Snapshot, position_of
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session, code_of, connect, patience
-from delta_sync.sources.reader import Chunk, SourceIdentity, SourceReader
+from delta_sync.sources.reader import NO_DOCUMENTS, Chunk, SourceIdentity, SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.tables import Table
 from delta_sync.values import Row
@@ -134,7 +135,7 @@ class MariaReader(SourceReader):
     def tables(self, names: Sequence[str]) -> dict[str, Table]:
         """Return the tables that exist, by `database.table`."""
         with self._connected() as session:
-            return self.shaped(read_tables(session, names))
+            return self.assembled(names, lambda some: read_tables(session, some), lambda _: ())
 
     def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
         """Return, for each table that exists, a text that changes whenever its columns, its key or its history do."""
@@ -238,6 +239,22 @@ class MariaReader(SourceReader):
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def clock(self) -> int:
+        """No documents are built of MariaDB. Raises UsageError."""
+        raise UsageError(NO_DOCUMENTS)
+
+    def root_keys(
+        self, watch: Watch, values: Sequence[Key], most: int, usable: Callable[[Snapshot], bool]
+    ) -> list[Key] | None:
+        """No documents are built of MariaDB. Raises UsageError."""
+        del watch, values, most, usable
+        raise UsageError(NO_DOCUMENTS)
+
+    def root_condition(self, root: Table, watch: Watch, values: Sequence[Key]) -> str:
+        """No documents are built of MariaDB. Raises UsageError."""
+        del root, watch, values
+        raise UsageError(NO_DOCUMENTS)
+
     def check_condition(self, table: Table, where: str) -> None:
         """Have the source plan a query with the condition. Raises UsageError."""
         condition, parameters = _within(table, None, None, where)
@@ -285,8 +302,8 @@ class MariaReader(SourceReader):
             found = _fetch(session, query, (*parameters, rows - 1))
         return codec.row_maker(keys_alone)(found[0])[0] if found else None
 
-    def keys_having(self, table: Table, column: str, values: Sequence[Any]) -> list[Key]:
-        """Return the keys of the rows whose column has one of these values."""
+    def keys_having(self, table: Table, column: str, values: Sequence[Any], most: int | None = None) -> list[Key]:
+        """Return the keys of the rows whose column has one of these values; if more than `most` do, some more."""
         of = table.column(column)
         narrow = table._replace(columns=tuple(table.column(name) for name in dict.fromkeys((*table.key, column))))
         to_row, wanted = codec.row_maker(narrow), frozenset(values)
@@ -300,11 +317,13 @@ class MariaReader(SourceReader):
                 among = ", ".join(["%s"] * len(parameters))
                 query = (
                     f"SELECT {codec.select_list(narrow)} FROM {_qualified(table)} AS t"  # noqa: S608 -- quoted
-                    f" WHERE t.{quoted(column)} IN ({among})"
+                    f" WHERE t.{quoted(column)} IN ({among}){'' if most is None else f' LIMIT {most + 1}'}"
                 )
                 rows = map(to_row, _fetch(session, query, parameters))
                 # A collation takes for equal what a look-up was not asked with.
                 found += [key for key, row in rows if row[column] in wanted]
+                if most is not None and len(found) > most:
+                    break
         return found
 
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:

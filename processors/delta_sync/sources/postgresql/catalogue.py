@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.rows import tuple_row
 
+from delta_sync.documents import ForeignKey
 from delta_sync.errors import Problem
 from delta_sync.tables import Column, Kind, Table
 
@@ -100,9 +101,17 @@ def read_tables(connection: psycopg.Connection, names: Sequence[str]) -> dict[st
     return {name: source.table for name, source in read_catalogue(connection, names).items()}
 
 
-def read_fingerprints(connection: psycopg.Connection, names: Sequence[str]) -> dict[str, str]:
-    """Return, for each table that exists, a text that changes whenever its columns or its key do."""
-    return {name: source.fingerprint for name, source in read_catalogue(connection, names).items()}
+def read_fingerprints(
+    connection: psycopg.Connection, names: Sequence[str], documented: Collection[str] = ()
+) -> dict[str, str]:
+    """Return, for each table that exists, a text that changes whenever its columns or its key do.
+
+    For those of which documents are made, also when its replica identity does.
+    """
+    return {
+        name: f"{source.fingerprint} {source.replica_identity}" if name in documented else source.fingerprint
+        for name, source in read_catalogue(connection, names).items()
+    }
 
 
 def read_catalogue(connection: psycopg.Connection, names: Sequence[str]) -> dict[str, SourceTable]:
@@ -113,9 +122,16 @@ def read_catalogue(connection: psycopg.Connection, names: Sequence[str]) -> dict
             schema, name, kind, identity, owned, relation, attributes, indexes = row
             columns = tuple(Attribute(*fields) for fields in json.loads(attributes))
             key, primary = key_of(identity, json.loads(indexes))
-            table = Table(schema, name, columns_of(columns), key, primary)
+            table = Table(schema, name, columns_of(columns), key, primary, full_images=identity == "f")
             found[table.id] = SourceTable(table, kind, identity, owned, relation)
     return found
+
+
+def read_foreign_keys(connection: psycopg.Connection, names: Sequence[str]) -> list[ForeignKey]:
+    """Return the foreign keys between these tables. Raises psycopg.Error."""
+    with connection.cursor(row_factory=tuple_row) as cursor:
+        rows = cursor.execute(_FOREIGN_KEYS, {"names": list(names)}).fetchall()
+    return [ForeignKey(table, tuple(columns), referenced, tuple(of)) for table, columns, referenced, of in rows]
 
 
 # ── decisions ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,6 +271,21 @@ def obstacles(connection: psycopg.Connection, sources: Sequence[SourceTable]) ->
                 found.append(Problem(where, what, "use another unique index as the replica identity"))
     return found
 
+
+_FOREIGN_KEYS = """
+WITH named AS (
+  SELECT c.oid, n.nspname || '.' || c.relname AS id
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname || '.' || c.relname = ANY (%(names)s)
+)
+SELECT t.id, k.own, r.id, k.other
+FROM pg_constraint f JOIN named t ON t.oid = f.conrelid JOIN named r ON r.oid = f.confrelid CROSS JOIN LATERAL (
+  SELECT array_agg(a.attname::text ORDER BY u.place) AS own, array_agg(b.attname::text ORDER BY u.place) AS other
+  FROM unnest(f.conkey, f.confkey) WITH ORDINALITY AS u (own, other, place)
+       JOIN pg_attribute a ON a.attrelid = f.conrelid AND a.attnum = u.own
+       JOIN pg_attribute b ON b.attrelid = f.confrelid AND b.attnum = u.other) k
+WHERE f.contype = 'f'
+ORDER BY t.id, f.conname
+"""
 
 _FATAL_TYPES = """
 SELECT format_type(t.oid, NULL),

@@ -30,6 +30,11 @@ class Snapshot(NamedTuple):
         """What stays the same as long as the same transaction keeps a claim from being made."""
         return self.xmin
 
+    @property
+    def clock(self) -> int:
+        """A number that rises with what snapshots of one server see: equal ones see the same (`guarantees.md`)."""
+        return self.xmax - len(self.xip)
+
     def shows(self, position: int, xid: int) -> bool:
         """Tell whether it sees a committed change of a transaction, given that one's id as the log has it (32 bits)."""
         del position

@@ -1,0 +1,254 @@
+"""Documents that are built from several tables, in SQL: parts of roots, and the roots that a change is about.
+
+Parts are read in the snapshot in which their roots were, one query for each part. Values keep the types that rows have
+everywhere; JSON made by the server would lose them. Values to be found go as arrays, each with its place, so that the
+server decides which rows belong together, by its own idea of equality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from delta_sync.changes import Key
+from delta_sync.documents import Hop, Watch
+from delta_sync.errors import ProcessorError, UsageError
+from delta_sync.secrets import redact
+from delta_sync.sources.postgresql import codec
+from delta_sync.sources.postgresql.statements import fixed, qualified, row_maker, type_of
+from delta_sync.tables import Part, Table
+from delta_sync.values import Row
+
+ROWS_AT_ONCE = 50_000  # of one part, of all documents that are read together
+BYTES_AT_ONCE = 32 << 20  # likewise; a document with more alone is more than any store takes
+PLACE = sql.Identifier("delta:place")  # names that no column has
+
+Rows = list[tuple[Key, Row]]
+
+
+class TooMuch(Exception):
+    """What was asked for at once does not fit."""
+
+
+def attach(connection: psycopg.Connection, table: Table, rows: Rows) -> list[tuple[Key, Row | None]]:
+    """Return rows of a root with their parts: of all of them, or of the first ones, as far as memory has room.
+
+    In place of a part with too many rows for a document stands a ProcessorError. None: the user's query has no row for
+    this key. The connection is in a transaction with one snapshot. Raises UsageError when the user's query fails.
+    """
+    if table.query is not None:
+        return _by_query(connection, table, [key for key, _ in rows])
+    some = rows
+    while some:
+        made = [(key, row.copy()) for key, row in some]  # what a larger attempt has attached is not to stay
+        try:
+            exceeded = _attach_all(connection, table, [row for _, row in made])
+        except TooMuch:
+            if len(some) == 1:
+                error = ProcessorError(f"The document's parts have more than {BYTES_AT_ONCE >> 20} MiB.")
+                return [(key, {**row, table.parts[0].name: error}) for key, row in some]
+            some = some[: len(some) // 2]
+        else:
+            if exceeded:
+                _raise_to_root(table, [row for _, row in made])
+            return list(made)
+    return []
+
+
+def _raise_to_root(table: Table, rows: Sequence[Row]) -> ProcessorError | None:
+    """Put an error that stands in place of a part's part in place of the part; return the last one."""
+    last: ProcessorError | None = None
+    for row in rows:
+        for part in table.parts:
+            value = row[part.name]
+            if isinstance(value, ProcessorError):
+                last = value
+            elif value:
+                error = _raise_to_root(part.table, value if part.many else [value])
+                if error is not None:
+                    row[part.name] = last = error
+    return last
+
+
+def _attach_all(connection: psycopg.Connection, table: Table, rows: Sequence[Row]) -> bool:
+    """Attach all parts; return whether one has too many rows."""
+    return any([_attach(connection, part, table, rows) for part in table.parts])  # noqa: C419 -- all of them
+
+
+def _attach(connection: psycopg.Connection, part: Part, above: Table, rows: Sequence[Row]) -> bool:
+    """Give each row of the table above its rows of a part, and these theirs. Raises TooMuch."""
+    owners: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        row[part.name] = [] if part.many else None
+        values = tuple(row[name] for name in part.of)
+        if None not in values:
+            owners.setdefault(values, []).append(row)
+    groups = list(owners.values())
+    below: list[Row] = []
+    for place, row in _rows_of(connection, part, above, list(owners)) if owners else ():
+        for owner in groups[place]:
+            own = row.copy()  # a processor may change what it is given
+            below.append(own)
+            if part.many:
+                owner[part.name].append(own)
+            else:
+                owner[part.name] = own
+    exceeded = _attach_all(connection, part.table, below)
+    for owner in (owner for group in groups for owner in group if part.many):
+        if len(owner[part.name]) > part.most:
+            owner[part.name] = ProcessorError(f"It has more than {part.most} rows in {part.name} (its bound, `most`).")
+            exceeded = True
+    return exceeded
+
+
+def _rows_of(
+    connection: psycopg.Connection, part: Part, above: Table, values: Sequence[tuple[Any, ...]]
+) -> list[tuple[int, Row]]:
+    """Return rows of a part, each with the place of the values to which it belongs. Raises TooMuch.
+
+    Of each document no more rows are read than it may have, and one that tells that there are more.
+    """
+    ordered = fixed(_columns("t", part.order_by or part.table.key))
+    query = sql.SQL(
+        "SELECT k.{place}, {columns} FROM {values} CROSS JOIN LATERAL"
+        " (SELECT t.* FROM {rows} ORDER BY {ordered} LIMIT {most}) AS t ORDER BY k.{place}, {ordered} LIMIT {limit}"
+    ).format(
+        place=PLACE,
+        columns=fixed(codec.select_list(part.table)),
+        values=_values(above, part.of),
+        rows=_belonging(part),
+        ordered=ordered,
+        most=sql.Literal(part.most + 1 if part.many else 1),
+        limit=sql.Literal(ROWS_AT_ONCE + 1),
+    )
+    to_row = row_maker(part.table)
+    found: list[tuple[int, Row]] = []
+    size = 0
+    with connection.cursor() as cursor:
+        for place, *fields in cursor.execute(query, [list(column) for column in zip(*values, strict=True)]):
+            size += sum(len(value) for value in fields if isinstance(value, str | bytes))
+            if len(found) >= ROWS_AT_ONCE or size > BYTES_AT_ONCE:
+                raise TooMuch
+            found.append((place - 1, to_row(fields)[1]))
+    return found
+
+
+def _belonging(part: Part) -> sql.Composable:
+    """The rows `t` of a part that belong to the values `k`, as what stands behind FROM."""
+    if part.through is None:
+        return sql.SQL("{} AS t WHERE {}").format(fixed(qualified(part.table)), _equal_to_values("t", part.columns))
+    link = part.through
+    return sql.SQL("{} AS l JOIN {} AS t ON ({}) = ({}) WHERE {}").format(
+        fixed(qualified(link.table)),
+        fixed(qualified(part.table)),
+        fixed(_columns("t", part.columns)),
+        fixed(_columns("l", link.to)),
+        _equal_to_values("l", link.columns),
+    )
+
+
+def _by_query(connection: psycopg.Connection, table: Table, keys: Sequence[Key]) -> list[tuple[Key, Row | None]]:
+    """Return what the user's query has for each key. Its parameters are arrays, each named like its key column."""
+    assert table.query is not None
+    what = f"The query of document {table.id}"
+    if not keys:
+        return []
+    parameters = {name: [key[place] for key in keys] for place, name in enumerate(table.key)}
+    try:
+        with connection.cursor(row_factory=dict_row) as cursor:
+            rows = cursor.execute(table.query.encode(), parameters).fetchall()
+    except (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError) as error:
+        raise UsageError(f"{what} fails: {redact(error.diag.message_primary or str(error))}.") from error
+    lacks = next((name for name in table.key if rows and name not in rows[0]), None)
+    if lacks is not None:
+        raise UsageError(f"{what} returns no column {lacks}; it needs the whole key: {', '.join(table.key)}.")
+    found: dict[Key, Row] = {}
+    for row in rows:
+        key = tuple(row[name] for name in table.key)
+        if key in found:
+            raise UsageError(f"{what} returns several rows for the key {', '.join(map(str, key))}.")
+        found[key] = row
+    return [(key, found.get(key)) for key in keys]
+
+
+# ── from a change to the roots ───────────────────────────────────────────────────────────────────────────────────
+
+
+def root_keys(connection: psycopg.Connection, watch: Watch, values: Sequence[Key], most: int) -> list[Key]:
+    """Return the root's keys to which values of a watch with hops lead, at most so many. Raises psycopg.Error."""
+    last = watch.hops[-1]
+    narrow = last.table._replace(columns=tuple(last.table.column(name) for name in last.take), key=last.take)
+    query = sql.SQL("SELECT DISTINCT {} FROM ({}) AS t LIMIT {}").format(
+        fixed(codec.select_list(narrow)), _hopped(watch, _values(watch.table, watch.columns)), sql.Literal(most)
+    )
+    to_row = row_maker(narrow)
+    with connection.cursor() as cursor:
+        rows = cursor.execute(query, [list(column) for column in zip(*values, strict=True)]).fetchall()
+    return [key for key, _ in map(to_row, rows) if None not in key]
+
+
+def root_condition(connection: psycopg.Connection, root: Table, watch: Watch, values: Sequence[Key]) -> str:
+    """Return the condition on the root's rows `t`, without parameters, that values of a watch lead to them."""
+    arrays = [fixed(sql.Literal(list(column)), connection) for column in zip(*values, strict=True)]
+    given = _values(watch.table, watch.columns, arrays)
+    condition = sql.SQL("({}) IN (SELECT {} FROM ({}) AS u)").format(
+        fixed(_columns("t", root.key)), fixed(_columns("u", watch.hops[-1].take)), _hopped(watch, given)
+    )
+    return condition.as_string(connection).replace("%%", "%")
+
+
+def _hopped(watch: Watch, values: sql.Composable) -> sql.Composable:
+    """The query for the last hop's columns; `values` are where it begins."""
+    reached: sql.Composable = sql.SQL("SELECT {} FROM {}").format(_value_columns(watch.columns), values)
+    names = [_value_name(number) for number in range(len(watch.columns))]
+    for hop in watch.hops:
+        reached = _hop(hop, reached, names)
+        names = [sql.Identifier(name) for name in hop.take]
+    return reached
+
+
+def _hop(hop: Hop, reached: sql.Composable, names: Sequence[sql.Identifier]) -> sql.Composable:
+    equal = [
+        sql.SQL("h.{} = v.{}").format(fixed(sql.Identifier(column)), name)
+        for column, name in zip(hop.where, names, strict=True)
+    ]
+    return sql.SQL("SELECT {} FROM {} AS h JOIN ({}) AS v ON {}").format(
+        fixed(_columns("h", hop.take)), fixed(qualified(hop.table)), reached, sql.SQL(" AND ").join(equal)
+    )
+
+
+# ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _columns(relation: str, names: Sequence[str]) -> sql.Composable:
+    return sql.SQL(", ").join(sql.Identifier(relation, name) for name in names)
+
+
+def _value_name(number: int) -> sql.Identifier:
+    return sql.Identifier(f"delta:{number}")
+
+
+def _value_columns(names: Sequence[str]) -> sql.Composable:
+    return sql.SQL(", ").join(map(_value_name, range(len(names))))
+
+
+def _values(table: Table, names: Sequence[str], given: Sequence[sql.Composable] | None = None) -> sql.Composable:
+    """Values of columns as a relation `k` with their places; from parameters, an array for each, or as given."""
+    arrays = [
+        sql.SQL("{}::{}[]").format(sql.SQL("%s") if given is None else given[number], type_of(table.column(name)))
+        for number, name in enumerate(names)
+    ]
+    return sql.SQL("unnest({}) WITH ORDINALITY AS k({}, {})").format(
+        sql.SQL(", ").join(arrays), _value_columns(names), PLACE
+    )
+
+
+def _equal_to_values(relation: str, names: Sequence[str]) -> sql.Composable:
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = k.{}").format(fixed(sql.Identifier(relation, name)), _value_name(number))
+        for number, name in enumerate(names)
+    )
