@@ -12,19 +12,18 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import click
-import psycopg
 from click.shell_completion import CompletionItem
-from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from delta_sync.errors import CheckFailed, DeltaError, PipelineRunning, Problem, UsageError
 from delta_sync.secrets import redact
-from delta_sync.spec import NAME_PATTERN, SPEC_FILE, PipelineSpec, load_spec
+
+# Every command comes through here. What only some need is imported where they need it: rich, psycopg, pydantic and
+# filelock are most of what a start costs.
+if TYPE_CHECKING:
+    from delta_sync.spec import PipelineSpec
 
 DEFAULT_FOLDER = "pipelines"
 LOCK_FILE = "run.lock"
@@ -50,10 +49,14 @@ class App:
         """Return the names of the pipelines in the folder, in order. Without a folder there are none."""
         if not self.folder.is_dir():
             return []
+        from delta_sync.spec import SPEC_FILE
+
         return sorted(entry.name for entry in self.folder.iterdir() if (entry / SPEC_FILE).is_file())
 
     def home(self, name: str) -> Path:
         """Return a pipeline's folder, which may not exist yet. Raises UsageError when no pipeline can be called so."""
+        from delta_sync.spec import NAME_PATTERN
+
         if not re.fullmatch(NAME_PATTERN, name):
             raise UsageError(
                 f"{name!r} cannot be a pipeline's name: lower-case letters, digits and underscores, a letter first, and"
@@ -63,6 +66,8 @@ class App:
 
     def load(self, name: str) -> PipelineSpec:
         """Return a pipeline's specification. Raises UsageError, naming the pipelines that exist."""
+        from delta_sync.spec import SPEC_FILE, load_spec
+
         folder = self.home(name)
         if not (folder / SPEC_FILE).is_file():
             others = self.names()
@@ -76,6 +81,8 @@ class App:
         path = self.home(name) / LOCK_FILE
         if not path.exists():
             return False
+        from filelock import FileLock, Timeout
+
         lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
@@ -87,6 +94,8 @@ class App:
     @contextmanager
     def stopped(self, name: str) -> Generator[None]:
         """Keep the pipeline from starting meanwhile. Raises PipelineRunning when it runs."""
+        from filelock import FileLock, Timeout
+
         try:
             with FileLock(self.home(name) / LOCK_FILE, timeout=LOCK_PATIENCE_S):
                 yield
@@ -173,6 +182,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
         for row in [list(columns), *texts]:
             click.echo("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row))
         return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(*columns, title=title, title_justify="left", header_style="bold", border_style="dim")
     for row in texts:
         table.add_row(*(escape(cell) for cell in row))
@@ -211,28 +224,48 @@ def json_of(data: Mapping[str, Any]) -> str:
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Later(NamedTuple):
+    """A command that is imported when it is asked for."""
+
+    place: str  # package.module:attribute
+    short_help: str  # what its `get_short_help_str()` returns, a test sees to it
+
+
 class DeltaGroup(click.Group):
     """A group whose errors end as sentences on standard error and as an exit status, never as a trace.
 
-    The commands of `modules` (by name: `package.module:attribute`) are imported when they are asked for: a shell that
-    completes a word, and a person who mistyped one, should not wait for the libraries of all the others.
+    The commands of `later` are imported when they are asked for: a shell that completes a word, and a person who
+    mistyped one or asks for the group's help, should not wait for the libraries of all of them.
     """
 
-    def __init__(self, *arguments: Any, modules: Mapping[str, str] | None = None, **more: Any) -> None:
+    def __init__(self, *arguments: Any, later: Mapping[str, Later] | None = None, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self._modules = dict(modules or {})
+        self.later = dict(later or {})
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
-        return sorted({*super().list_commands(ctx), *self._modules})
+        return sorted({*super().list_commands(ctx), *self.later})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, imported if it was not yet."""
-        if cmd_name in self._modules and cmd_name not in self.commands:
-            module, _, attribute = self._modules[cmd_name].partition(":")
+        if cmd_name in self.later and cmd_name not in self.commands:
+            module, _, attribute = self.later[cmd_name].place.partition(":")
             command: click.Command = getattr(importlib.import_module(module), attribute)
             self.add_command(command, cmd_name)
         return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands as click does, without importing them."""
+        limit = formatter.width - 6 - max(map(len, self.list_commands(ctx)), default=0)
+        rows: list[tuple[str, str]] = []
+        for name in self.list_commands(ctx):
+            if name in self.later:
+                rows.append((name, self.later[name].short_help))
+            else:
+                rows.append((name, self.commands[name].get_short_help_str(limit)))
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
 
     def main(
         self,
@@ -277,8 +310,8 @@ def _report(error: Exception, app: App) -> int:
     status, message = 1, str(error)
     if isinstance(error, DeltaError):
         status = error.exit_status
-    elif isinstance(error, psycopg.Error):
-        message = f"The source broke off or refused: {(error.diag.message_primary or message).strip()}."
+    elif (said := _said_by_postgresql(error)) is not None:
+        message = f"The source broke off or refused: {said.strip()}."
     elif isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     else:
@@ -292,6 +325,15 @@ def _report(error: Exception, app: App) -> int:
     else:
         warn(f"{click.style('Error:', fg='red')} {message}")
     return status
+
+
+def _said_by_postgresql(error: Exception) -> str | None:
+    """Return what the source said, if the error is one of its client's: then that was imported already."""
+    if "psycopg" not in sys.modules:
+        return None
+    import psycopg
+
+    return error.diag.message_primary or str(error) if isinstance(error, psycopg.Error) else None
 
 
 def _print_error_json(message: str, problems: Sequence[Problem]) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
 
 from delta_sync.delta_event import decode_event
 from delta_sync.errors import UndecodableChange, UsageError
-from delta_sync.replaying import Replayed
-from delta_sync.replaying import replay as replay_letters
 from delta_sync.sources import position_text
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
@@ -33,6 +31,9 @@ from deltactl.app import (
     warn,
     yes_option,
 )
+
+if TYPE_CHECKING:
+    from delta_sync.replaying import Replayed
 
 PAGE = 500  # dead letters read at once: each may hold a whole row
 ERROR_WIDTH = 80  # of a list's column; `dead show` has the whole of it
@@ -219,6 +220,8 @@ def replay(
         done: list[Replayed] = []
         ended_by: str | None = None
         if letters and store is not None and not dry_run:
+            from delta_sync.replaying import replay as replay_letters  # much, which the other commands do without
+
             done, ended_by = replay_letters(app.home(name), spec, store, letters)
     failed = [one for one in done if one.error is not None]
     if app.json:

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from delta_sync.changes import Key
 from delta_sync.dumps import Dump, Kind, key_from_text, rate_and_left
@@ -313,6 +310,10 @@ def as_bar(found: Dump, before: tuple[float, int] | None, now: float) -> str:
 
 def follow(store: DumpStore, ids: Sequence[int], *, as_json: bool) -> list[Dump]:
     """Show dumps until all have ended, to people on a terminal; return them."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
     first: dict[int, tuple[float, int]] = {}
     shows = sys.stdout.isatty() and not as_json
     with Live(console=Console(), auto_refresh=False) if shows else contextlib.nullcontext() as live:

@@ -7,29 +7,29 @@ import sys
 try:
     import click
 
-    from deltactl.app import DeltaGroup, shared_options
+    from deltactl.app import DeltaGroup, Later, shared_options
 except KeyboardInterrupt:
     # Imports take longer than anything else that a short command does, so Ctrl-C often comes here. `app.INTERRUPTED`
     # may not be there yet.
     sys.exit(130)
 
 COMMANDS = {
-    "completion": "deltactl.completion:completion",
-    "dead": "deltactl.dead:dead",
-    "dump": "deltactl.dump:dump",
-    "pipeline": "deltactl.pipeline:pipeline",
-    "refresh": "deltactl.refresh:refresh",
-    "run": "deltactl.run:run",
-    "sidecar": "deltactl.sidecar:sidecar",
-    "status": "deltactl.status:status",
-    "verify": "deltactl.verify:verify",
-    "worker": "deltactl.worker:worker",
+    "completion": Later("deltactl.completion:completion", "Print the completion script of a shell."),
+    "dead": Later("deltactl.dead:dead", "Look at changes that could not be processed."),
+    "dump": Later("deltactl.dump:dump", "Read rows from the source again, at any time."),
+    "pipeline": Later("deltactl.pipeline:pipeline", "Create, look at, try, package, rebuild and delete pipelines."),
+    "refresh": Later("deltactl.refresh:refresh", "Enrich documents again: a look-up's answers have changed."),
+    "run": Later("deltactl.run:run", "Run a pipeline, until Ctrl-C or SIGTERM."),
+    "sidecar": Later("deltactl.sidecar:sidecar", "Run the connector of a pipeline on Kafka."),
+    "status": Later("deltactl.status:status", "Show what a pipeline does, once or all the time."),
+    "verify": Later("deltactl.verify:verify", "Prove that the sinks are equal to the source; repair."),
+    "worker": Later("deltactl.worker:worker", "Run a worker of a pipeline on Kafka."),
 }
 
 
 @click.group(
     cls=DeltaGroup,
-    modules=COMMANDS,
+    later=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 @click.version_option(package_name="delta-sync", prog_name="deltactl")

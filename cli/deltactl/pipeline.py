@@ -22,6 +22,7 @@ from delta_sync.watch import ANSWER_S
 from deltactl.app import (
     App,
     DeltaGroup,
+    Later,
     describe,
     dir_option,
     json_of,
@@ -41,12 +42,14 @@ from deltactl.schema import schema
 
 @click.group(
     cls=DeltaGroup,
-    modules={
-        "create": "deltactl.create:create",
-        "delete": "deltactl.delete:delete",
-        "package": "deltactl.package:package",
-        "rebuild": "deltactl.rebuild:rebuild",
-        "test": "deltactl.trial:test",
+    later={
+        "create": Later("deltactl.create:create", "Check the source and the sinks, then write pipelines/NAME."),
+        "delete": Later("deltactl.delete:delete", "Delete what a pipeline has made."),
+        "package": Later("deltactl.package:package", "Write what images of a pipeline are built from."),
+        "rebuild": Later(
+            "deltactl.rebuild:rebuild", "Build a sink anew beside the old one, verify it, and let it take over."
+        ),
+        "test": Later("deltactl.trial:test", "Show what would be written, for some rows; write nothing."),
     },
 )
 def pipeline() -> None:

@@ -37,7 +37,7 @@ def embedded_capture(spec: PipelineSpec, folder: Path, tables: Callable[[], Mapp
     return EmbeddedCapture(properties, folder / CAPTURE_LOG)
 
 
-@click.command()
+@click.command(short_help="Run a pipeline, until Ctrl-C or SIGTERM.")
 @name_argument
 @click.option("--new-slot", is_flag=True, help="Accept that the slot is gone: begin a new epoch and load again.")
 @click.option("--reload", is_flag=True, help="Load every table again: the processor changed, or a sink lost data.")

@@ -10,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from delta_sync.generations import GenerationStore
 from delta_sync.secrets import redact
@@ -73,6 +70,10 @@ def status(app: App, name: str, watch: bool) -> None:
             say(json.dumps(found, ensure_ascii=False, default=str) if app.json else as_text(found) + "\n")
             sys.stdout.flush()
             time.sleep(WATCH_S)
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
     with Live(console=Console(), auto_refresh=False) as live:
         while True:
             live.update(Text(redact(as_text(look()))), refresh=True)

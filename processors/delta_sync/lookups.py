@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, cast
 
 import cachetools
 import pybreaker
-import requests
 import tenacity
 
 from delta_sync.errors import LookupBusy, ProcessorError
@@ -396,6 +395,8 @@ def is_transient(error: BaseException) -> bool:
     """Tell whether a look-up's failure may pass by itself: transport failures, time-outs, and statuses that say so."""
     if isinstance(error, LookupBusy):
         return True
+    import requests  # only here: many pipelines ask nobody over HTTP, and their starts would wait for it
+
     status = _status_of(error)
     if status is not None or isinstance(error, requests.HTTPError):
         return status in RETRYABLE_STATUS

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from delta_sync.secrets import remember
 from delta_sync.sinks import installed
-from deltactl.app import App, dir_option
+from deltactl.app import App, DeltaGroup, dir_option
 from deltactl.main import main
 from deltactl.reference import PAGE
 from deltactl.schema import schema
@@ -52,6 +52,60 @@ def test_every_command_has_help_with_an_example_and_json(path: tuple[str, ...], 
     assert f"deltactl {' '.join(path)} " in result.output.partition("Example")[2] or path == ("pipeline", "list")
     assert {"--json", "--dir", "--debug"} <= {option for parameter in command.params for option in parameter.opts}
     assert not result.output.partition("\n\n")[2].startswith("Options"), "it says what it does"
+
+
+def groups(command: click.Command) -> Iterator[DeltaGroup]:
+    if isinstance(command, DeltaGroup):
+        yield command
+        for name in command.list_commands(click.Context(command)):
+            child = command.get_command(click.Context(command), name)
+            assert child is not None, name
+            yield from groups(child)
+
+
+def test_help_of_a_group_says_of_its_commands_what_they_say() -> None:
+    """A group prints it beside their names, and imports none of them for it."""
+    beside = [(name, later.short_help) for group in groups(main) for name, later in group.later.items()]
+    own = [
+        (name, command.get_short_help_str(1000))
+        for group in groups(main)
+        for name in group.later
+        if (command := group.get_command(click.Context(group), name)) is not None
+    ]
+    assert len(beside) > 10
+    assert beside == own
+
+
+HEAVY = {
+    "alembic", "fastavro", "filelock", "kafka", "prometheus_client", "psycopg", "pydantic", "pymongo", "redis",
+    "requests", "rich", "sqlalchemy", "structlog", "yaml",
+}  # fmt: skip
+COMMAND_THEN_MODULES = """
+import atexit, sys
+atexit.register(lambda: print("\\n", *{{name.partition(".")[0] for name in sys.modules}}))
+sys.argv[1:] = {arguments}
+from deltactl.main import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["--help"], set[str]()),
+        (["--version"], set[str]()),
+        (["completion", "bash"], set[str]()),
+        (["status", "nope"], {"fastavro", "pydantic", "sqlalchemy", "yaml"}),
+        (["dead", "list", "nope"], {"fastavro", "pydantic", "rich", "sqlalchemy", "structlog", "yaml"}),
+    ],
+)
+def test_a_start_imports_no_more_than_it_needs(arguments: list[str], needed: set[str], tmp_path: Path) -> None:
+    """A start is all that a short command costs, and each of these libraries takes as long as Python itself."""
+    code = COMMAND_THEN_MODULES.format(arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert {"click", "deltactl"} <= imported, done.stderr
+    assert imported & HEAVY == needed
 
 
 def test_errors_end_as_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +155,9 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("module", ["click", "psycopg", "deltactl.app", "delta_sync.spec", "deltactl.pipeline"])
+@pytest.mark.parametrize(
+    "module", ["click", "delta_sync.errors", "deltactl.app", "delta_sync.spec", "deltactl.pipeline"]
+)
 def test_ctrl_c_is_quiet_while_modules_are_imported(module: str) -> None:
     """As the console script begins; the last of the modules is one of a command's own."""
     code = INTERRUPTED_IMPORT.format(module=module)
