@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from delta_sync.documents import DocumentSpec
+from delta_sync.documents import NO_DOCUMENTS, DocumentSpec
 from delta_sync.errors import UsageError
-from delta_sync.sources.inspection import Inspector
 from delta_sync.sources.mysql.claims import format_position
-from delta_sync.sources.reader import NO_DOCUMENTS, SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.versions import format_lsn
+
+if TYPE_CHECKING:  # what a command does not need at its start is imported where it is used
+    from delta_sync.sources.inspection import Inspector
+    from delta_sync.sources.reader import SourceReader
 
 
 def open_reader(

@@ -21,8 +21,6 @@ from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version, version_of
 
-NO_DOCUMENTS = "Documents from several tables are built of PostgreSQL only, so far; declare a function for each table."
-
 
 class Chunk(NamedTuple):
     """Rows read in one snapshot, in the order of the key. The next chunk begins behind `last_key`; None: the end.

@@ -14,7 +14,7 @@ from pymysql.cursors import SSCursor
 
 from delta_sync.changes import Key
 from delta_sync.decoding import TableCodec
-from delta_sync.documents import Watch
+from delta_sync.documents import NO_DOCUMENTS, Watch
 from delta_sync.errors import CheckFailed, Problem, SchemaChanged, SourceBusy, UsageError
 from delta_sync.secrets import redact
 from delta_sync.sources.mysql import codec
@@ -22,7 +22,7 @@ from delta_sync.sources.mysql.catalogue import read_fingerprints, read_tables
 from delta_sync.sources.mysql.claims import MAX_OFFSET, OFFSET_BITS, STOOD_S, Sample, Samples, Snapshot, position_of
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session, code_of, connect, patience
-from delta_sync.sources.reader import NO_DOCUMENTS, Chunk, SourceIdentity, SourceReader
+from delta_sync.sources.reader import Chunk, SourceIdentity, SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.tables import Table
 from delta_sync.values import Row
