@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import structlog
 
@@ -29,6 +29,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 KEYS_MOST = 10_000  # documents that one batch's changes of a table build at once; more are left to a dump
 DUMPS_MOST = 8  # of one table that wait to begin; with more, everything is dumped once
 WITHHELD_MOST = 10_000  # documents that wait for their time; more are built at once
+KEPT_S = 10.0  # that a document was built; what comes of one transaction, or of a backlog, is about the same ones
 BUILT_MOST = 100_000  # documents of which it is known when they were built; of others it is as if it were long ago
 POLL_S = 0.003  # a transaction is visible some microseconds after its commit is in the log
 RETRY_S = 1.0
@@ -37,23 +38,40 @@ NOTICE_S = 2.0  # then one wants to know for whom a snapshot waits
 T = TypeVar("T")
 
 
+def _shows(snapshot: Snapshot, transactions: Mapping[int, int]) -> bool:
+    return all(snapshot.shows(position_of(version), xid) for xid, version in transactions.items())
+
+
+class Built(NamedTuple):
+    """When a document was built last, and in which snapshot (None: it is about to be)."""
+
+    at: float
+    snapshot: Snapshot | None = None
+
+
 class Debounce:
     """Decides when a document is built: at once, or `wait_s` after it was built last. Pure but for what it remembers.
 
-    Times are seconds of one clock. What is withheld is asked for by `ripe`.
+    Not at all, if the last building showed the changes already. Times are seconds of one clock. What is withheld is
+    asked for by `ripe`; `built` is told in which snapshot documents were built.
     """
 
     def __init__(self, wait_s: float, most: int = WITHHELD_MOST, built_most: int = BUILT_MOST) -> None:
         self._wait_s = wait_s
         self._most = most
         self._built_most = built_most
-        self._built: dict[Key, float] = {}  # the oldest first
+        self._built: dict[Key, Built] = {}  # the oldest first
         self._withheld: set[Key] = set()
         self._times: list[tuple[float, int, Key]] = []  # a heap
         self._count = 0
 
-    def split(self, keys: Iterable[Key], now: float) -> tuple[list[Key], list[Key]]:
-        """Return which of these documents are to be built now, and which are withheld."""
+    def split(
+        self, keys: Iterable[Key], now: float, shows: Callable[[Snapshot], bool] = lambda _: False
+    ) -> tuple[list[Key], list[Key]]:
+        """Return which of these documents are to be built now, and which are withheld.
+
+        `shows` tells whether a snapshot shows all changes that these documents are to be built for.
+        """
         self._forget(now)
         due: list[Key] = []
         later: list[Key] = []
@@ -61,12 +79,14 @@ class Debounce:
             built = self._built.get(key)
             if key in self._withheld:
                 later.append(key)
-            elif built is None or len(self._withheld) >= self._most:
+            elif built is not None and built.snapshot is not None and shows(built.snapshot):
+                pass
+            elif built is None or now - built.at >= self._wait_s or len(self._withheld) >= self._most:
                 due.append(key)
             else:
                 self._withheld.add(key)
                 self._count += 1
-                heapq.heappush(self._times, (built + self._wait_s, self._count, key))
+                heapq.heappush(self._times, (built.at + self._wait_s, self._count, key))
                 later.append(key)
         self._note(due, now)
         return due, later
@@ -86,15 +106,23 @@ class Debounce:
         """When `ripe` is to be asked next."""
         return self._times[0][0] if self._times else None
 
+    def built(self, keys: Iterable[Key], snapshot: Snapshot) -> None:
+        """Note in which snapshot documents were built of which `split` or `ripe` said that they were to be."""
+        for key in keys:
+            noted = self._built.get(key)
+            if noted is not None:
+                self._built[key] = noted._replace(snapshot=snapshot)
+
     def _note(self, keys: Iterable[Key], now: float) -> None:
-        if self._wait_s:
-            for key in keys:
-                self._built.pop(key, None)
-                self._built[key] = now
+        for key in keys:
+            self._built.pop(key, None)
+            self._built[key] = Built(now)
 
     def _forget(self, now: float) -> None:
-        for key, built in list(self._built.items()):
-            if now - built < self._wait_s and len(self._built) <= self._built_most:
+        kept_s = max(self._wait_s, KEPT_S)
+        while self._built:
+            key, built = next(iter(self._built.items()))
+            if now - built.at < kept_s and len(self._built) <= self._built_most:
                 break
             del self._built[key]
 
@@ -125,6 +153,7 @@ class DocumentBuilder:
         self._load_again = load_again
         self._progress = progress
         self._stopping = stopping
+        self._snapshot: Snapshot | None = None  # the last one that was of use
         self._unseen: dict[int, int] = {}  # transactions that no snapshot is known to show, with a version
 
     def watched(self, codec_of: Callable[[Table], TableCodec]) -> dict[str, list[Watching]]:
@@ -143,8 +172,7 @@ class DocumentBuilder:
         Those of a change that is about too many are left to a dump, which sees that change, too: it claims a position
         above it.
         """
-        # Of an older epoch the source may have lost transactions: those that it has, every snapshot shows by now.
-        self._unseen |= {xid: version for xid, version in touched.seen.items() if epoch_of(version) == self._epoch}
+        self._unseen |= self._of_epoch(touched)
         for names, why in ((touched.emptied, "was truncated"), (touched.blind, "its log did not say what rows were")):
             for name in names:
                 roots = [root for root, spec in self._specs.items() if name in spec.tables]
@@ -169,21 +197,42 @@ class DocumentBuilder:
     def _root_keys(self, watching: Watching, values: Sequence[Key]) -> list[Key]:
         return self._read(lambda usable: self._reader.root_keys(watching.watch, values, KEYS_MOST + 1, usable))
 
-    def read(self, root: str, keys: Sequence[Key]) -> tuple[list[Change], list[Key]]:
-        """Return documents' rows as changes (None: there is none), and the keys that are left to be read.
+    def shown(self, touched: Touched) -> Callable[[Snapshot], bool]:
+        """Return a function that tells whether a snapshot shows all of these changes."""
+        wanted = self._of_epoch(touched)
+        known: dict[int, bool] = {}  # most documents were built in one of a few snapshots
+
+        def shows(snapshot: Snapshot) -> bool:
+            if id(snapshot) not in known:
+                known[id(snapshot)] = _shows(snapshot, wanted)
+            return known[id(snapshot)]
+
+        return shows
+
+    def _of_epoch(self, touched: Touched) -> dict[int, int]:
+        """Return the transactions of this epoch, each with a version.
+
+        Of an older one the source may have lost some; those that it has, every snapshot shows by now.
+        """
+        return {xid: version for xid, version in touched.seen.items() if epoch_of(version) == self._epoch}
+
+    def read(self, root: str, keys: Sequence[Key]) -> tuple[list[Change], list[Key], Snapshot]:
+        """Return documents' rows as changes (None: there is none), the keys that are left, and in what was read.
 
         Raises as `keys`.
         """
         table = self._tables()[root]
         chunk = self._read(lambda usable: self._reader.read_keys(table, keys, usable))
+        snapshot = self._snapshot
+        assert snapshot is not None, "it was usable"
         version = chunk.version(self._epoch, 0)
         rows = dict(chunk.rows)
         missing = [key for key in keys if key not in rows]
         changes = [Change(root, key, version, row) for key, row in rows.items()]
         if chunk.last_key is not None:
             assert changes, "of some rows at least one is read"
-            return changes, missing
-        return [*changes, *(Change(root, key, version, None) for key in missing)], []
+            return changes, missing, snapshot
+        return [*changes, *(Change(root, key, version, None) for key in missing)], [], snapshot
 
     def _dump(self, watching: Watching, values: Sequence[Key]) -> None:
         """Have the documents dumped to which values lead, unless that is about to be done."""
@@ -225,9 +274,10 @@ class DocumentBuilder:
                 raise SourceBusy("Delta stops before documents could be read.")
 
     def _shows_all(self, snapshot: Snapshot) -> bool:
-        if not all(snapshot.shows(position_of(version), xid) for xid, version in self._unseen.items()):
+        if not _shows(snapshot, self._unseen):
             return False
         self._unseen.clear()
+        self._snapshot = snapshot
         return True
 
     def _tell_for_whom(self) -> None:

@@ -374,8 +374,9 @@ class Worker:
         """Build the documents that a batch's changes are about, now or when it is their time."""
         builder = self._builder
         assert builder is not None, "tables are watched"
+        shows = builder.shown(touched)
         for root, keys in self._with_columns(list(self._debounces), lambda: builder.keys(touched)).items():
-            due, later = self._debounces[root].split(keys, self._clock())
+            due, later = self._debounces[root].split(keys, self._clock(), shows)
             job.withheld.update((root, key) for key in later)
             self._build(root, due, [job])
 
@@ -402,7 +403,8 @@ class Worker:
         while left:
             some, left = left[:DOCUMENTS_AT_ONCE], left[DOCUMENTS_AT_ONCE:]
             began = self._clock()
-            changes, unread = self._with_columns([root], lambda some=some: builder.read(root, some))  # type: ignore[misc]  # a default binds it now
+            changes, unread, snapshot = self._with_columns([root], lambda some=some: builder.read(root, some))  # type: ignore[misc]  # a default binds it now
+            self._debounces[root].built([change.key for change in changes], snapshot)
             left = unread + left
             self._progress.stages["reread"].add(self._clock() - began)
             self._progress.reread_rows += len(changes)

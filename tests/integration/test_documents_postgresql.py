@@ -24,6 +24,7 @@ from delta_sync.errors import ProcessorError, SchemaChanged, UsageError
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.postgresql import parts as parts_module
 from delta_sync.sources.postgresql.reader import PostgresReader
+from delta_sync.sources.reader import Snapshot
 from delta_sync.spec import SourceSpec
 from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
@@ -262,9 +263,9 @@ class Store:
 class Careless(DocumentBuilder):
     """Takes any snapshot."""
 
-    def _shows_all(self, snapshot: object) -> bool:
-        del snapshot
+    def _shows_all(self, snapshot: Snapshot) -> bool:
         self._unseen.clear()
+        self._snapshot = snapshot
         return True
 
 
@@ -304,7 +305,7 @@ class Follower:
             if decoded.touched is None:
                 continue
             for root, keys in self.builder.keys(decoded.touched).items():
-                changes, left = self.builder.read(root, keys)
+                changes, left, _ = self.builder.read(root, keys)
                 assert left == []
                 if self._rng.random() < 0.5:
                     self._late.append(changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -284,6 +284,30 @@ def test_a_document_is_built_at_once_and_then_at_most_once_a_while() -> None:
     assert debounce.split([(1,)], 111) == ([], [(1,)])
     assert debounce.split([(2,)], 111) == ([(2,)], [])
     assert debounce.ripe(None) == [(1,)]
+
+
+class Shown(NamedTuple):
+    """A snapshot that shows what came up to a moment."""
+
+    upto: int
+
+    @property
+    def horizon(self) -> int:
+        return 0
+
+    def shows(self, position: int, xid: int) -> bool:
+        return xid <= self.upto
+
+
+def test_a_document_that_shows_a_change_already_is_not_built_for_it() -> None:
+    debounce = Debounce(10)
+    assert debounce.split([(1,), (2,)], 100) == ([(1,), (2,)], [])
+    debounce.built([(1,)], Shown(5))
+    assert debounce.split([(1,), (2,)], 101, lambda snapshot: snapshot.shows(0, 5)) == ([], [(2,)])
+    assert debounce.split([(1,)], 102, lambda snapshot: snapshot.shows(0, 6)) == ([], [(1,)])
+    assert debounce.split([(1,)], 103, lambda snapshot: snapshot.shows(0, 5)) == ([], [(1,)]), "it waits for another"
+    assert sorted(debounce.ripe(110)) == [(1,), (2,)]
+    assert debounce.split([(1,)], 111, lambda _: True) == ([], [(1,)]), "it is not known what it shows"
 
 
 def test_a_million_changes_build_a_document_a_few_times_and_every_change_is_followed_by_a_build() -> None:
