@@ -102,7 +102,11 @@ def make_anew(stage: KafkaStage, sidecar: Run) -> None:
     wait_until(lambda: marked(worker) == {table}, 60.0, f"a mark of {table}; {worker.tail()}")
     stage.in_step(sidecar, worker)
     assert stage.pipeline.loads()[table].reason == "its topic was made anew"
-    assert [event["topics"] for event in worker.events("topic_made_anew")] == [[topic]]
+    wait_until(  # the load may be done before Kafka has taken the new positions
+        lambda: [event["topics"] for event in worker.events("topic_made_anew")] == [[topic]],
+        60.0,
+        f"new positions; {worker.tail()}",
+    )
     write(stage.shop, "into the new topic")
     stage.in_step(sidecar, worker)
     assert worker.stop() == 0
