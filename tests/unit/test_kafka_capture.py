@@ -175,6 +175,21 @@ def test_a_position_is_committed_when_its_batch_is_confirmed(bench: Bench) -> No
     assert len(bench.group.commits) == 1  # nothing new
 
 
+def test_a_commit_that_was_not_done_is_repeated(bench: Bench) -> None:
+    """A rebalance may refuse it, and the partition stay here: then no record comes that would commit it later."""
+    bench.group.rebalancing = True
+    bench.capture.confirm(bench.batch([records(P0, 5)]))
+    bench.poll()
+    assert (bench.group.commits, bench.group.committed) == ([{P0: 5}], {})
+    bench.group.rebalancing = False
+    bench.now += 3.0
+    bench.poll()
+    assert bench.group.committed == {P0: 5}
+    bench.now += 3.0
+    bench.poll()
+    assert len(bench.group.commits) == 2
+
+
 def test_confirming_a_batch_confirms_all_before_it(bench: Bench) -> None:
     bench.batch([records(P0, 5)])
     second = bench.batch([records(P1, 3)])

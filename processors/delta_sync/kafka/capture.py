@@ -321,10 +321,10 @@ class KafkaCapture:
             self._progress.waits("commit", str(error))
             return
         self._progress.waits("commit", None)
-        group.commit(asked.positions)
-        for partition, offset in asked.positions.items():
-            if self._committable.get(partition) == offset:
-                del self._committable[partition]
+        if group.commit(asked.positions):  # else again: a partition that stays through a rebalance brings nothing new
+            for partition, offset in asked.positions.items():
+                if self._committable.get(partition) == offset:
+                    del self._committable[partition]
         self._progress.stages["commit"].add(self._clock() - now)
 
     def _commit_last(self, group: ConsumerGroup, positions: Mapping[Partition, int]) -> None:
