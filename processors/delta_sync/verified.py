@@ -93,7 +93,9 @@ class VerifiedStore:
         under_way = VERIFIED.c.began_at.is_not(None)
         with self._state.transaction(write=True) as connection:
             connection.execute(sa.update(VERIFIED).where(*self._of(table)).values(added))
-            connection.execute(sa.update(VERIFIED).where(*self._of(table), under_way).values(values))
+            # MariaDB sets one column after the other, so what is read of a row comes first.
+            update = sa.update(VERIFIED).where(*self._of(table), under_way)
+            connection.execute(update.ordered_values(*values.items()))
 
     def _of(self, table: str) -> tuple[sa.ColumnElement[bool], ...]:
         return (VERIFIED.c.pipeline == self._pipeline, VERIFIED.c.table_name == table)
