@@ -106,10 +106,11 @@ def start(
     """
     spec = app.load(name)
     pipeline = load_processor(app.home(name), spec)
-    for option, given, known in (("--table", tables, [*pipeline.tables]), ("--sink", sinks, [*spec.sinks])):
-        unknown = [one for one in given if one not in known]
-        if unknown:
-            raise UsageError(f"{option}: pipeline {name} has no {unknown[0]!r}; it has {', '.join(known)}.")
+    for table in tables:
+        pipeline.check_has_documents(table, "--table")
+    unknown = [sink for sink in sinks if sink not in spec.sinks]
+    if unknown:
+        raise UsageError(f"--sink: pipeline {name} has no {unknown[0]!r}; it has {', '.join(spec.sinks)}.")
     parts = [option for option, given in (("--keys", keys), ("--keys-file", keys_file), ("--where", where)) if given]
     if len(parts) > 1:
         raise UsageError(f"Give one of {' and '.join(parts)}; a dump has one way to choose rows.")

@@ -197,7 +197,9 @@ def _check_processor(folder: Path, spec: PipelineSpec, tables: Mapping[str, Tabl
         if pipeline.documents:
             reader = open_reader(spec, "deltactl", ANSWER_S, pipeline.documents)
             try:
-                reader.tables(list(spec.tables))
+                tables = reader.tables(list(spec.tables))
+                for root in pipeline.documents:
+                    reader.check_query(tables[root])
             finally:
                 reader.close()
     except DeltaError as error:

@@ -44,17 +44,17 @@ def test(app: App, name: str, table: str | None, keys: str | None, events: Path 
     spec = app.load(name)
     if (keys is None) == (events is None):
         raise UsageError("Give --keys or --events: the rows of which you want to see the documents.")
-    if table is not None and table not in spec.tables:
-        raise UsageError(f"--table: pipeline {name} has no {table!r}; it has {', '.join(spec.tables)}.")
-    if keys is not None and table is None and len(spec.tables) > 1:
-        raise UsageError(f"--keys are of one table: name it with --table. There are {', '.join(spec.tables)}.")
     pipeline = load_processor(app.home(name), spec)
+    if table is not None:
+        pipeline.check_has_documents(table, "--table")
+    if keys is not None and table is None and len(pipeline.tables) > 1:
+        raise UsageError(f"--keys are of one table: name it with --table. There are {', '.join(pipeline.tables)}.")
     reader = open_reader(spec, f"delta {name} test", ANSWER_S, pipeline.documents)
     try:
         tables = read_tables(spec, reader)
         changes: dict[str, list[Change]]
         if keys is not None:
-            chosen = tables[table or next(iter(tables))]
+            chosen = tables[table or next(iter(pipeline.tables))]
             wanted = [key_from_text(chosen, text.strip()) for text in keys.split(",") if text.strip()]
             if not wanted:
                 raise UsageError("--keys names no key.")
@@ -63,6 +63,14 @@ def test(app: App, name: str, table: str | None, keys: str | None, events: Path 
             assert events is not None
             changes = recorded_changes(events.read_bytes(), tables, str(events))
             changes = {one: some for one, some in changes.items() if table in (None, one)}
+            made_of_several = next((one for one in changes if one in pipeline.documents), None)
+            if made_of_several is not None:
+                raise UsageError(
+                    f"--events: documents of {made_of_several} are made of several tables, and no recorded change has"
+                    " all of that; try them as they are now, with --keys."
+                )
+            for recorded in changes:
+                pipeline.check_has_documents(recorded, "--events")
     finally:
         reader.close()
     generations = known_generations(spec, app.home(name))

@@ -120,6 +120,17 @@ class Pipeline:
         roots = {root for root, document in self.documents.items() if not wanted.isdisjoint(document.tables)}
         return [name for name in self.tables if name in wanted or name in roots]
 
+    def check_has_documents(self, table: str, option: str) -> None:
+        """Raise UsageError unless a table has documents of its own; `option` is where it was named."""
+        if table in self.tables:
+            return
+        roots = self.affected([table])
+        if roots:
+            raise UsageError(
+                f"{option}: rows of {table} are parts of documents of {', '.join(roots)}; name that table."
+            )
+        raise UsageError(f"{option}: pipeline {self.name} has no {table!r}; it has {', '.join(self.tables)}.")
+
     def document(
         self,
         table: str,

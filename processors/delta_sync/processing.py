@@ -59,7 +59,8 @@ def process(
         changes, arguments = _enrich(processor, changes, lookups, failures, left)
     else:
         arguments = None
-    function, shape, parts = processor.function, processor.shape, [part.name for part in table.parts]
+    function, shape = processor.function, processor.shape
+    parts = [part.name for part in table.parts] if table.query is None else []
     # What a NamedTuple's own does, without its call of a Python function.
     new = cast("Callable[..., Write]", tuple.__new__)  # pyright: ignore[reportUnknownMemberType] -- typeshed's is generic
     done: list[Change] = []

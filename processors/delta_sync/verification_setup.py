@@ -61,9 +61,10 @@ def open_verification(
     Raises UsageError (unknown tables, sinks or fields; it never ran), CheckFailed (a table is not loaded, the source is
     another one), and what state store and source raise.
     """
-    _refuse_unknown("--table", wanted.tables, spec, spec.tables)
     _refuse_unknown("--sink", [base_name(sink) for sink in wanted.sinks], spec, spec.sinks)
     pipeline = load_processor(folder, spec)
+    for named in wanted.tables:
+        pipeline.check_has_documents(named, "--table")
     with ExitStack() as closing:
         state = StateStore.open(spec.state, folder, create=False)
         if state is None:

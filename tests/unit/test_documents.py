@@ -207,6 +207,23 @@ def test_a_document_that_could_not_be_read_fails_alone() -> None:
     ]
 
 
+def test_a_query_s_row_is_what_the_function_is_given() -> None:
+    root = document(reviews=many("public.review"))._replace(query="SELECT …")
+    change = Change(root.id, (1,), 5, {"id": 1, "stars": 4})
+    made = process(root, TableProcessor(root.id, dict, (), {}), [change], {})
+    assert [write.document for write in made.writes] == [{"id": 1, "stars": 4}], made.failures
+
+
+def test_a_part_has_no_documents_of_its_own() -> None:
+    movies = Pipeline("movies")
+    movies.document("public.movie", parts={"reviews": many("public.review")})(lambda row: row)
+    movies.check_has_documents("public.movie", "--table")
+    with pytest.raises(UsageError, match=r"rows of public\.review are parts of documents of public\.movie; name that"):
+        movies.check_has_documents("public.review", "--table")
+    with pytest.raises(UsageError, match=r"has no 'public\.other'; it has public\.movie"):
+        movies.check_has_documents("public.other", "--table")
+
+
 # ── what the log says ────────────────────────────────────────────────────────────────────────────────────────────
 
 REVIEWS = Watch(TABLES["public.review"], ("movie_id",), ())

@@ -284,6 +284,10 @@ class SourceReader(ABC):
         """Return the clock of a snapshot that is taken now; see `Chunk`."""
 
     @abstractmethod
+    def check_query(self, table: Table) -> None:
+        """Raise UsageError when a document's query, if it has one, fails or does not return the key."""
+
+    @abstractmethod
     def root_keys(
         self, watch: Watch, values: Sequence[Key], most: int, usable: Callable[[Any], bool]
     ) -> list[Key] | None:

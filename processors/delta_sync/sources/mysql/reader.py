@@ -243,6 +243,11 @@ class MariaReader(SourceReader):
         """No documents are built of MariaDB. Raises UsageError."""
         raise UsageError(NO_DOCUMENTS)
 
+    def check_query(self, table: Table) -> None:
+        """No documents are built of MariaDB. Raises UsageError."""
+        del table
+        raise UsageError(NO_DOCUMENTS)
+
     def root_keys(
         self, watch: Watch, values: Sequence[Key], most: int, usable: Callable[[Snapshot], bool]
     ) -> list[Key] | None:

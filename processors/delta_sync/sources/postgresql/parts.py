@@ -41,7 +41,7 @@ def attach(connection: psycopg.Connection, table: Table, rows: Rows) -> list[tup
     this key. The connection is in a transaction with one snapshot. Raises UsageError when the user's query fails.
     """
     if table.query is not None:
-        return _by_query(connection, table, [key for key, _ in rows])
+        return _by_query(connection, table, [key for key, _ in rows]) if rows else []
     some = rows
     while some:
         made = [(key, row.copy()) for key, row in some]  # what a larger attempt has attached is not to stay
@@ -151,28 +151,42 @@ def _belonging(part: Part) -> sql.Composable:
     )
 
 
+def check_query(connection: psycopg.Connection, table: Table) -> None:
+    """Have the server plan the user's query. Raises UsageError: it fails, or does not return the whole key."""
+    assert table.query is not None, "it is a user's"
+    # On lines of its own, because it may end with a comment.
+    planned = f"SELECT * FROM (\n{table.query.strip().rstrip(';')}\n) AS q LIMIT 0"  # noqa: S608 -- it is meant to be SQL
+    _rows_of_query(connection, table, [], planned)
+
+
 def _by_query(connection: psycopg.Connection, table: Table, keys: Sequence[Key]) -> list[tuple[Key, Row | None]]:
-    """Return what the user's query has for each key. Its parameters are arrays, each named like its key column."""
-    assert table.query is not None
+    """Return what the user's query has for each key. Raises UsageError as `check_query`, or for a key that is twice."""
+    assert table.query is not None, "it is a user's"
+    found: dict[Key, Row] = {}
+    for row in _rows_of_query(connection, table, keys, table.query):
+        key = tuple(row[name] for name in table.key)
+        if key in found:
+            raise UsageError(
+                f"The query of document {table.id} returns several rows for the key {', '.join(map(str, key))}."
+            )
+        found[key] = row
+    return [(key, found.get(key)) for key in keys]
+
+
+def _rows_of_query(connection: psycopg.Connection, table: Table, keys: Sequence[Key], query: str) -> list[Row]:
+    """Run a user's query. Its parameters are arrays of the keys' values, each named like its key column."""
     what = f"The query of document {table.id}"
-    if not keys:
-        return []
     parameters = {name: [key[place] for key in keys] for place, name in enumerate(table.key)}
     try:
         with connection.cursor(row_factory=dict_row) as cursor:
-            rows = cursor.execute(table.query.encode(), parameters).fetchall()
+            rows = cursor.execute(query.encode(), parameters).fetchall()
+            returned = [column.name for column in cursor.description or ()]
     except (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError) as error:
         raise UsageError(f"{what} fails: {redact(error.diag.message_primary or str(error))}.") from error
-    lacks = next((name for name in table.key if rows and name not in rows[0]), None)
+    lacks = next((name for name in table.key if name not in returned), None)
     if lacks is not None:
         raise UsageError(f"{what} returns no column {lacks}; it needs the whole key: {', '.join(table.key)}.")
-    found: dict[Key, Row] = {}
-    for row in rows:
-        key = tuple(row[name] for name in table.key)
-        if key in found:
-            raise UsageError(f"{what} returns several rows for the key {', '.join(map(str, key))}.")
-        found[key] = row
-    return [(key, found.get(key)) for key in keys]
+    return rows
 
 
 # ── from a change to the roots ───────────────────────────────────────────────────────────────────────────────────

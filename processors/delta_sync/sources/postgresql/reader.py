@@ -437,6 +437,12 @@ class PostgresReader(SourceReader):
         """Return the clock of a snapshot that is taken now."""
         return parse_snapshot(self._value("SELECT pg_current_snapshot()::text")).clock
 
+    def check_query(self, table: Table) -> None:
+        """Have the server plan a document's query, and see what it returns. Raises UsageError."""
+        if table.query is not None:
+            with self._snapshot() as (connection, _, _):
+                parts.check_query(connection, table)
+
     def root_keys(
         self, watch: Watch, values: Sequence[Key], most: int, usable: Callable[[Snapshot], bool]
     ) -> list[Key] | None:
