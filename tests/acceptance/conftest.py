@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,21 @@ import redis
 from acceptance.harness import Pipeline, Scene, Shop, Source, Stage
 from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Redis
 
+LINES = 60  # of a log's end
+
 _numbers = itertools.count(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show how the logs end of all that a failed test has run."""
+    report = yield
+    folder: Path | None = getattr(item, "funcargs", {}).get("tmp_path")
+    if report.failed and folder is not None:
+        for log in sorted(folder.rglob("*.log")):
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            report.sections.append((f"{log.name} ends", "\n".join(lines[-LINES:])))
+    return report
 
 
 @pytest.fixture

@@ -456,7 +456,7 @@ class Pipeline:
             assert run.running, f"the run ended with status {run.exit_status}; {run.tail()}"
             return self.shop.confirmed_lsn(self.slot) >= lsn and self.loaded()
 
-        wait_until(confirmed, IN_STEP_TIMEOUT_S, f"confirming what was written; {run.tail()}")
+        wait_until(confirmed, IN_STEP_TIMEOUT_S, "confirming what was written")
 
 
 # ── the stores ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -54,19 +54,19 @@ def test_what_hangs_is_a_dead_letter_and_what_leaks_is_started_anew(stage: Calla
     specification = it.pipeline.home / "pipeline.yaml"
     specification.write_text(specification.read_text() + f"processor: {{timeout: 6s, memory: {MEMORY_MIB}MiB}}\n")
     run = it.run()
-    wait_until(it.pipeline.loaded, TIMEOUT_S, f"the load; {run.tail()}")
-    wait_until(lambda: len(it.pipeline.dead_letters()) == 2, TIMEOUT_S, f"two dead letters; {run.tail()}")
+    wait_until(it.pipeline.loaded, TIMEOUT_S, "the load")
+    wait_until(lambda: len(it.pipeline.dead_letters()) == 2, TIMEOUT_S, "two dead letters")
     letters = {letter["key"]: letter["error"] for letter in it.pipeline.dead_letters()}
     assert letters.keys() == {"7", "8"}
     for error in letters.values():
         assert "ProcessorTimeout: It had not returned after 6 s (processor.timeout), at processor.py line" in error
     assert {event["key"] for event in run.events("processor_slow")} == {"7", "8"}
     assert all("hangs" in event["stack"] for event in run.events("processor_slow"))
-    wait_until(lambda: bool(run.events("worker_outgrown")), TIMEOUT_S, f"a process that is too large; {run.tail()}")
+    wait_until(lambda: bool(run.events("worker_outgrown")), TIMEOUT_S, "a process that is too large")
     with it.source.connect() as connection:
         connection.execute("UPDATE movie SET rev = 1 WHERE id <= %s", [CHANGED])
     expected = {id_: {"id": id_, "rev": int(id_ <= CHANGED)} for id_ in range(1, ROWS + 1)}
-    wait_until(lambda: documents(it) == expected, TIMEOUT_S, f"all rows; {run.tail()}")
+    wait_until(lambda: documents(it) == expected, TIMEOUT_S, "all rows")
     it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
     assert all(event["mib"] > MEMORY_MIB for event in run.events("worker_outgrown"))
     assert psutil.Process(run.pid).memory_info().rss >> 20 < MEMORY_MIB, "what it had lost is there again"

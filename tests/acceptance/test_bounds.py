@@ -78,7 +78,7 @@ def in_step(it: Stage, run: Run) -> None:
         assert run.running, f"the run ended with status {run.exit_status}; {run.tail()}"
         return it.source.confirmed_lsn(it.pipeline.slot) >= lsn and it.pipeline.loaded()
 
-    wait_until(confirmed, IN_STEP_S, f"confirming what was written; {run.tail()}")
+    wait_until(confirmed, IN_STEP_S, "confirming what was written")
     differences = it.stores.differences()
     assert differences[:10] == [], f"{len(differences)} differ; {run.tail()}"
 
@@ -87,7 +87,7 @@ def in_step(it: Stage, run: Run) -> None:
 def test_a_transaction_of_many_rows(stage: Callable[..., Stage], capsys: pytest.CaptureFixture[str]) -> None:
     it = stage("CREATE TABLE movie (id bigint PRIMARY KEY, title text, year int, score float8);", ["movie"])
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, 120, "the first load")
     peaks = Peaks(run)
     with peaks.watched():
         it.source.execute(
@@ -124,7 +124,7 @@ def test_documents_of_five_megabytes(stage: Callable[..., Stage], capsys: pytest
     run = it.run()
     peaks = Peaks(run)
     with peaks.watched():
-        wait_until(it.pipeline.loaded, IN_STEP_S, f"the first load; {run.tail()}")
+        wait_until(it.pipeline.loaded, IN_STEP_S, "the first load")
         loaded = str(peaks)
         it.source.execute(f"INSERT INTO page {rows}(101, {100 + LARGE_ROWS}) i")
         in_step(it, run)
@@ -159,7 +159,7 @@ def test_small_changes_of_large_rows(stage: Callable[..., Stage], capsys: pytest
     run = it.run()
     peaks = Peaks(run)
     with peaks.watched():
-        wait_until(it.pipeline.loaded, IN_STEP_S, f"the first load; {run.tail()}")
+        wait_until(it.pipeline.loaded, IN_STEP_S, "the first load")
         loaded = str(peaks)
         it.source.execute("UPDATE page SET rev = 1")
         in_step(it, run)

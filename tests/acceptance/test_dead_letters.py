@@ -27,7 +27,7 @@ TIMEOUT_S = 90.0
 
 def started(it: Stage) -> Run:
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, 120, "the first load")
     return run
 
 
@@ -200,7 +200,7 @@ def test_too_many_failures_stop_the_pipeline(while_loading: bool, stage: Callabl
     else:
         run = started(it)
         it.source.execute(spoil)
-    wait_until(lambda: not run.running, TIMEOUT_S, f"stopping; {run.tail()}")
+    wait_until(lambda: not run.running, TIMEOUT_S, "stopping")
     assert run.exit_status == 1
     said = [line for line in run.tail().splitlines() if "errors.max_dead_letters_per_minute is 5" in line]
     assert len(said) == 1, run.tail()
@@ -211,7 +211,7 @@ def test_too_many_failures_stop_the_pipeline(while_loading: bool, stage: Callabl
     position = it.source.confirmed_lsn(it.pipeline.slot)
     assert position > 0, "the slot stays"
     again = it.run()  # the same once more, for nothing was corrected
-    wait_until(lambda: not again.running, TIMEOUT_S, f"stopping; {again.tail()}")
+    wait_until(lambda: not again.running, TIMEOUT_S, "stopping")
     assert again.exit_status == 1
     it.pipeline.write_processor(CORRECTED)
     run = it.run()
@@ -228,10 +228,10 @@ def test_a_reload_keeps_the_documents_of_rows_that_became_dead_letters(stage: Ca
     assert run.stop() == 0
     it.pipeline.write_processor("return {'id': row['id'], 'title': row['title'], 'rest': 1 // (row['id'] != 3)}")
     run = it.run("--reload")
-    wait_until(lambda: bool(run.events("load_finished")), TIMEOUT_S, f"the end of the load; {run.tail()}")
+    wait_until(lambda: bool(run.events("load_finished")), TIMEOUT_S, "the end of the load")
     assert [event["dead_letters"] for event in run.events("unmet_kept")] == [1]
     assert titles(it, 2, 3, 4) == ["title 2", "title 3", "title 4"]
-    wait_until(lambda: bool(run.events("streaming")), TIMEOUT_S, f"its line in the log; {run.tail()}")
+    wait_until(lambda: bool(run.events("streaming")), TIMEOUT_S, "its line in the log")
     assert run.stop() == 0
     assert [len(run.events(name)) for name in ("loading", "streaming", "stopped")] == [1, 1, 1]
     (stopped,) = run.events("stopped")
@@ -252,7 +252,7 @@ def test_a_restart_does_not_make_room_for_more_of_them(stage: Callable[..., Stag
     assert len(it.pipeline.dead_letters()) == 5, "as many as are allowed"
     it.source.execute("UPDATE movie SET title = 'bad ' || id WHERE id = 6")
     run = it.run()
-    wait_until(lambda: not run.running, TIMEOUT_S, f"stopping; {run.tail()}")
+    wait_until(lambda: not run.running, TIMEOUT_S, "stopping")
     assert run.exit_status == 1
     assert "6 changes failed within a minute" in run.tail()
     assert len(it.pipeline.dead_letters()) == 5
@@ -271,14 +271,14 @@ def test_a_password_that_is_wrong_from_now_on(stage: Callable[..., Stage], redis
     try:
         admin.client_kill_filter(_type="normal", skipme=True)
         it.source.execute("UPDATE movie SET title = 'after the change'")
-        wait_until(lambda: not run.running, TIMEOUT_S, f"stopping; {run.tail()}")
+        wait_until(lambda: not run.running, TIMEOUT_S, "stopping")
         assert run.exit_status == 1
         (said,) = (line for line in run.tail().splitlines() if line.startswith("Error"))
         assert "cache" in said
         assert "NOAUTH" in said or "password" in said.lower()
         assert "changed" not in said
         refused = it.run()
-        wait_until(lambda: not refused.running, TIMEOUT_S, f"refusing to start; {refused.tail()}")
+        wait_until(lambda: not refused.running, TIMEOUT_S, "refusing to start")
         assert refused.exit_status == 1
     finally:
         admin.config_set("requirepass", "")

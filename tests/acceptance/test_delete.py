@@ -13,7 +13,7 @@ SETUP = "CREATE TABLE movie (id int PRIMARY KEY, title text); INSERT INTO movie 
 
 def _loaded(it: Stage) -> Run:
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, 120, "the first load")
     it.in_step(run)
     return run
 

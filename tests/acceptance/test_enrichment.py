@@ -168,15 +168,15 @@ def test_whatever_the_service_does(
     specification.write_text(specification.read_text() + "notices: {token: '${env:NOTICE_TOKEN}'}\n")
     port = free_port()
     run = it.run("--port", str(port))
-    wait_until(it.pipeline.loaded, TIMEOUT_S, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, TIMEOUT_S, "the first load")
     with Writer(it.source), Reader(it.new_stores()) as reader:
         for mood in MOODS:
             service.becomes(mood)
             # Down, an open breaker lets a call through every now and then.
-            wait_until(lambda: service.asked() >= CALLS, TIMEOUT_S, f"calls while it is {mood}; {run.tail()}")
-        wait_until(lambda: reader.without_stock > 0, TIMEOUT_S, f"documents without what is optional; {run.tail()}")
+            wait_until(lambda: service.asked() >= CALLS, TIMEOUT_S, f"calls while it is {mood}")
+        wait_until(lambda: reader.without_stock > 0, TIMEOUT_S, "documents without what is optional")
         service.becomes("well")
-        wait_until(lambda: service.asked() >= CALLS, TIMEOUT_S, f"calls after that; {run.tail()}")
+        wait_until(lambda: service.asked() >= CALLS, TIMEOUT_S, "calls after that")
     mended(it, run)
     assert it.pipeline.dead_letters() == []
     told = lookups(it)
@@ -241,7 +241,7 @@ def told_over_http(it: Stage, service: Service, run: Run, port: int) -> None:
             heeded = found[id_]["label"] in (value_of(id_) + 2000, value_of(id_) + 3000)  # a round asks for it, too
             return heeded and all(one["tag"] == value_of(other) + by for other, one in found.items())
 
-        wait_until(follows, TIMEOUT_S, f"the answers that nobody told of; {run.tail()}")
+        wait_until(follows, TIMEOUT_S, "the answers that nobody told of")
         ages = json.loads(it.pipeline.deltactl("status", it.pipeline.name, "--json").stdout)["enrichment_ages_s"]
         assert list(ages) == [it.pipeline.tables[0]], ages
         assert run.stop() == 0
@@ -269,5 +269,5 @@ def mended(it: Stage, run: Run) -> None:
         differing = {
             id_: (wanted.get(id_), found.get(id_)) for id_ in {*wanted, *found} if wanted.get(id_) != found.get(id_)
         }
-        print(f"seed {SEED}: {dict(list(differing.items())[:5])}; {run.tail()}")
+        print(f"seed {SEED}: {dict(list(differing.items())[:5])}")
         raise

@@ -31,12 +31,12 @@ def wait_for_revision(it: Scene, sink: str, number: int, rev: int, run: Run) -> 
     wait_until(
         lambda: it.stores.revision(sink, ACCOUNT, number) == rev,
         WAIT_S,
-        f"rev {rev} of {number} in {sink}; {run.tail()}",
+        f"rev {rev} of {number} in {sink}",
     )
 
 
 def wait_for_event(run: Run, name: str) -> None:
-    wait_until(lambda: bool(run.events(name)), WAIT_S, f"the event {name}; {run.tail()}")
+    wait_until(lambda: bool(run.events(name)), WAIT_S, f"the event {name}")
 
 
 def in_step(it: Scene, run: Run) -> None:
@@ -99,7 +99,7 @@ def test_a_load_goes_on_where_its_killed_worker_left_it(scene: Callable[..., Sce
     def under_way() -> list[str]:
         return [name for name, load in it.pipeline.loads().items() if load.state == "running" and load.rows > 0]
 
-    wait_until(lambda: bool(under_way()), WAIT_S, f"a load that is under way; {run.tail()}")
+    wait_until(lambda: bool(under_way()), WAIT_S, "a load that is under way")
     redis_server.freeze()  # so that it goes no further
     run.kill()
     tables = under_way()

@@ -47,7 +47,7 @@ def wait_until_ready(run: Run, port: int, state: str) -> None:
             return False
         return (reply.status_code, reply.text.strip()) == (200, state)
 
-    wait_until(ready, 90.0, f"{state}; {run.tail()}")
+    wait_until(ready, 90.0, f"{state}")
 
 
 def leading(*sidecars: Run) -> tuple[Run, Run]:
@@ -126,7 +126,7 @@ def test_the_leader_is_killed_in_the_first_load(stage: KafkaStage) -> None:
     sidecars = stage.start("sidecar"), stage.start("sidecar")
     worker = stage.start("worker")
     writer = stage.writing(ROWS, SEED)
-    wait_until(lambda: bool(worker.events("load_started")), 120.0, f"a load; {worker.tail()}")
+    wait_until(lambda: bool(worker.events("load_started")), 120.0, "a load")
     leader, standby = leading(*sidecars)
     os.kill(child_of(leader, "io.debezium.server.Main").pid, signal.SIGSTOP)  # it will not see its parent go
     leader.kill()

@@ -80,7 +80,7 @@ class Scene:
         self.gates = gates
         self.worker_port = free_port()
         self.leader = self.start("sidecar", "state of the leader")
-        happens(lambda: bool(self.leader.events("leading")), f"a leader; {self.leader.tail()}")
+        happens(lambda: bool(self.leader.events("leading")), "a leader")
         self.standby = self.start("sidecar", "state")
         self.worker = self.start("worker", "state", "--port", str(self.worker_port))
         self._slot_url = slot_url
@@ -104,7 +104,7 @@ class Scene:
         retries = {name: sink["retries"] for name, sink in self.sinks().items()}
         happens(
             lambda: all(sink["retries"] >= retries[name] + RETRIES for name, sink in self.sinks().items()),
-            f"more attempts; {self.worker.tail()}",
+            "more attempts",
         )
 
     def slot_reader(self) -> int | None:
@@ -224,20 +224,20 @@ def test_sinks_and_registry_are_away(scene: Scene) -> None:
     scene.worker = scene.start("worker", "state", "--port", str(scene.worker_port))
     for gate in away:
         gate.open()
-    happens(lambda: unwritten() == 4 * MARKS, f"what was read and not written; {scene.worker.tail()}")
+    happens(lambda: unwritten() == 4 * MARKS, "what was read and not written")
     print(f"sinks were away: {stage.comes_through('when the sinks are back', *scene.runs):.1f} s")
 
     stage.pipeline.wait_until_applied(stage.shop.insert_lsn(), scene.runs)  # the connector knows all schemas
     gates["registry"].close()
     second = scene.start("worker", "state")  # it knows no schema yet, the first one knows all
-    happens(lambda: bool(second.events("events_wait")), f"a wait for schemas; {second.tail()}")
+    happens(lambda: bool(second.events("events_wait")), "a wait for schemas")
     through = stage.insert_marks(MARKS)
-    happens(lambda: through() > 0, f"changes of the worker that knows the schemas; {scene.worker.tail()}")
+    happens(lambda: through() > 0, "changes of the worker that knows the schemas")
     # Now changes come whose schema nobody can register: the connector ends, and is started until it can go on.
     stage.shop.execute("ALTER TABLE account ADD COLUMN added text DEFAULT 'new'", "UPDATE account SET rev = rev + 1")
-    happens(lambda: bool(scene.leader.events("connector_died")), f"that they cannot be written; {scene.leader.tail()}")
+    happens(lambda: bool(scene.leader.events("connector_died")), "that they cannot be written")
     gates["registry"].open()
-    happens(lambda: through() == 4 * MARKS, f"the other's, too; {second.tail()}")
+    happens(lambda: through() == 4 * MARKS, "the other's, too")
     loads = [scene.worker, second]  # whichever has the lease
     happens(
         lambda: any(load["reason"] == "its columns changed" for run in loads for load in run.events("load_started")),
@@ -259,7 +259,7 @@ def test_the_leader_is_cut_off_from_the_state_store(scene: Scene) -> None:
     end = End(connector.pid)
     gates["state of the leader"].silence()
     gates["state"].close()
-    happens(lambda: end.at is not None, f"the end of the connector; {scene.leader.tail()}")
+    happens(lambda: end.at is not None, "the end of the connector")
     happens(lambda: scene.slot_reader() is None, "the end of the slot's reader")
     gates["state"].open()
     took_s = stage.comes_through("when the other leads", *scene.runs)
@@ -282,7 +282,7 @@ def test_the_connector_freezes(scene: Scene) -> None:
     before = len(scene.leader.events("connector_started"))
     os.kill(child_of(scene.leader, CONNECTOR).pid, signal.SIGSTOP)
     scene.impatient.touch()
-    happens(lambda: bool(scene.leader.events("connector_killed")), f"the end of the connector; {scene.leader.tail()}")
+    happens(lambda: bool(scene.leader.events("connector_killed")), "the end of the connector")
     scene.impatient.unlink()
     print(f"connector frozen and killed: {stage.comes_through('a frozen connector', *scene.runs):.1f} s")
     (killed,) = scene.leader.events("connector_killed")

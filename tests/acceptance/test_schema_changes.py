@@ -77,7 +77,7 @@ def in_step_but_for_hot_rows(it: Stage, run: Run, what: str) -> None:
         assert run.running, f"{what}: the run ended with status {run.exit_status}; {run.tail()}"
         return not [line for line in it.stores.differences() if ": version " in line and not _hot(line)]
 
-    wait_until(there, NOTICED_S, f"{what}: {it.stores.differences()[:3]}; {run.tail()}")
+    wait_until(there, NOTICED_S, f"{what}: {it.stores.differences()[:3]}")
 
 
 def _hot(line: str) -> bool:
@@ -89,7 +89,7 @@ def _hot(line: str) -> bool:
 def test_columns_change_under_a_running_pipeline(stage: Callable[..., Stage]) -> None:
     it = stage(SETUP, TABLES, ("cache", "docs", "search"))
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, 120, "the first load")
     with Writing(it.source):
         for what, alter in STEPS.items():
             it.source.execute(*(f"ALTER TABLE {table} {alter}" for table in TABLES))
@@ -104,7 +104,7 @@ def test_columns_change_while_delta_is_stopped(stage: Callable[..., Stage]) -> N
     """The log then has events of the table as it was, and as it was in between."""
     it = stage(SETUP, TABLES, ("cache", "docs"))
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, 120, "the first load")
     assert run.stop() == 0
     with Writing(it.source) as writer:
         for alter in STEPS.values():
@@ -124,7 +124,7 @@ def test_columns_change_while_a_table_is_loaded(stage: Callable[..., Stage]) -> 
     it = stage(SETUP, TABLES, load={"chunk_rows": 5})
     with Writing(it.source):
         run = it.run()
-        wait_until(lambda: bool(run.events("load_started")), 120, f"the first load; {run.tail()}")
+        wait_until(lambda: bool(run.events("load_started")), 120, "the first load")
         for alter in STEPS.values():
             it.source.execute(*(f"ALTER TABLE {table} {alter}" for table in TABLES))
         in_step_but_for_hot_rows(it, run, "changed while it was loaded")
@@ -142,10 +142,10 @@ def test_a_column_that_the_processor_uses_is_dropped(most: int, stops: bool, sta
         errors={"max_dead_letters_per_minute": most},
     )
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, 120, "the first load")
     it.source.execute("ALTER TABLE thing DROP COLUMN doomed", "UPDATE thing SET rev = rev + 1 WHERE id < 3")
     if stops:
-        wait_until(lambda: not run.running, EXIT_TIMEOUT_S, f"stopping; {run.tail()}")
+        wait_until(lambda: not run.running, EXIT_TIMEOUT_S, "stopping")
         assert run.exit_status == 1
         assert "KeyError: 'doomed'" in run.tail()
         assert "max_dead_letters_per_minute" in run.tail()
@@ -155,7 +155,7 @@ def test_a_column_that_the_processor_uses_is_dropped(most: int, stops: bool, sta
         def all_failed() -> bool:
             return len({letter["key"] for letter in it.pipeline.dead_letters("--limit", "1000")}) == ALL
 
-        wait_until(all_failed, NOTICED_S, f"a dead letter for each row; {run.tail()}")
+        wait_until(all_failed, NOTICED_S, "a dead letter for each row")
         assert {letter["error"] for letter in it.pipeline.dead_letters()} == {"KeyError: 'doomed'"}
         assert run.running
     assert it.stores.document("cache", "thing", (5,)) == {"id": 5, "name": "name 5", "was": "doomed"}
@@ -176,19 +176,19 @@ def test_a_table_is_dropped(dropped: str, other: str, stage: Callable[..., Stage
     """The others go on, also when rows of it were still to be read. At the next start it is the user's to decide."""
     it = stage(SETUP, TABLES)
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, 120, "the first load")
     it.source.execute(f"UPDATE {dropped} SET rev = rev + 1; DROP TABLE {dropped}")
-    wait_until(lambda: bool(run.events("table_missing")), NOTICED_S, f"the warning; {run.tail()}")
+    wait_until(lambda: bool(run.events("table_missing")), NOTICED_S, "the warning")
     it.source.execute(f"UPDATE {other} SET rev = rev + 1", f"ALTER TABLE {other} DROP COLUMN doomed")
 
     def in_step() -> bool:
         assert run.running, run.tail()
         return it.stores.differences() == []
 
-    wait_until(in_step, NOTICED_S, f"the other table in step; {run.tail()}")
+    wait_until(in_step, NOTICED_S, "the other table in step")
     assert run.stop() == 0
     run = it.run()
-    wait_until(lambda: not run.running, EXIT_TIMEOUT_S, f"the refusal; {run.tail()}")
+    wait_until(lambda: not run.running, EXIT_TIMEOUT_S, "the refusal")
     assert run.exit_status == 2
     assert f"has no table {it.source.schema}.{dropped}" in run.tail()
     it.source.execute(
@@ -205,9 +205,9 @@ def test_a_table_that_is_away_for_a_while_is_loaded_again(restarted: bool, stage
     """What happens to it under another name is in the log under that name, and so it is not seen."""
     it = stage(SETUP, TABLES)
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, 120, "the first load")
     it.source.execute(*(f"ALTER TABLE {table} RENAME TO {table}_away" for table in TABLES))
-    wait_until(lambda: len(run.events("table_missing")) == len(TABLES), NOTICED_S, f"the warnings; {run.tail()}")
+    wait_until(lambda: len(run.events("table_missing")) == len(TABLES), NOTICED_S, "the warnings")
     for table in TABLES:
         it.source.execute(
             f"UPDATE {table}_away SET rev = 9 WHERE id < 5",
@@ -224,5 +224,5 @@ def test_a_table_that_is_away_for_a_while_is_loaded_again(restarted: bool, stage
         assert run.running, run.tail()
         return it.stores.differences() == []
 
-    wait_until(in_step, NOTICED_S, f"both tables in step; {run.tail()}")
+    wait_until(in_step, NOTICED_S, "both tables in step")
     assert run.stop() == 0

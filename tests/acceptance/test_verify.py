@@ -60,7 +60,7 @@ def it(scene: Callable[..., Scene], port: int) -> Iterator[Scene]:
     print(f"seed {SEED}")
     it = scene(ROWS, SINKS, load={"chunk_rows": 50})
     run = it.run("--port", str(port))
-    wait_until(it.pipeline.loaded, 120, f"the first load; {run.tail()}")
+    wait_until(it.pipeline.loaded, 120, "the first load")
     yield it
     assert run.running, run.tail()
     it.in_step(run)  # by the harness's own comparison
@@ -192,7 +192,7 @@ def go_round(it: Scene) -> None:
         return [line for line in lines if "oldest_s" in line]
 
     try:
-        wait_until(lambda: len(rounds()) >= 2, 120, f"two rounds; {run.tail()}")
+        wait_until(lambda: len(rounds()) >= 2, 120, "two rounds")
         for one in rounds():
             assert sum(one[kind] for kind in ("missing", "different", "extra", "version")) == 0, one
             assert one["pipeline_runs"]

@@ -47,11 +47,14 @@ from delta_sync.values import Document, Interval
 
 TTL_S = 3600
 DATABASE = "delta_contract"
+# The driver asks every server now and then whether it is there, and cancels what runs when that takes longer. The
+# stand-in does not answer while it is busy, for seconds on a busy machine.
+PATIENT = "connectTimeoutMS=60000"
 SECOND_STEP = SecondStep("_outranked", frozenset({"tombstone", "floor"}), looks_first=True)
 
 
-def open_sink(url: str, cls: Callable[..., MongoSink] = MongoSink, query: str = "") -> MongoSink:
-    return cls("docs", f"{url}{DATABASE}{query}", MongoOptions(), TTL_S)
+def open_sink(url: str, cls: Callable[..., MongoSink] = MongoSink, query: str = PATIENT) -> MongoSink:
+    return cls("docs", f"{url}{DATABASE}?{query}", MongoOptions(), TTL_S)
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ class TestMongo(SinkContract):
 
     @pytest.fixture
     def unreachable(self) -> Iterator[AnySink]:
-        sink = open_sink("mongodb://127.0.0.1:1/", query="?serverSelectionTimeoutMS=100")
+        sink = open_sink("mongodb://127.0.0.1:1/", query="serverSelectionTimeoutMS=100")
         yield sink
         sink.close()
 
@@ -236,7 +239,7 @@ def clock() -> Clock:
 @pytest.fixture
 def clocked(mongodb: MongoStandIn, target: Target, clock: Clock) -> Iterator[MongoSink]:
     """A sink by that clock, on the empty `target`."""
-    sink = MongoSink("docs", f"{mongodb.url}{DATABASE}", MongoOptions(), TTL_S, now=clock)
+    sink = MongoSink("docs", f"{mongodb.url}{DATABASE}?{PATIENT}", MongoOptions(), TTL_S, now=clock)
     yield sink
     sink.close()
 
@@ -394,7 +397,7 @@ def test_tombstones_expire_by_a_ttl_index_and_floors_do_not(
     mongodb: MongoStandIn, target: Target, database: Database[dict[str, Any]]
 ) -> None:
     now = dt.datetime(2024, 2, 29, tzinfo=dt.UTC)
-    sink = MongoSink("docs", f"{mongodb.url}{DATABASE}", MongoOptions(), TTL_S, now=lambda: now)
+    sink = MongoSink("docs", f"{mongodb.url}{DATABASE}?{PATIENT}", MongoOptions(), TTL_S, now=lambda: now)
     apply(sink, target, (1,), 5, None)
     sink.truncate(target, 3)
     tombstones = database[f"movie{TOMBSTONES}"]
@@ -547,7 +550,7 @@ def test_tombstones_and_floors_survive_a_power_cut(mongodb: MongoStandIn, sink: 
 
 
 def test_a_server_that_is_gone_or_hangs_is_busy(mongodb: MongoStandIn, target: Target) -> None:
-    sink = open_sink(mongodb.url, query="?serverSelectionTimeoutMS=500&socketTimeoutMS=500&connectTimeoutMS=500")
+    sink = open_sink(mongodb.url, query="serverSelectionTimeoutMS=500&socketTimeoutMS=500&connectTimeoutMS=500")
     assert apply(sink, target, (1,), 5, {"n": 5}) == APPLIED
     mongodb.freeze()
     with pytest.raises(SinkBusy, match=f"MongoDB at 127.0.0.1:{mongodb.port} cannot be reached"):
