@@ -198,9 +198,10 @@ class Shop(Source):
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
             connection.execute(SETUP)
             for shape in SHAPES:
-                with connection.transaction():
-                    for number in range(rows):
-                        self.insert(connection, shape, number, f"first {number} ")
+                first = [(*shape.key(number), *shape.values(f"first {number} ")) for number in range(rows)]
+                values = sql.SQL("nextval('life') * {}").format(LIFE)
+                with connection.cursor() as cursor:
+                    cursor.executemany(_insertion(shape, values), first)
 
     def next_life(self, connection: psycopg.Connection, shape: Shape, key: Key) -> int:
         """Return the `rev` with which a key begins, above all that it had. Needs a transaction.
@@ -214,13 +215,8 @@ class Shop(Source):
     def insert(self, connection: psycopg.Connection, shape: Shape, number: int, text: str) -> None:
         """Insert a row. Needs a transaction."""
         key = shape.key(number)
-        columns = (*shape.key_columns, "rev", *shape.columns)
-        statement = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
-            sql.Identifier(shape.name),
-            sql.SQL(", ").join(map(sql.Identifier, columns)),
-            sql.SQL(", ").join([sql.Placeholder()] * len(columns)),
-        )
-        connection.execute(statement, [*key, self.next_life(connection, shape, key), *shape.values(text)])
+        rev = sql.Literal(self.next_life(connection, shape, key))
+        connection.execute(_insertion(shape, rev), [*key, *shape.values(text)])
 
     def update(self, connection: psycopg.Connection, shape: Shape, number: int, text: str, *, whole: bool) -> bool:
         """Update a row, all columns or one; return whether it was there."""
@@ -246,6 +242,17 @@ class Shop(Source):
         with self.connect() as connection, connection.cursor(row_factory=dict_row) as cursor:
             cursor.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier(shape.name)))
             return {tuple(row[column] for column in shape.key_columns): row for row in cursor}
+
+
+def _insertion(shape: Shape, rev: sql.Composable) -> sql.Composed:
+    """Return what inserts a row; its parameters are the key and the shape's values."""
+    columns = (*shape.key_columns, *shape.columns)
+    return sql.SQL("INSERT INTO {} (rev, {}) VALUES ({}, {})").format(
+        sql.Identifier(shape.name),
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        rev,
+        sql.SQL(", ").join([sql.Placeholder()] * len(columns)),
+    )
 
 
 def _one(cursor: psycopg.Cursor[Any]) -> tuple[Any, ...]:
