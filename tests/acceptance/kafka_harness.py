@@ -25,7 +25,7 @@ from delta_sync.spec import load_spec
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import PostgreSQL, Redis, Server
 
-WRITER_PAUSE_S = 0.04  # the machine has other things to do
+WRITER_PAUSE_S = 0.1  # the machine has other things to do
 MARKS_FROM = 1_000_000  # keys that only `comes_through` writes
 
 

@@ -20,8 +20,8 @@ from acceptance.harness import Run, Stage
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Redis
 
-ROWS = int(os.environ.get("DELTA_BOUNDS_ROWS", "25000"))
-ROW_BYTES = 6000  # all of them take 150 MB as events
+ROWS = int(os.environ.get("DELTA_BOUNDS_ROWS", "15000"))
+ROW_BYTES = 6000  # all of them take 90 MB as events, and several times as much when they are held
 LARGE_BYTES = 5_000_000
 LARGE_ROWS = int(os.environ.get("DELTA_BOUNDS_DOCUMENTS", "5"))
 IN_STEP_S = 500.0  # no test may depend on speed
