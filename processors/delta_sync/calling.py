@@ -39,17 +39,19 @@ class CallEnded(BaseException):
 
 
 class Call:
-    """A call: when it is `done` it has returned, or raised `error`."""
+    """A call: when it is `done` it has `returned`, or raised `error`; or neither, if it was ended while it raised."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
         self.done = threading.Event()
+        self.returned = False
         self.error: BaseException | None = None
 
     def make(self) -> None:
         """Make it, in the thread that calls this."""
         try:
             self._function()
+            self.returned = True
         except BaseException as error:  # noqa: BLE001 -- whoever waits for the call raises it
             self.error = error
         finally:
@@ -123,7 +125,8 @@ class Caller:
                 break
         if named:
             self._note(None)
-        if call.error is not None:
+        if not call.returned:
+            assert call.error is not None, "it has raised, or was left"
             raise call.error
 
     def close(self) -> None:
@@ -149,7 +152,7 @@ class Caller:
         thread.end()
         self._left = [one for one in (*self._left, thread) if one.is_alive()]
         ended = self._wait(call.done, LOOK_S)
-        if ended and not isinstance(call.error, CallEnded):
+        if ended and (call.returned or not isinstance(call.error, CallEnded | None)):
             return
         if self._ending.is_set():
             call.error = HandlersBusy(f"Delta stops before {self._name} has returned, at {where}.")

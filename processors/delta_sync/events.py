@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import threading
 import traceback
@@ -190,9 +191,14 @@ class HandlerRunner:
                     unhandled.append(_unhandled(handler, event, error))
                 left.popleft()
 
+        def at_hand() -> RowEvent | None:
+            with contextlib.suppress(IndexError):  # it may be taken at this moment
+                return left[0]
+            return None
+
         while left:
             try:
-                caller.call(ask, lambda: left[0] if left else None)
+                caller.call(ask, at_hand)
             except HandlerTimeout as error:
                 unhandled.append(_unhandled(handler, left.popleft(), error))
         return wanted

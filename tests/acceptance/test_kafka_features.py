@@ -218,7 +218,7 @@ def test_handlers_masks_and_refreshing_on_kafka(pipeline: KafkaPipeline, kafka: 
             list(pool.map(change_carts, 2 * [pipeline], (3, 4)))
         pipeline.wait_until_applied(pipeline.shop.insert_lsn(), [sidecar, *workers])
         with pipeline.shop.connect() as connection:
-            carts = dict(connection.execute(CARTS_EXPECTED.encode()).fetchall())
+            carts: dict[int, dict[str, Any]] = dict(connection.execute(CARTS_EXPECTED.encode()).fetchall())
         assert {id_: stores.document("cache", "cart", (id_,)) for id_ in range(1, CARTS + 1)} == {
             id_: carts.get(id_) for id_ in range(1, CARTS + 1)
         }

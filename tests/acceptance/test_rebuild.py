@@ -263,5 +263,5 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
         database = mongo.get_default_database()
         assert [name for name in database.list_collection_names() if database[name].find_one() is not None] == []
     with psycopg.connect(it.stores.sinks["warehouse"].url) as connection:
-        left = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace"
-        assert connection.execute(left).fetchall() == []
+        relations = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+        assert connection.execute(relations).fetchall() == []
