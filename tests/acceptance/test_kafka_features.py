@@ -31,6 +31,7 @@ from delta_sync.testing.servers import PostgreSQL, Redis
 SEED = random.SystemRandom().randrange(1_000_000)
 ROWS = 30
 CARTS, LINES, PRODUCTS = 6, 12, 3
+ALL_CARTS = CARTS + 4  # with those that change once
 WRITES = 60  # by each of two writers, twice
 WAIT_S = 240.0
 HIDDEN = "hidden7f3a"  # a part of every value that is masked
@@ -50,7 +51,13 @@ ALTER TABLE line REPLICA IDENTITY FULL;
 INSERT INTO product SELECT i FROM generate_series(1, {PRODUCTS}) i;
 INSERT INTO cart SELECT i FROM generate_series(1, {CARTS}) i;
 INSERT INTO line SELECT i, 0, 1 + i % {CARTS}, 1 + i % {PRODUCTS} FROM generate_series(1, {LINES}) i;
+INSERT INTO cart SELECT i FROM generate_series({CARTS + 1}, {ALL_CARTS}) i;
+INSERT INTO line VALUES ({LINES + 1}, 0, {CARTS + 1}, 1);
 """
+# From one cart to the next and on, which nothing else changes: whoever reads the last event alone forgets the first.
+TWICE_AT_ONCE = "".join(
+    f"UPDATE line SET cart_id = {cart} WHERE id = {LINES + 1};" for cart in range(CARTS + 2, ALL_CARTS + 1)
+)
 CARTS_EXPECTED = """
 SELECT c.id, to_jsonb(c) || jsonb_build_object('lines', coalesce((
     SELECT jsonb_agg(to_jsonb(l) || jsonb_build_object('product',
@@ -216,11 +223,12 @@ def test_handlers_masks_and_refreshing_on_kafka(pipeline: KafkaPipeline, kafka: 
             workers.pop(0).kill()
             workers.append(start("worker"))
             list(pool.map(change_carts, 2 * [pipeline], (3, 4)))
+        pipeline.shop.execute(TWICE_AT_ONCE)
         pipeline.wait_until_applied(pipeline.shop.insert_lsn(), [sidecar, *workers])
         with pipeline.shop.connect() as connection:
             carts: dict[int, dict[str, Any]] = dict(connection.execute(CARTS_EXPECTED.encode()).fetchall())
-        assert {id_: stores.document("cache", "cart", (id_,)) for id_ in range(1, CARTS + 1)} == {
-            id_: carts.get(id_) for id_ in range(1, CARTS + 1)
+        assert {id_: stores.document("cache", "cart", (id_,)) for id_ in range(1, ALL_CARTS + 1)} == {
+            id_: carts.get(id_) for id_ in range(1, ALL_CARTS + 1)
         }
 
         said = [
