@@ -22,7 +22,7 @@ from delta_sync.decoding import Stretch, decode
 from delta_sync.documents import DocumentSpec, PartSpec, watches
 from delta_sync.errors import ProcessorError, UsageError
 from delta_sync.progress import LogPosition, Progress
-from delta_sync.sources.postgresql import parts as parts_module
+from delta_sync.sources import parts as parts_module
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.sources.reader import Snapshot
 from delta_sync.spec import SourceSpec
