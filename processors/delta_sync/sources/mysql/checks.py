@@ -386,7 +386,7 @@ def _log_problems(facts: Facts) -> list[Problem]:
         found.append(
             Problem(
                 "source",
-                "binlog_optimize_thread_scheduling is OFF, so a snapshot says of commits that it shows them before it does",
+                "binlog_optimize_thread_scheduling is OFF, so a snapshot's position is ahead of what it shows",
                 "take it out of the server's configuration, and restart it",
             )
         )
