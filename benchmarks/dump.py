@@ -68,7 +68,9 @@ def load(root: Path, source: Any, cache: Any, rows: int, folder: Path) -> dict[s
     )
     started = time.monotonic()
     log = folder / "run.log"
-    run = ServerProcess([*deltactl, "run", name, "--log-format", "json", *home], log=log, cwd=folder, env=environment)
+    run = ServerProcess.start(
+        [*deltactl, "run", name, "--log-format", "json", *home], log=log, cwd=folder, env=environment
+    )
     began = cpu = 0.0
     try:
         while b'"load_finished"' not in log.read_bytes():

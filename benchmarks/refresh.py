@@ -73,7 +73,7 @@ def main() -> None:
             folder = write_pipeline(scratch_name, spec)
             (folder / "processor.py").write_text(PROCESSOR.format(url=url))
             command = [sys.executable, "-m", "deltactl.main", "run", spec.name, "--dir", scratch_name]
-            run = ServerProcess([*command, "--port", str(port)], log=Path(scratch_name) / "run.log", cwd=folder)
+            run = ServerProcess.start([*command, "--port", str(port)], log=Path(scratch_name) / "run.log", cwd=folder)
             try:
                 opened: list[StateStore] = []
 

@@ -97,7 +97,7 @@ class Stage:
         port = self.ratings_url.rpartition(":")[2]
         script = str(Path(__file__).with_name("ratings.py"))
         log = self.folder / "ratings.log"
-        process = ServerProcess([sys.executable, script, port], log=log, cwd=self.folder)
+        process = ServerProcess.start([sys.executable, script, port], log=log, cwd=self.folder)
         self._exits.callback(process.kill)
 
         def answers() -> bool:
@@ -160,7 +160,9 @@ class Stage:
         """Start a command in the background, with its output added to a file of the folder."""
         environment = self.environment
         program = shutil.which(command[0], path=environment["PATH"]) or command[0]
-        process = ServerProcess([program, *command[1:]], log=self.folder / log_name, cwd=self.folder, env=environment)
+        process = ServerProcess.start(
+            [program, *command[1:]], log=self.folder / log_name, cwd=self.folder, env=environment
+        )
         self._exits.callback(_stop, process)
         return process
 

@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import uuid
 from collections import defaultdict
@@ -33,6 +32,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from psycopg import sql
 from psycopg.rows import dict_row
 
+from acceptance import forking
 from delta_sync.errors import SinkBusy
 from delta_sync.sinks import AnySink, installed, open_sinks, target_for
 from delta_sync.sinks.base import Stored, Target
@@ -40,7 +40,7 @@ from delta_sync.sources.postgresql.catalogue import read_tables
 from delta_sync.spec import load_spec
 from delta_sync.state import StateStore, TableLoad
 from delta_sync.tables import Table
-from delta_sync.testing.processes import ServerProcess, wait_until
+from delta_sync.testing.processes import wait_until
 from delta_sync.versions import parse_lsn
 
 CREATE_TIMEOUT_S = 120.0  # a command that takes seconds, on an overloaded machine
@@ -198,9 +198,10 @@ class Shop(Source):
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
             connection.execute(SETUP)
             for shape in SHAPES:
-                with connection.transaction():
-                    for number in range(rows):
-                        self.insert(connection, shape, number, f"first {number} ")
+                first = [(*shape.key(number), *shape.values(f"first {number} ")) for number in range(rows)]
+                values = sql.SQL("nextval('life') * {}").format(LIFE)
+                with connection.cursor() as cursor:
+                    cursor.executemany(_insertion(shape, values), first)
 
     def next_life(self, connection: psycopg.Connection, shape: Shape, key: Key) -> int:
         """Return the `rev` with which a key begins, above all that it had. Needs a transaction.
@@ -214,13 +215,8 @@ class Shop(Source):
     def insert(self, connection: psycopg.Connection, shape: Shape, number: int, text: str) -> None:
         """Insert a row. Needs a transaction."""
         key = shape.key(number)
-        columns = (*shape.key_columns, "rev", *shape.columns)
-        statement = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
-            sql.Identifier(shape.name),
-            sql.SQL(", ").join(map(sql.Identifier, columns)),
-            sql.SQL(", ").join([sql.Placeholder()] * len(columns)),
-        )
-        connection.execute(statement, [*key, self.next_life(connection, shape, key), *shape.values(text)])
+        rev = sql.Literal(self.next_life(connection, shape, key))
+        connection.execute(_insertion(shape, rev), [*key, *shape.values(text)])
 
     def update(self, connection: psycopg.Connection, shape: Shape, number: int, text: str, *, whole: bool) -> bool:
         """Update a row, all columns or one; return whether it was there."""
@@ -248,6 +244,17 @@ class Shop(Source):
             return {tuple(row[column] for column in shape.key_columns): row for row in cursor}
 
 
+def _insertion(shape: Shape, rev: sql.Composable) -> sql.Composed:
+    """Return what inserts a row; its parameters are the key and the shape's values."""
+    columns = (*shape.key_columns, *shape.columns)
+    return sql.SQL("INSERT INTO {} (rev, {}) VALUES ({}, {})").format(
+        sql.Identifier(shape.name),
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        rev,
+        sql.SQL(", ").join([sql.Placeholder()] * len(columns)),
+    )
+
+
 def _one(cursor: psycopg.Cursor[Any]) -> tuple[Any, ...]:
     row = cursor.fetchone()
     assert row is not None
@@ -262,16 +269,15 @@ def _run(connection: psycopg.Connection, statement: str, values: Sequence[object
 
 
 class Run:
-    """One process `deltactl run`, which dies with this program."""
+    """One process of `deltactl`, `run` unless it is said, which dies with this program."""
 
     def __init__(
-        self, command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str] | None = None
+        self, arguments: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str] | None = None
     ) -> None:
-        """`environment` is added to this process's."""
+        """Start `deltactl` with these arguments. `environment` is added to this process's."""
         self.log = log
         self._log_start = log.stat().st_size if log.exists() else 0
-        env = None if environment is None else {**os.environ, **environment}
-        self._process = ServerProcess(command, log=log, cwd=folder, env=env)
+        self._process = forking.start(arguments, log, folder, {**os.environ, **(environment or {})})
 
     @property
     def pid(self) -> int:
@@ -413,20 +419,20 @@ class Pipeline:
         head = f"from delta_sync import Pipeline\n\npipeline = Pipeline({self.name!r})\n"
         (self.home / "processor.py").write_text("\n\n".join([head, *functions]))
 
-    def _command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "deltactl.main", *arguments, "--dir", str(self.folder / "pipelines")]
+    def _arguments(self, *arguments: str) -> list[str]:
+        return [*arguments, "--dir", str(self.folder / "pipelines")]
 
     def deltactl(self, *arguments: str, timeout_s: float = CREATE_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        return subprocess.run(self._command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False)
+        return forking.run(self._arguments(*arguments), timeout_s)
 
     def background(self, *arguments: str) -> Run:
         """Start another command in the background; what it prints is in the log of its name."""
-        return Run(self._command(*arguments), self.folder / f"{arguments[0]}.log", self.folder)
+        return Run(self._arguments(*arguments), self.folder / f"{arguments[0]}.log", self.folder)
 
     def run(self, *options: str) -> Run:
         """Start `deltactl run` in the background."""
-        return Run(self._command("run", self.name, "--log-format", "json", *options), self.log, self.folder)
+        return Run(self._arguments("run", self.name, "--log-format", "json", *options), self.log, self.folder)
 
     def loads(self) -> dict[str, TableLoad]:
         """Return how far the first load is, by table, as the state store has it."""

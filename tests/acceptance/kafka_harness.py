@@ -25,7 +25,7 @@ from delta_sync.spec import load_spec
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import PostgreSQL, Redis, Server
 
-WRITER_PAUSE_S = 0.04  # the machine has other things to do
+WRITER_PAUSE_S = 0.1  # the machine has other things to do
 MARKS_FROM = 1_000_000  # keys that only `comes_through` writes
 
 
@@ -56,7 +56,7 @@ class KafkaPipeline(Pipeline):
         """Start `deltactl sidecar` or `deltactl worker`, with a log of its own."""
         self._started = getattr(self, "_started", 0) + 1
         log = self.folder / f"{self.name}-{command}-{self._started}.log"
-        return Run(self._command(command, self.name, "--log-format", "json", *options), log, self.folder, environment)
+        return Run(self._arguments(command, self.name, "--log-format", "json", *options), log, self.folder, environment)
 
     def wait_until_applied(self, lsn: int, runs: Sequence[Run]) -> None:
         """Wait until everything before a position is applied and committed, and every table is loaded."""

@@ -25,7 +25,7 @@ from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Server
 from delta_sync.versions import MAX_POSITION, position_of
 
-DURATION_S = float(os.environ.get("DELTA_CHAOS_S", "30"))
+DURATION_S = float(os.environ.get("DELTA_CHAOS_S", "15"))
 SEED = int(os.environ.get("DELTA_CHAOS_SEED", str(random.SystemRandom().randrange(1_000_000))))
 FAULTS = tuple(filter(None, os.environ.get("DELTA_CHAOS_FAULTS", "").split(",")))
 

@@ -62,7 +62,7 @@ class Service:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         script = str(Path(__file__).with_name("moody_service.py"))
-        self.process = ServerProcess(
+        self.process = ServerProcess.start(
             [sys.executable, script, str(port), str(SEED)], log=folder / "service.log", cwd=folder
         )
         wait_until(self._answers, TIMEOUT_S, "the service's first answer")

@@ -92,7 +92,7 @@ def test_sigterm_drains_what_is_in_flight(scene: Callable[..., Scene], redis_ser
 
 
 def test_a_load_goes_on_where_its_killed_worker_left_it(scene: Callable[..., Scene], redis_server: Redis) -> None:
-    rows = 1000
+    rows = 400
     it = scene(rows, load={"chunk_rows": 10})
     run = it.run()
 

@@ -57,7 +57,7 @@ def leading(*sidecars: Run) -> tuple[Run, Run]:
     return first, second
 
 
-def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster, registry: Apicurio) -> None:
+def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster) -> None:
     ports = {}
     for _ in range(2):
         port = free_port()
@@ -80,10 +80,6 @@ def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster,
         took_s = stage.comes_through("without a broker", *sidecars, *workers)
         print(f"broker {node.node_id} killed: {took_s:.1f} s")
         kafka_cluster.start()
-
-    registry.kill()
-    print(f"registry killed: {stage.comes_through('without the registry', *sidecars, *workers):.1f} s")
-    registry.start()
 
     child_of(leader, "io.debezium.server.Main").kill()
     print(f"connector killed: {stage.comes_through('after a connector was killed', *sidecars, *workers):.1f} s")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -170,8 +169,7 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
     with Writing(it) as writer, Reading(it, "cache") as reader, Reading(it, "docs") as documents_reader:
         # Whoever asks for it dies as soon as it has begun, and the pipeline with it.
         folder = it.pipeline.folder
-        words = [sys.executable, "-m", "deltactl.main", *command(it), "--dir", str(folder / "pipelines")]
-        asking = Run(words, folder / "rebuild.log", folder)
+        asking = Run([*command(it), "--dir", str(folder / "pipelines")], folder / "rebuild.log", folder)
         wait_until(lambda: row(it) is not None or not asking.running, PATIENCE_S, "the beginning")
         asking.kill()
         assert row(it) == Generations("cache", 1, 2, "building", 2)

@@ -94,8 +94,8 @@ def _attach(part: Part, above: Table, rows: Sequence[Row], read: ReadPart) -> bo
     groups = list(owners.values())
     below: list[Row] = []
     for place, row in read(part, above, list(owners)) if owners else ():
-        for owner in groups[place]:
-            own = row.copy()  # a processor may change what it is given
+        for number, owner in enumerate(groups[place]):
+            own = row.copy() if number else row  # each has its own: a processor may change what it is given
             below.append(own)
             if part.many:
                 owner[part.name].append(own)

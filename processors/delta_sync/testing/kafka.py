@@ -98,7 +98,7 @@ class Kafka(NativeServer):
     def _format(self) -> None:
         options = ["format", "-t", CLUSTER_ID, "-c", str(self._properties)]
         command = [*self._java("kafka.tools.StorageTool"), *options]
-        process = ServerProcess(command, log=self.log, cwd=self.directory, env=dict(os.environ))
+        process = ServerProcess.start(command, log=self.log, cwd=self.directory, env=dict(os.environ))
         if not process.terminate(0, START_TIMEOUT_S) or process.exit_status != 0:
             process.kill()
             raise ServerError(f"formatting Kafka's storage failed; the output ends:\n{self.tail()}")

@@ -64,7 +64,7 @@ class MariaDB(NativeServer):
             os.chown(self._data, account.pw_uid, account.pw_gid)
         options = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-log-bin"]
         install = [_program("mariadb-install-db"), "--no-defaults", f"--datadir={self._data}", *options]
-        process = ServerProcess(install, log=self.log, cwd=self.directory, env=dict(os.environ), user=user)
+        process = ServerProcess.start(install, log=self.log, cwd=self.directory, env=dict(os.environ), user=user)
         if not process.terminate(0, START_TIMEOUT_S) or process.exit_status != 0:
             process.kill()
             raise ServerError(f"mariadb-install-db failed; its output ends:\n{self.tail()}")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 from delta_sync import child_exec
 from delta_sync.errors import DeltaError
@@ -197,11 +197,33 @@ def _send(member: _Member, signum: int) -> None:
             os.kill(member.pid, signum)
 
 
+class Started(Protocol):
+    """A child process, with what of `subprocess.Popen` is needed here."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+
 class ServerProcess:
     """A running server: one process that we started, and all that it started."""
 
-    def __init__(
-        self,
+    def __init__(self, started: Started) -> None:
+        """Look after a process that was started in a session of its own."""
+        self._popen = started
+        stat = _stat(started.pid)
+        # A child that nobody waits for stays in /proc; one of another process may have been and gone.
+        self._root = _Member(started.pid, 0) if stat is None else stat.member
+        self._guard: subprocess.Popen[bytes] | None = None  # while frozen
+
+    @classmethod
+    def start(
+        cls,
         command: Sequence[str],
         *,
         log: Path,
@@ -209,14 +231,14 @@ class ServerProcess:
         env: Mapping[str, str] | None = None,
         user: str | None = None,
         death_signal: int = signal.SIGKILL,
-    ) -> None:
+    ) -> Self:
         """Start `command` as `user`, in a session of its own, with its output appended to `log`.
 
         `death_signal` is what the server gets when this program ends, however it ends.
         """
         wrapper = [sys.executable, "-I", "-S", _EXEC, str(os.getpid()), str(int(death_signal)), user or "-"]
         with log.open("ab") as output:
-            self._popen = _the_spawner().popen(
+            started = _the_spawner().popen(
                 lambda: subprocess.Popen(  # noqa: S603 -- the command is ours
                     [*wrapper, *command],
                     stdin=subprocess.DEVNULL,
@@ -227,10 +249,7 @@ class ServerProcess:
                     start_new_session=True,  # Ctrl-C in a terminal is for us, not for the servers
                 )
             )
-        stat = _stat(self._popen.pid)
-        assert stat is not None, "an unwaited child stays in /proc"
-        self._root = stat.member
-        self._guard: subprocess.Popen[bytes] | None = None  # while frozen
+        return cls(started)
 
     @property
     def pid(self) -> int:

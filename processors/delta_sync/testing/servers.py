@@ -180,7 +180,7 @@ class NativeServer(OneServer):
             self.thaw()
             return
         self._prepare()
-        self._process = ServerProcess(
+        self._process = ServerProcess.start(
             self._command(),
             log=self.log,
             cwd=self.directory,
@@ -368,7 +368,9 @@ class PostgreSQL(NativeServer):
             connection.execute("SELECT pg_promote(true, %s)", [int(START_TIMEOUT_S)])
 
     def _run(self, *command: str) -> None:
-        process = ServerProcess(command, log=self.log, cwd=self.directory, env=self._environment(), user=self._user())
+        process = ServerProcess.start(
+            command, log=self.log, cwd=self.directory, env=self._environment(), user=self._user()
+        )
         if not process.terminate(0, START_TIMEOUT_S) or process.exit_status != 0:
             process.kill()
             raise ServerError(f"{Path(command[0]).name} failed; its output ends:\n{self.tail()}")

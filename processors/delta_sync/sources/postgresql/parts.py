@@ -7,7 +7,8 @@ server decides which rows belong together, by its own idea of equality.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -58,7 +59,7 @@ def _rows_of(connection: psycopg.Connection, part: Part, above: Table, values: O
     """
     ordered = fixed(_columns("t", part.order_by or part.table.key))
     query = sql.SQL(
-        "SELECT k.{place}, {columns} FROM {values} CROSS JOIN LATERAL"
+        "SELECT {columns}, k.{place} FROM {values} CROSS JOIN LATERAL"
         " (SELECT t.* FROM {rows} ORDER BY {ordered} LIMIT {most}) AS t ORDER BY k.{place}, {ordered} LIMIT {limit}"
     ).format(
         place=PLACE,
@@ -69,16 +70,22 @@ def _rows_of(connection: psycopg.Connection, part: Part, above: Table, values: O
         most=sql.Literal(part.most + 1 if part.many else 1),
         limit=sql.Literal(parts.ROWS_AT_ONCE + 1),
     )
+    found = connection.execute(query, [list(column) for column in zip(*values, strict=True)]).fetchall()
+    if len(found) > parts.ROWS_AT_ONCE or _bytes_in(found) > parts.BYTES_AT_ONCE:
+        raise TooMuch
     to_row = row_maker(part.table)
-    found: list[tuple[int, Row]] = []
+    return [(fields[-1] - 1, to_row(fields)[1]) for fields in found]
+
+
+def _bytes_in(rows: Sequence[tuple[Any, ...]]) -> int:
+    """Return how long the texts are together, by columns: that is many times faster than row by row."""
     size = 0
-    with connection.cursor() as cursor:
-        for place, *fields in cursor.execute(query, [list(column) for column in zip(*values, strict=True)]):
-            size += sum(len(value) for value in fields if isinstance(value, str | bytes))
-            if len(found) >= parts.ROWS_AT_ONCE or size > parts.BYTES_AT_ONCE:
-                raise TooMuch
-            found.append((place - 1, to_row(fields)[1]))
-    return found
+    for column in zip(*rows, strict=True):
+        first = next((value for value in column if value is not None), None)
+        if isinstance(first, str | bytes):
+            texts: Iterable[str | bytes] = filter(None, column)
+            size += sum(map(len, texts))
+    return size
 
 
 def _belonging(part: Part) -> sql.Composable:

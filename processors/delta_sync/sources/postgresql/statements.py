@@ -30,7 +30,10 @@ def key_rows(table: Table) -> sql.Composable:
 
 
 def row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
-    """Return a function from a row as it is read, its columns in the table's order, to its key and the row, masked."""
+    """Return a function from a row as it is read to its key and the row, masked.
+
+    Its columns come in the table's order; what stands behind them is left out.
+    """
     names = [column.name for column in table.columns]
     places = [names.index(name) for name in table.key]
     masks = [(column.name, column.mask.function()) for column in table.columns if column.mask]
@@ -40,7 +43,7 @@ def row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
         return (values[place],), dict(zip(names, values))  # noqa: B905 -- as the query was made of them
 
     def to_row(values: Sequence[Any]) -> tuple[Key, Row]:
-        row = dict(zip(names, values, strict=True))
+        row = dict(zip(names, values))  # noqa: B905 -- as the query was made of them
         for name, mask in masks:
             if row[name] is not None:
                 row[name] = mask(row[name])
