@@ -22,6 +22,7 @@ from delta_sync.sources.mysql.connection import Session, connect
 from delta_sync.sources.mysql.reader import MariaReader
 from delta_sync.spec import SourceSpec, load_spec
 from delta_sync.state import StateStore
+from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
 from delta_sync.testing.processes import wait_until
@@ -127,6 +128,13 @@ class MariaPipeline(KafkaPipeline):
         with store:
             known = store.pipeline(self.name)
         return 0 if known is None else known.epoch
+
+    def dumped(self) -> bool:
+        """Whether every dump is over."""
+        store = StateStore.open("sqlite:///state.db", self.home, create=False)
+        assert store is not None, "a dump was started"
+        with store:
+            return not DumpStore(store, self.name).all(unfinished=True)
 
     def document(self, table: Table, key: Key) -> dict[str, Any] | None:
         """Return a key's document."""

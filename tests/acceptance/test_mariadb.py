@@ -280,6 +280,7 @@ def test_documents_of_several_tables(
                 before = writer.transactions
                 wait_until(lambda: writer.transactions > before + SOME, LOADS_S, "some more")
             pipeline.in_step(sidecar, second)
+            wait_until(pipeline.dumped, LOADS_S, "the dump's end")
             check_documents(pipeline)
             assert pipeline.dead_letters() == []
             assert sidecar.stop() == 0

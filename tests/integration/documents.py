@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from delta_sync.building import DocumentBuilder
 from delta_sync.changes import Change, Key
@@ -14,6 +14,8 @@ from delta_sync.progress import LogPosition, Progress
 from delta_sync.sources.reader import Snapshot, SourceReader
 from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
+
+R = TypeVar("R", bound=SourceReader)
 
 
 class Store:
@@ -42,11 +44,11 @@ class Careless(DocumentBuilder):
         return True
 
 
-class Follower:
+class Follower(Generic[R]):
     """Follows the log with a builder into a store. Half of its writes arrive at the very end, the newest first."""
 
     def __init__(
-        self, reader: SourceReader, state: StateStore, kind: type[DocumentBuilder], seed: object, *, versions: bool
+        self, reader: R, state: StateStore, kind: type[DocumentBuilder], seed: object, *, versions: bool
     ) -> None:
         self.reader = reader
         specs = dict(reader.documents)
