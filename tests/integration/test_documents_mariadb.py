@@ -351,12 +351,14 @@ def test_documents_follow_with_places_that_show_all_changes_and_with_less_they_d
 
         execute(session, "XA START 'one'", "UPDATE review SET body = 'prepared' WHERE id = 7")
         execute(session, "XA END 'one'", "XA PREPARE 'one'")
-        with pytest.raises(SourceBusy, match="before the end of the XA transaction"):
-            library.reader().clock()
-        patient = pool.submit(honest.follow, log.until(says("prepared")))
-        wait_until(lambda: "XA transaction" in honest.waits_for(), WAIT_S, "a builder that waits")
-        assert not patient.done()
-        execute(session, "XA COMMIT 'one'")
+        try:
+            with pytest.raises(SourceBusy, match="before the end of the XA transaction"):
+                library.reader().clock()
+            patient = pool.submit(honest.follow, log.until(says("prepared")))
+            wait_until(lambda: "XA transaction" in honest.waits_for(), WAIT_S, "a builder that waits")
+            assert not patient.done()
+        finally:
+            execute(session, "XA COMMIT 'one'")
         patient.result()
         honest.catch_up()
         assert honest.store.rows() == truth()
