@@ -193,11 +193,14 @@ def kafka_stage(
     *,
     sinks: Mapping[str, str] | None = None,
     registry_url: str | None = None,
+    state_in_source: bool = False,
     **options: Any,
 ) -> Iterator[KafkaStage]:
     """Make a stage with so many rows in each of the shop's tables.
 
-    `sinks` are there in place of the cache alone, and `registry_url` in place of the registry's own.
+    `sinks` are there in place of the cache alone, and `registry_url` in place of the registry's own. With
+    `state_in_source` the state store is in the shop's database: whoever is frozen in the midst of a write would keep
+    SQLite's lock from all others.
     """
     name = f"shop_{uuid.uuid4().hex[:8]}"
     with contextlib.ExitStack() as exits:
@@ -205,6 +208,10 @@ def kafka_stage(
             connection.execute(f"CREATE DATABASE {name}")
         shop = Shop(postgresql.url_of(name), name)
         shop.create(rows)
+        if state_in_source:
+            password = folder / "state-password"
+            password.write_text("postgres\n")
+            options["state"] = shop.url.replace("postgres:postgres@", f"postgres:${{file:{password}}}@")
         pipeline = KafkaPipeline(
             shop,
             folder,

@@ -29,7 +29,7 @@ SESSION_S = 6  # so that a test need not wait long for a killed worker's partiti
 def stage(
     postgresql: PostgreSQL, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
 ) -> Iterator[KafkaStage]:
-    with kafka_stage(postgresql, redis_server, kafka, registry, tmp_path, ROWS) as made:
+    with kafka_stage(postgresql, redis_server, kafka, registry, tmp_path, ROWS, state_in_source=True) as made:
         file = made.pipeline.home / "pipeline.yaml"
         text = file.read_text()
         assert "kafka:\n" in text

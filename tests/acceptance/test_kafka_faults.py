@@ -29,7 +29,7 @@ def stage(
     postgresql: PostgreSQL, redis_server: Redis, kafka_cluster: KafkaCluster, registry: Apicurio, tmp_path: Path
 ) -> Iterator[KafkaStage]:
     print(f"DELTA_TEST_SEED={SEED}")
-    with kafka_stage(postgresql, redis_server, kafka_cluster, registry, tmp_path, ROWS) as made:
+    with kafka_stage(postgresql, redis_server, kafka_cluster, registry, tmp_path, ROWS, state_in_source=True) as made:
         file = made.pipeline.home / "pipeline.yaml"
         text = file.read_text()
         assert "kafka:\n" in text
