@@ -43,8 +43,9 @@ MONITOR = """BEGIN NOT ATOMIC
   END WHILE;
 END"""
 BYTES_MOST = 1 << 30
-SURE_AT_ONCE = 300
-WRITER_PAUSE_S = 0.005  # or no file of 4 KiB lasts long enough to be settled
+SURE_AT_ONCE = 150
+BURST, REST_S = 40, 0.1  # transactions, and then a rest: or no file of 4 KiB lasts long enough to be settled
+BARE_EACH = 8  # snapshots for each sure one
 DUMPS_AT_ONCE = 1_000
 ROUNDS_AT_MOST = 20  # by when the wrong way has been seen to be wrong
 ANSWERS_AT_MOST = 100_000  # by when one has been another session's: it is one of fifty
@@ -352,18 +353,20 @@ class Race:
     def write(self, number: int) -> None:
         session = connect(self.source.spec)
         rng = random.Random(number)
-        while not self.stopping.wait(WRITER_PAUSE_S):
-            session.begin()
-            execute(session, f"UPDATE item SET rev = rev + 1 WHERE id = {rng.randrange(number, IDS, WRITERS)}")
-            session.commit()
+        while not self.stopping.wait(REST_S):
+            for _ in range(BURST):
+                session.begin()
+                execute(session, f"UPDATE item SET rev = rev + 1 WHERE id = {rng.randrange(number, IDS, WRITERS)}")
+                session.commit()
         session.shut()
 
     def read(self) -> None:
         reader = MariaReader(self.source.spec, "clocks")
         while not self.stopping.is_set():
             with reader._connected() as session:
-                with reader._snapshot(session) as snapshot:
-                    self.bare.append(Seen(snapshot.position, commits_in(session)))
+                for _ in range(BARE_EACH):
+                    with reader._snapshot(session) as snapshot:
+                        self.bare.append(Seen(snapshot.position, commits_in(session)))
                 with contextlib.suppress(SourceBusy), reader._sure_snapshot(session) as snapshot:
                     self.sure.append(Seen(snapshot.clock, commits_in(session)))
             if len(self.sure) >= SURE_AT_ONCE:
