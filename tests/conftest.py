@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import pytest
+import structlog
 
 pytest_plugins = ["delta_sync.testing.stack"]
 
@@ -21,3 +24,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("delta", deadline=None)  # no test depends on speed
 hypothesis.settings.load_profile("delta")
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command that a test calls in this process configures logging, and loggers keep what they see first."""
+
+    def configure(**options: object) -> None:
+        structlog_configure(**{**options, "cache_logger_on_first_use": False})  # type: ignore[arg-type]  # as given
+
+    structlog_configure = structlog.configure
+    monkeypatch.setattr(structlog, "configure", configure)
+    yield
+    structlog.reset_defaults()

@@ -14,7 +14,7 @@ import click
 from delta_sync import logs
 from delta_sync.applied_log import pipeline_runs
 from delta_sync.dumps import Dump
-from delta_sync.errors import CheckFailed, DeltaError, UsageError
+from delta_sync.errors import CheckFailed, DeltaError, SinkRefused, UsageError
 from delta_sync.generations import Generations, GenerationStore, follow, next_step
 from delta_sync.pipeline import load_processor
 from delta_sync.running import settle_memory
@@ -84,7 +84,7 @@ def rebuild(app: App, name: str, sink: str, back: bool, drop_old: bool, cancel: 
     """Build a new generation of a sink beside the one that readers see, verify it, and lead readers to it in one step.
 
     The pipeline builds it, while changes go to both. It may be interrupted anywhere: type it again and it goes on. The
-    old generation is kept, and written, until --drop-old. For Redis, MongoDB, Elasticsearch and OpenSearch.
+    old generation is kept, and written, until --drop-old. For all kinds of sinks but Parquet.
 
     \b
     Examples:
@@ -243,14 +243,19 @@ def why_not_switch(total: Tally, unread: Sequence[str], unverified: int) -> str 
 
 
 def _switch(site: Site, row: Generations, after: Generations) -> None:
-    """Save what is meant, then lead readers there."""
+    """Save what is meant, then lead readers there; where they cannot be led, what was meant before is meant again."""
     site.rows.change(row, after)
 
     def lead(number: int) -> None:
         with _opened(site, number) as (sink, targets):
             sink.lead_readers(targets)
 
-    follow(lambda: site.row().serving, lead)
+    try:
+        follow(lambda: site.row().serving, lead)
+    except SinkRefused:
+        site.rows.change(after, row)
+        follow(lambda: site.row().serving, lead)
+        raise
 
 
 # ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────────

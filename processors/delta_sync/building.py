@@ -42,6 +42,15 @@ def _shows(snapshot: Snapshot, transactions: Mapping[int, int]) -> bool:
     return all(snapshot.shows(position_of(version), xid) for xid, version in transactions.items())
 
 
+def may_be_left_to(dump: Dump, root: str) -> bool:
+    """Tell whether changes of a root's documents may have been left to a dump, also to one that somebody asked for."""
+    return dump.table == root and dump.kind in ("table", "where") and dump.sinks is None
+
+
+def _begins_later(dump: Dump, root: str) -> bool:
+    return may_be_left_to(dump, root) and dump.state == "pending" and dump.covered_from is None
+
+
 class Built(NamedTuple):
     """When a document was built last, and in which snapshot (None: it is about to be)."""
 
@@ -239,7 +248,7 @@ class DocumentBuilder:
         """Have the documents dumped to which values lead, unless that is about to be done."""
         table = self._tables()[watching.root]
         where = self._reader.root_condition(table, watching.watch, values)
-        waiting = [dump for dump in self._dumps.all(unfinished=True) if self._waits(dump, watching.root)]
+        waiting = [dump for dump in self._dumps.all(unfinished=True) if _begins_later(dump, watching.root)]
         if any(dump.kind == "table" or dump.where == where for dump in waiting):
             return  # it begins later, and so sees this change
         reason = f"{watching.watch.table.id} changed"
@@ -248,10 +257,6 @@ class DocumentBuilder:
         else:
             self._dumps.add(Dump(table=table.id, kind="where", where=where, reason=reason))
         log.info("documents_left_to_dump", table=table.id, reason=reason, documents=f"more than {KEYS_MOST}")
-
-    @staticmethod
-    def _waits(dump: Dump, root: str) -> bool:
-        return dump.table == root and dump.state == "pending" and dump.sinks is None and dump.covered_from is None
 
     def _read(self, call: Callable[[Callable[[Snapshot], bool]], T | None]) -> T:
         """Read in a snapshot that shows all changes so far, for as long as it takes."""

@@ -71,6 +71,10 @@ class HandlersBusy(SinkBusy):
     """A handler of events did not take them before Delta stopped: they are delivered again."""
 
 
+class HandlerTimeout(DeltaError):
+    """A handler did not return in time: its event is a dead letter."""
+
+
 class LookupBusy(Transient):
     """A look-up's service is unreachable, timed out, or asked to slow down."""
 

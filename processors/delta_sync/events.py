@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import threading
 import traceback
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -16,9 +18,10 @@ from typing import Literal, NamedTuple
 import structlog
 import tenacity
 
+from delta_sync.calling import Caller
 from delta_sync.changes import Key
 from delta_sync.delta_event import DeltaEvent
-from delta_sync.errors import DeltaError, HandlersBusy, Transient
+from delta_sync.errors import DeltaError, HandlersBusy, HandlerTimeout, PipelineStopped, Transient
 from delta_sync.secrets import redact
 from delta_sync.tables import key_text
 from delta_sync.values import Row
@@ -79,11 +82,17 @@ class Handler(NamedTuple):
     concurrency: int
     attempts: int
     batch: int
+    timeout_s: float | None = None  # None: `processor.timeout`
 
     @property
     def place(self) -> str:
         """What its dead letters name in place of a sink."""
         return f"on:{self.name}"
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether the function has time-outs of its own, as Delta's webhooks and topics do."""
+        return bool(getattr(self.function, "ends_by_itself", False))
 
     def call(self, events: Sequence[RowEvent]) -> None:
         """Call the function once. Raises whatever it raises."""
@@ -115,16 +124,20 @@ class HandlerNumbers:
 class HandlerRunner:
     """Calls one handler, in lanes: events of a key always in the same one, in the order in which they were given.
 
-    `stopping` ends retries: then a batch raises HandlersBusy and stays unconfirmed.
+    `stopping` ends retries: then a batch raises HandlersBusy and stays unconfirmed. What does not return within
+    `timeout_s`, or the handler's own, is a dead letter.
     """
 
-    def __init__(self, handler: Handler, stopping: threading.Event) -> None:
+    def __init__(self, handler: Handler, stopping: threading.Event, timeout_s: float) -> None:
         self.handler = handler
         self.numbers = HandlerNumbers()
         self._stopping = stopping
         self._ended = threading.Event()  # nothing may follow what was given up, or a key's order would have a gap
-        self._lanes = [
-            ThreadPoolExecutor(1, thread_name_prefix=f"on-{handler.name}") for _ in range(handler.concurrency)
+        lanes = range(handler.concurrency)
+        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"on-{handler.name}") for _ in lanes]
+        self._callers = [
+            Caller(handler.name, timeout_s=handler.timeout_s or timeout_s, note=self._note, ending=stopping)
+            for _ in lanes
         ]
         self._backoff = tenacity.wait_random_exponential(RETRY_FIRST_S, RETRY_MOST_S)
 
@@ -133,47 +146,83 @@ class HandlerRunner:
         lanes: dict[int, list[RowEvent]] = {}
         for event in events:
             lanes.setdefault(lane_of(event.key, len(self._lanes)), []).append(event)
-        return [self._lanes[lane].submit(self._handle, own) for lane, own in lanes.items()]
+        return [self._lanes[lane].submit(self._handle, own, self._callers[lane]) for lane, own in lanes.items()]
 
     def close(self) -> None:
         """Wait for what is under way."""
         for lane in self._lanes:
             lane.shutdown(wait=True, cancel_futures=True)
+        for caller in self._callers:
+            caller.close()
         close = getattr(self.handler.function, "close", None)
         if callable(close):
             close()
 
-    def _handle(self, events: Sequence[RowEvent]) -> list[Unhandled]:
+    def _note(self, said: str | None) -> None:
+        with self.numbers.lock:
+            self.numbers.busy = said
+
+    def _handle(self, events: Sequence[RowEvent], caller: Caller) -> list[Unhandled]:
         handler, unhandled = self.handler, list[Unhandled]()
-        wanted: list[RowEvent] = []
-        for event in events:
-            try:
-                if handler.when is None or handler.when(event):
-                    wanted.append(event)
-            except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this event's
-                unhandled.append(_unhandled(handler, event, error))
+        wanted = self._wanted(events, caller, unhandled)
         not_asked = len(unhandled)
         for start in range(0, len(wanted), handler.batch):
-            unhandled += self._call(wanted[start : start + handler.batch])
+            unhandled += self._call(wanted[start : start + handler.batch], caller)
         with self.numbers.lock:
             self.numbers.handled += len(wanted) + not_asked
             self.numbers.failed += len(unhandled)
         return unhandled
 
-    def _call(self, events: Sequence[RowEvent]) -> list[Unhandled]:
+    def _wanted(self, events: Sequence[RowEvent], caller: Caller, unhandled: list[Unhandled]) -> list[RowEvent]:
+        """Return the events of which `when` is true; add those that it cannot be asked of to `unhandled`."""
+        handler, when = self.handler, self.handler.when
+        if when is None:
+            return list(events)
+        wanted: list[RowEvent] = []
+        left = deque(events)
+
+        def ask() -> None:
+            while left:
+                event = left[0]
+                try:
+                    if when(event):
+                        wanted.append(event)
+                except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is this event's
+                    unhandled.append(_unhandled(handler, event, error))
+                left.popleft()
+
+        def at_hand() -> RowEvent | None:
+            with contextlib.suppress(IndexError):  # it may be taken at this moment
+                return left[0]
+            return None
+
+        while left:
+            try:
+                caller.call(ask, at_hand)
+            except HandlerTimeout as error:
+                unhandled.append(_unhandled(handler, left.popleft(), error))
+        return wanted
+
+    def _call(self, events: Sequence[RowEvent], caller: Caller) -> list[Unhandled]:
         """Call the function until it takes the events; of a batch that it does not take, with each alone."""
         try:
-            self._retrying(events)
-        except HandlersBusy:
+            self._retrying(events, caller)
+        except (HandlersBusy, PipelineStopped):
             raise
         except Exception as error:  # noqa: BLE001 -- it is the user's function: whatever it raises is these events'
             if len(events) == 1:
                 return [_unhandled(self.handler, events[0], error)]
-            return [one for event in events for one in self._call([event])]
+            return [one for event in events for one in self._call([event], caller)]
         return []
 
-    def _retrying(self, events: Sequence[RowEvent]) -> None:
+    def _retrying(self, events: Sequence[RowEvent], caller: Caller) -> None:
         handler, numbers = self.handler, self.numbers
+
+        def call() -> None:
+            if handler.ends_by_itself:
+                handler.call(events)
+            else:
+                caller.call(lambda: handler.call(events), lambda: events[0])
 
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome is not None else None
@@ -206,7 +255,7 @@ class HandlerRunner:
             reraise=True,
         )
         try:
-            retrying(handler.call, events)
+            retrying(call)
         except Exception as error:
             if self._stopping.is_set() and (isinstance(error, Transient) or handler.attempts > 1):
                 self._ended.set()

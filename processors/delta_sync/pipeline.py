@@ -250,13 +250,15 @@ class Pipeline:
         concurrency: int = 1,
         attempts: int = 3,
         batch: int = 1,
+        timeout: str | float | None = None,
     ) -> Callable[[HandlerT], HandlerT]:
         """Declare a function that is called with each change (`RowEvent`) of `table`, at least once, in order per key.
 
         Of those, only with events of which `when` is true. Loads and dumps do not call it. With `batch` above 1 it is
         called with a list of so many events at most. It runs beside the sinks, in `concurrency` threads, a key always
         in the same one. When it raises `Transient` it is called again until it does not; after any other error,
-        `attempts` times in all, then the change is a dead letter of stage `handle`, and the next one follows.
+        `attempts` times in all, then the change is a dead letter of stage `handle`, and the next one follows. So it is
+        when a call takes longer than `timeout` (default: `processor.timeout`).
 
         The trap: it is called again for changes that it has had, whenever a process dies. `event.id` is the same then.
 
@@ -277,7 +279,13 @@ class Pipeline:
             spec = _spec_beside(function)
             if spec is not None:
                 _check_against(spec, self.name, table, (), where)
-            self.handlers[own_name] = Handler(table, own_name, function, when, concurrency, attempts, batch)
+            try:
+                timeout_s = None if timeout is None else parse_duration_s(timeout)
+            except ValueError as error:
+                raise UsageError(f"{where}: {error}.") from None
+            if timeout_s is not None and timeout_s <= 0:
+                raise UsageError(f"{where}: timeout must be above 0.")
+            self.handlers[own_name] = Handler(table, own_name, function, when, concurrency, attempts, batch, timeout_s)
             return function
 
         return declare

@@ -176,7 +176,9 @@ class Running:
         self.progress.lookups = {name: caller.numbers for name, caller in lookups.items()}
         notices = NoticeReader(NoticeStore(state, spec.name), lookups, self._stopping)
         mender = Mender(DumpStore(state, spec.name), lookups, self._stopping)
-        handlers = [HandlerRunner(handler, self._giving_up) for handler in pipeline.handlers.values()]
+        handlers = [
+            HandlerRunner(handler, self._giving_up, spec.processor.timeout) for handler in pipeline.handlers.values()
+        ]
         self.progress.handlers = {runner.handler.name: runner.numbers for runner in handlers}
         samples = SharedSamples(watch_reader.new_samples)
         self.progress.bytes_between = watch_reader.bytes_between

@@ -385,7 +385,9 @@ class ProcessorSpec(_Model):
     """What processor.py may take, before it is kept from holding up everything."""
 
     timeout: Duration = Field(
-        default=60.0, gt=0, description="For one row. One that takes longer is ended, and the row is a dead letter."
+        default=60.0,
+        gt=0,
+        description="For a row, or a call of a handler. What takes longer is ended, and is a dead letter.",
     )
     memory: Bytes | None = Field(
         default=None,

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import structlog
 
-from delta_sync.applied_log import AppliedLog
+from delta_sync.applied_log import AppliedLog, State
 from delta_sync.changes import Change, Key
+from delta_sync.dumps import Dump
 from delta_sync.errors import Transient, Unstorable
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, TableProcessor
@@ -210,6 +211,7 @@ class Verifier:
         applied: AppliedLog,
         failed_keys: Callable[[str, Sequence[str]], set[tuple[str, str | None]]],
         check_epoch: Callable[[], None],
+        left_to: Callable[[Table], Sequence[Dump]],
         listener: Listener,
         options: LoadSpec,
         skipped: frozenset[str] = frozenset(),
@@ -225,7 +227,9 @@ class Verifier:
         """`failed_keys` says which keys (as text) have a dead letter, and of which sink (None: of all).
 
         `share` is of the rows that are read. `pace` is called after each chunk, with the seconds that the source was
-        busy with it. `check_epoch` raises EpochRose. `patience_s` is how long a key may keep changing.
+        busy with it. `check_epoch` raises EpochRose. `left_to` returns the dumps that are still to bring changes which
+        the log has come past, and raises CheckFailed when the table is loaded anew, which may bring such, too.
+        `patience_s` is how long a key may keep changing, and how long such a dump may stand still.
         """
         self._epoch = epoch
         self._reader = reader
@@ -235,6 +239,7 @@ class Verifier:
         self._applied = applied
         self._failed_keys = failed_keys
         self._check_epoch = check_epoch
+        self._left_to = left_to
         self._listener = listener
         self._options = options
         self._skipped = skipped
@@ -453,7 +458,7 @@ class Verifier:
 
     def _settle(self, work: _Work) -> None:
         """Look at suspects until each is equal, or different for certain, or has kept changing for too long."""
-        deadline = self._clock() + self._patience_s
+        work.deadline = self._clock() + self._patience_s
         turn = 0
         mended: set[tuple[Key, str]] = set()
         while work.suspects:
@@ -467,15 +472,15 @@ class Verifier:
                 for damage in damages:
                     mended.add((damage.key, damage.sink))
                     work.suspects.setdefault(damage.key, {})[damage.sink] = _UNSEEN
-                deadline = self._clock() + self._patience_s
+                work.deadline = self._clock() + self._patience_s
             self._listener.looked(work.subject.table.id, work.tally)
-            if self._clock() > deadline:
+            if self._clock() > work.deadline:
                 break
             turn += 1
         for key, names in work.suspects.items():
             for name in names:
                 work.tally.unsettled += 1
-                why = "it changed at every look, or the log did not come past"
+                why = "it changed at every look, or the log, or a dump to which it was left, did not come past"
                 self._listener.unverified(Unverified(work.subject.table.id, name, key_text(key), why))
         work.suspects.clear()
 
@@ -492,8 +497,7 @@ class Verifier:
                 claims |= dict.fromkeys(read.rows, read.above)
                 for key, name, expected in self._expectations(work, read.rows):
                     before[key, name] = expected.digest
-        state = self._applied.pass_now()
-        self._listener.waits("the pipeline runs, but its log does not advance" if state == "stands" else None)
+        state = self._pass(work)
         damages: list[Damage] = []
         for keys in parts:
             sightings = self._read_sinks(work, keys)
@@ -517,6 +521,36 @@ class Verifier:
                     judged.append((key, name, verdict, expected, stored))
                 damages += self._take(work, judged, beyond, mended, rests=state == "rests")
         return damages
+
+    def _pass(self, work: _Work) -> State:
+        """Wait until everything that is visible now is in every sink, also what the log left to dumps.
+
+        Of a pipeline that does not run neither comes. A dump may take long; `stands`: nothing came of it for too long.
+        """
+        state = self._applied.pass_now()
+        self._listener.waits("the pipeline runs, but its log does not advance" if state == "stands" else None)
+        if state != "passed":
+            return state
+        # Only now: what the log has come past was left to a dump before that, and what a dump brings is in the sinks
+        # before it ends. Those that are added from here on are for what comes later.
+        left_to = seen = self._left_to(work.subject.table)
+        if not left_to:
+            return state
+        moved_at = self._clock()
+        while left_to:
+            if self._clock() - moved_at > self._patience_s:
+                return "stands"
+            named = ", ".join(f"{dump.id} ({dump.state})" for dump in left_to)
+            self._listener.waits(f"documents were left to dumps that have not ended: {named}")
+            if self._stopping.wait(RETRY_S):
+                raise Stopped
+            ids = {dump.id for dump in left_to}
+            left_to = [dump for dump in self._left_to(work.subject.table) if dump.id in ids]
+            if left_to != seen:
+                seen, moved_at = left_to, self._clock()
+        self._listener.waits(None)
+        work.deadline = self._clock() + self._patience_s
+        return state
 
     def _take(
         self,
@@ -632,6 +666,7 @@ class _Work:
         self.ids = ids
         self.tally = Tally()
         self.suspects: dict[Key, dict[str, Sighting]] = {}  # by key and sink, with what was seen there last
+        self.deadline = 0.0  # until then they are looked at
 
 
 _END: Any = object()  # in place of a key: there are no rows behind

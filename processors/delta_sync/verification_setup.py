@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from delta_sync.applied_log import AppliedLog, pipeline_runs
+from delta_sync.building import may_be_left_to
+from delta_sync.dumps import Dump
 from delta_sync.errors import CheckFailed, EpochRose, Problem, UsageError
 from delta_sync.generations import GenerationStore, meant, open_generations, written
 from delta_sync.lookups import LookupCaller
@@ -23,6 +25,8 @@ from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PROCESSOR_FILE, PipelineSpec
 from delta_sync.starting import read_tables, targets_of_table
 from delta_sync.state import StateStore, TableLoad
+from delta_sync.state_dumps import DumpStore
+from delta_sync.tables import Table
 from delta_sync.verification import KeyReader, Listener, Makers, Subject, Verifier
 from delta_sync.verified import Rounds, VerifiedStore, digest
 from delta_sync.watch import ANSWER_S
@@ -113,8 +117,15 @@ def open_verification(
         def check_load(name: str) -> None:
             now = state.loads(spec.name).get(name)
             if now is None or _begun_for(now) != _begun_for(loads[name]):
-                problem = "it is loaded anew, because its columns, or where its documents go, have changed"
-                raise CheckFailed([Problem(f"table {name}", problem, "verify it again when it has loaded")])
+                why = "it is no longer in the pipeline" if now is None else f"it is loaded anew: {now.reason}"
+                raise CheckFailed([Problem(f"table {name}", why, "verify it again when it has loaded")])
+
+        dumps = DumpStore(state, spec.name)
+
+        def left_to(table: Table) -> list[Dump]:
+            found = [dump for dump in dumps.all(unfinished=True) if may_be_left_to(dump, table.id)]
+            check_load(table.id)  # after that: a load ends the dumps, and brings what they were to bring
+            return found if table.is_document else []
 
         def waits(name: str) -> Callable[[str | None], None]:
             return lambda reason: listener.waits(None if reason is None else f"look-up {name}: {reason}")
@@ -167,6 +178,7 @@ def open_verification(
             applied=applied,
             failed_keys=lambda table, texts: state.failed_keys(spec.name, table, texts),
             check_epoch=check_epoch,
+            left_to=left_to,
             listener=listener,
             options=spec.load,
             skipped=wanted.skipped,

@@ -6,7 +6,7 @@ none of that can explain it (`judge`; the proof is in `docs/guarantees.md`, "Ver
     the row is read, with a claim ──► the log has come past that ──► the sink is read ──► the row is read again
 
 - the sink's version is below the claim: it is that of a change which the first reading saw, and of the newest
-  one, because the log has brought all of these;
+  one, because the log has brought all of these, and so have the dumps to which it left some;
 - the sink holds what it already held at an earlier look, before the first reading: so the document was not read from
   the table later, ahead of the log;
 - both readings make the same document: the one that is compared is that of the first.
@@ -173,9 +173,9 @@ def judge(
     """Return what is so for certain of a key that looked different, or `again`.
 
     `before` is the digest of what the row made before the sink was read, `after` what it makes now; `earlier` is what
-    the sink held at a look before the first of these two readings. `passed`: the log had come past the first reading
-    when the sink was read. `claimed` is the version below which the first reading sees every change, `beyond` that of
-    the log's end, taken after the sink was read.
+    the sink held at a look before the first of these two readings. `passed`: the log, and the dumps to which
+    it left something, had come past the first reading when the sink was read. `claimed` is the version below which the
+    first reading sees every change, `beyond` that of the log's end, taken after the sink was read.
     """
     verdict = compare(after, stored, beyond, skipped)
     if verdict in ("equal", "failed"):

@@ -119,6 +119,9 @@ def _url(request: pytest.FixtureRequest, sink: str, name: str, exits: contextlib
         case "docs":
             mongodb: MongoStandIn = request.getfixturevalue("mongodb")
             return f"{mongodb.url}{name}"
+        case "warehouse":
+            postgresql: PostgreSQL = request.getfixturevalue("postgresql")
+            return postgresql.url_of(name)  # the source's tables are in a schema of their own
         case _:
             search: OpenSearch = request.getfixturevalue("opensearch")
             return search.url

@@ -387,9 +387,11 @@ class Pipeline:
         self.parts: set[str] = set()  # tables whose rows are parts of other documents only, and so have no load
         password = folder / "password"
         password.write_text("postgres\n")
-        source = shop.url.replace("postgres:postgres@", f"postgres:${{file:{password}}}@")
+        user, referred = "postgres:postgres@", f"postgres:${{file:{password}}}@"
+        source = shop.url.replace(user, referred)
         listed = [argument for table in self.tables for argument in ("--table", table)]
-        stores = [argument for sink, url in sinks.items() for argument in ("--sink", f"{sink}={url}")]
+        urls = {sink: url.replace(user, referred) for sink, url in sinks.items()}
+        stores = [argument for sink, url in urls.items() for argument in ("--sink", f"{sink}={url}")]
         created = self.deltactl("pipeline", "create", name, "--source", source, *listed, *stores, *create)
         assert created.returncode == 0, created.stderr
         file = self.home / "pipeline.yaml"

@@ -1,12 +1,16 @@
-"""What a pipeline does beside copying rows, on Kafka with two workers: handlers, masks, look-ups that are refreshed."""
+"""What a pipeline does beside copying rows, on Kafka with two workers: handlers, masks, look-ups that are refreshed,
+documents of several tables.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import random
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +28,10 @@ from delta_sync.testing.processes import wait_until
 from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import PostgreSQL, Redis
 
+SEED = random.SystemRandom().randrange(1_000_000)
 ROWS = 30
+CARTS, LINES, PRODUCTS = 6, 12, 3
+WRITES = 60  # by each of two writers, twice
 WAIT_S = 240.0
 HIDDEN = "hidden7f3a"  # a part of every value that is masked
 BUS_PARTITIONS = 3
@@ -33,11 +40,28 @@ SETUP = f"""
 CREATE TABLE customer (id int PRIMARY KEY, name text, email text, phone text, rev int NOT NULL);
 ALTER TABLE customer REPLICA IDENTITY FULL;
 INSERT INTO customer SELECT i, 'first', '{HIDDEN}@example.org', '{HIDDEN}', 0 FROM generate_series(1, {ROWS}) i;
+CREATE TABLE product (id int PRIMARY KEY, rev int NOT NULL DEFAULT 0);
+CREATE TABLE cart (id int PRIMARY KEY, rev int NOT NULL DEFAULT 0);
+CREATE TABLE line (
+    id int PRIMARY KEY, rev int NOT NULL DEFAULT 0,
+    cart_id int NOT NULL REFERENCES cart ON DELETE CASCADE, product_id int REFERENCES product);
+CREATE INDEX ON line (cart_id); CREATE INDEX ON line (product_id);
+ALTER TABLE line REPLICA IDENTITY FULL;
+INSERT INTO product SELECT i FROM generate_series(1, {PRODUCTS}) i;
+INSERT INTO cart SELECT i FROM generate_series(1, {CARTS}) i;
+INSERT INTO line SELECT i, 0, 1 + i % {CARTS}, 1 + i % {PRODUCTS} FROM generate_series(1, {LINES}) i;
+"""
+CARTS_EXPECTED = """
+SELECT c.id, to_jsonb(c) || jsonb_build_object('lines', coalesce((
+    SELECT jsonb_agg(to_jsonb(l) || jsonb_build_object('product',
+        (SELECT to_jsonb(p) FROM product p WHERE p.id = l.product_id)) ORDER BY l.id)
+    FROM line l WHERE l.cart_id = c.id), '[]'))
+FROM cart c
 """
 PROCESSOR = """
 import json
 
-from delta_sync import Pipeline, lookup
+from delta_sync import Pipeline, lookup, many, one
 from delta_sync.handlers.topic import Topic
 from delta_sync.handlers.webhook import Webhook
 
@@ -50,6 +74,11 @@ def customer(row, label):
     if row["name"] == "the processor refuses":
         raise ValueError(f"I cannot take {{row!r}}")
     return {{**row, "label": label["value"]}}
+
+
+@pipeline.document("public.cart", parts={{"lines": many("public.line", parts={{"product": one("public.product")}})}})
+def cart(row):
+    return row
 
 
 @pipeline.on({table!r}, attempts=1)
@@ -123,11 +152,12 @@ def pipeline(
         tmp_path,
         {"cache": redis_server.url},
         name,
-        ["customer"],
+        ["customer", "cart", "line", "product"],
         bootstrap_servers=kafka.url,
         registry=registry.url,
         tables_options={"public.customer": {"shape": {"mask": mask}}},
     )
+    made.parts = {"public.line", "public.product"}
     with admin_client(kafka.url) as admin:
         admin.create_topics({f"{name}-bus": {"num_partitions": BUS_PARTITIONS}}, wait_for_metadata=True)
     text = PROCESSOR.format(
@@ -180,6 +210,19 @@ def test_handlers_masks_and_refreshing_on_kafka(pipeline: KafkaPipeline, kafka: 
         assert refreshed.returncode == 0, refreshed.stdout + refreshed.stderr
         check_documents(stores, labels={1: 1010, 2: 1020})
 
+        print(f"seed {SEED}")
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(change_carts, 2 * [pipeline], (1, 2)))
+            workers.pop(0).kill()
+            workers.append(start("worker"))
+            list(pool.map(change_carts, 2 * [pipeline], (3, 4)))
+        pipeline.wait_until_applied(pipeline.shop.insert_lsn(), [sidecar, *workers])
+        with pipeline.shop.connect() as connection:
+            carts: dict[int, dict[str, Any]] = dict(connection.execute(CARTS_EXPECTED.encode()).fetchall())
+        assert {id_: stores.document("cache", "cart", (id_,)) for id_ in range(1, CARTS + 1)} == {
+            id_: carts.get(id_) for id_ in range(1, CARTS + 1)
+        }
+
         said = [
             pipeline.deltactl("status", pipeline.name).stdout,
             pipeline.deltactl("dead", "list", pipeline.name).stdout,
@@ -215,6 +258,33 @@ def change(pipeline: KafkaPipeline) -> None:
         "UPDATE customer SET rev = 3, name = 'the handler refuses' WHERE id = 4",
         f"INSERT INTO customer VALUES ({ROWS + 1}, 'new', '{HIDDEN}', NULL, 1)",
     )
+
+
+def change_carts(pipeline: KafkaPipeline, number: int) -> None:
+    """Change rows of all three tables at random; above all move lines to another cart, and on at once."""
+    rng = random.Random(f"{SEED} {number}")
+
+    def one_of(most: int) -> int:
+        return rng.randrange(1, most + 1)
+
+    with pipeline.shop.connect() as connection:
+        for _ in range(WRITES):
+            moved = f"UPDATE line SET rev = rev + 1, cart_id = {{}} WHERE id = {one_of(LINES)}"
+            some = rng.choice(
+                (
+                    [moved.format(one_of(CARTS))],
+                    [moved.format(one_of(CARTS)), moved.format(one_of(CARTS))],
+                    [f"UPDATE product SET rev = rev + 1 WHERE id = {one_of(PRODUCTS)}"],
+                    [f"UPDATE line SET product_id = {one_of(PRODUCTS)} WHERE id = {one_of(LINES)}"],
+                    [f"UPDATE cart SET rev = rev + 1 WHERE id = {one_of(CARTS)}"],
+                    [f"DELETE FROM line WHERE id = {one_of(LINES)}"],
+                    [f"INSERT INTO line VALUES ({one_of(LINES)}, 0, {one_of(CARTS)}, {one_of(PRODUCTS)})"],
+                    [f"DELETE FROM cart WHERE id = {CARTS}", f"INSERT INTO cart VALUES ({CARTS})"],
+                )
+            )
+            for statement in some:
+                with contextlib.suppress(psycopg.errors.IntegrityError, psycopg.errors.DeadlockDetected):
+                    connection.execute(statement.encode())
 
 
 def documents(stores: Stores) -> dict[int, dict[str, Any] | None]:

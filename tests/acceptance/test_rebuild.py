@@ -105,6 +105,23 @@ class Reading(Actor):
                 return None if document is None else int(document["n"])
 
             return led_to, find
+        if self._sink == "warehouse":
+            connection = exits.enter_context(psycopg.connect(self._url))
+
+            def shown(table: str) -> str:
+                connection.rollback()
+                connection.execute(f"LOCK TABLE {table} IN ACCESS SHARE MODE".encode())  # until it is read
+                found = connection.execute("SELECT pg_get_viewdef(to_regclass(%s))", [table]).fetchone()
+                assert found is not None
+                return f"{table}.g2" if f"{table}__g2__delta" in found[0] else table
+
+            def select(_place: str, table: str, key: int) -> int | None:
+                query = f"SELECT n FROM {table} WHERE _delta_id = %s"
+                found = connection.execute(query.encode(), [str(key)]).fetchone()
+                connection.rollback()
+                return None if found is None else int(found[0])
+
+            return shown, select
         client: Any = exits.enter_context(contextlib.closing(redis.Redis.from_url(self._url)))
 
         def pointer(table: str) -> str:
@@ -162,11 +179,17 @@ def documents(it: Stage, prefix: str) -> dict[str, dict[int, int]]:
 
 def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Callable[..., Stage]) -> None:
     print(f"seed {SEED}")
-    it = stage(SETUP, TABLES, processor="return dict(row)", sinks=("cache", "docs"), load={"chunk_rows": 20})
+    sinks = ("cache", "docs", "warehouse")
+    it = stage(SETUP, TABLES, processor="return dict(row)", sinks=sinks, load={"chunk_rows": 20})
     let_the_first_generation_be_as_it_was(it)
     run = it.run()
     wait_until(it.pipeline.loaded, PATIENCE_S, "the load")
-    with Writing(it) as writer, Reading(it, "cache") as reader, Reading(it, "docs") as documents_reader:
+    with (
+        Writing(it) as writer,
+        Reading(it, "cache") as reader,
+        Reading(it, "docs") as documents_reader,
+        Reading(it, "warehouse") as rows_reader,
+    ):
         # Whoever asks for it dies as soon as it has begun, and the pipeline with it.
         folder = it.pipeline.folder
         asking = Run([*command(it), "--dir", str(folder / "pipelines")], folder / "rebuild.log", folder)
@@ -209,14 +232,31 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
             wait_until(lambda: row(it, "docs") == alone, PATIENCE_S, "the drop")
             documents_reader.wait_for(".g2")
             assert set(database.list_collection_names()).isdisjoint(TABLES)
-    print(writer.done, reader.seen, documents_reader.seen)
+
+        # A SQL database: the view shows another table.
+        rows_reader.wait_for("")
+        words = [*command(it, sink="warehouse"), "--dir", str(folder / "pipelines")]
+        asking = Run(words, folder / "warehouse.log", folder)
+        wait_until(lambda: row(it, "warehouse") is not None or not asking.running, PATIENCE_S, "the beginning")
+        with psycopg.connect(it.stores.sinks["warehouse"].url, autocommit=True) as warehouse:
+            place = f"{TABLES[0]}__g2__delta"
+            warehouse.execute(f"INSERT INTO {place} (_delta_id, _version) VALUES ('100000', {1 << 62})".encode())
+            wait_until(lambda: not asking.running, REBUILD_TIMEOUT_S, "a verification that finds that")
+            assert (asking.exit_status, row(it, "warehouse")) == (1, Generations("warehouse", 1, 2, "building", 2))
+            rows_reader.wait_for("")
+            warehouse.execute(f"DELETE FROM {place} WHERE _delta_id = '100000'".encode())
+        assert rows_reader.seen[".g2"] == 0
+        rebuild(it, sink="warehouse")
+        rows_reader.wait_for(".g2")
+    print(writer.done, reader.seen, documents_reader.seen, rows_reader.seen)
     assert writer.done
 
     it.pipeline.wait_until_confirmed(it.source.insert_lsn(), run)
     table = f"{it.source.schema}.{TABLES[0]}"
     words = ["pipeline", "test", it.pipeline.name, "--table", table, "--keys", str(min(QUIET)), "--json"]
     tried = json.loads(it.pipeline.deltactl(*words).stdout)
-    assert [(one["sink"], one["effect"]) for one in tried] == [("cache.2", "same"), ("docs.2", "same")]
+    assert sorted(one["sink"] for one in tried) == ["cache.2", "docs.2", "warehouse.1", "warehouse.2"]
+    assert {one["effect"] for one in tried} == {"same"}
     for sink in it.stores.sinks.values():
         sink.number = 2
     it.in_step(run)
@@ -233,3 +273,6 @@ def test_a_sink_is_rebuilt_while_rows_change_and_everybody_is_killed(stage: Call
     with MongoClient[dict[str, Any]](it.stores.sinks["docs"].url) as mongo:
         database = mongo.get_default_database()
         assert [name for name in database.list_collection_names() if database[name].find_one() is not None] == []
+    with psycopg.connect(it.stores.sinks["warehouse"].url) as connection:
+        relations = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+        assert connection.execute(relations).fetchall() == []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import decimal
+import functools
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +17,7 @@ import sqlalchemy as sa
 
 from columns_contract import ColumnsContract
 from delta_sync.changes import APPLIED, STALE, Write
-from delta_sync.errors import SinkBusy, UsageError
+from delta_sync.errors import SinkBusy, SinkRefused, UsageError
 from delta_sync.sinks.base import Stored, Target
 from delta_sync.sinks.sql import ROWS, SqlOptions, SqlSink, SqlTargetOptions
 from delta_sync.testing.contract import MOVIE, AnySink, apply, scanned, storm
@@ -243,3 +246,144 @@ def test_tables_are_in_the_schema_that_the_user_chose(postgresql: PostgreSQL) ->
     assert sink.drop(target) == 1
     query(sink, 'DROP SCHEMA "films %s"')
     sink.close()
+
+
+# ── generations ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def generation(sink: SqlSink, number: int) -> tuple[SqlSink, Target]:
+    other = SqlSink("warehouse", sink.url, SqlOptions(), TTL_S)
+    other.number = number
+    return other, other.target(MOVIE, SqlTargetOptions())
+
+
+@pytest.fixture
+def both(sink: SqlSink, target: Target) -> Iterator[tuple[tuple[SqlSink, Target], tuple[SqlSink, Target]]]:
+    """Yield a sink's first generation, which has been written to and is read, and a second one beside it."""
+    for key in (1, 3):
+        apply(sink, target, (key,), 5, {"title": "old", "year": 1942, "old": True})
+    first, second = generation(sink, 1), generation(sink, 2)
+    assert first[1].place == target.place, "the first is where it always was"
+    for one, of in (first, second):
+        one.prepare(of)
+        one.prepare(of)  # a run begins anew
+    yield first, second
+    for one, of in (first, second):
+        one.drop(of)
+        one.close()
+
+
+def films(sink: SqlSink, name: str = "movie") -> dict[str, Mapping[str, Any]]:
+    rows = query(sink, f"SELECT * FROM {name} ORDER BY _delta_id")  # as the how-to page says
+    return {row["_delta_id"]: {k: v for k, v in row.items() if not k.startswith("_")} for row in rows}
+
+
+def test_a_new_generation_is_built_beside_the_old_one_and_takes_the_view_over(
+    sink: SqlSink, target: Target, both: tuple[tuple[SqlSink, Target], tuple[SqlSink, Target]]
+) -> None:
+    (first, old), (second, new) = both
+    before = {"title": "old", "year": 1942, "old": True}
+    assert first.check([old]) == second.check([new]) == []
+    first.truncate(old, 4)
+    assert second.newest_version(new) == 0, "the floor is its own, too"
+    for key in (1, 2, 3):
+        assert apply(second, new, (key,), 6, {"year": "soon", "title": "new"}) == APPLIED, "types of its own"
+    apply(second, new, (3,), 7, None)
+    assert second.apply(new, [Write((3,), 6, {"title": "late"})]) == [STALE]
+    apply(first, old, (3,), 7, None)
+    assert films(sink) == {"1": before}, "nothing of the new one is seen"
+
+    second.lead_readers([new])
+    second.lead_readers([new])  # again, by whoever was killed
+    now = {"year": "soon", "title": "new"}
+    assert films(sink) == {"1": now, "2": now}
+    with pytest.raises(SinkRefused, match="shows another table"):
+        sink.prepare(target)  # it lost its state, and would write where nobody looks
+    assert apply(first, old, (4,), 8, {**before, "more": 1}) == APPLIED
+    assert apply(sink, target, (5,), 8, {**before, "most": 1}) == APPLIED, "a process that knows of no generations yet"
+    assert films(sink) == {"1": now, "2": now}, "columns of the old one lead nobody back"
+    assert apply(second, new, (2,), 8, {**now, "more": 1}) == APPLIED
+    assert films(sink) == {"1": {**now, "more": None}, "2": {**now, "more": 1}}
+
+    first.lead_readers([old])
+    rest = {"more": None, "most": None}
+    assert films(sink) == {"1": {**before, **rest}, "4": {**before, "more": 1, "most": None},
+                           "5": {**before, "more": None, "most": 1}}, "the way back"  # fmt: skip
+    sink.prepare(target)
+    second.lead_readers([new])
+    assert first.drop(old) == 3
+    assert films(sink).keys() == {"1", "2"}, "the view is not the first one's any more"
+    assert second.drop(new) == 2
+    assert [name for name in names_in(sink) if name.startswith("movie")] == []
+
+
+def names_in(sink: SqlSink) -> list[str]:
+    with sink._connected().begin() as connection:
+        inspector = sa.inspect(connection)
+        return [*inspector.get_table_names(), *inspector.get_view_names()]
+
+
+def test_readers_see_one_generation_or_the_other(
+    sink: SqlSink, both: tuple[tuple[SqlSink, Target], tuple[SqlSink, Target]]
+) -> None:
+    (first, old), (second, new) = both
+    for key in (1, 3):
+        apply(second, new, (key,), 6, {"title": "new"})  # a column less, so the view cannot just be replaced
+    seen: Counter[str] = Counter()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            titles = {row["title"] for row in query(sink, "SELECT title FROM movie")}
+            assert titles in ({"old"}, {"new"})
+            seen.update(titles)
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        try:
+            for one, of, title in 5 * ((second, new, "new"), (first, old, "old")):
+                before = seen[title]
+                one.lead_readers([of])
+                sees = functools.partial(lambda title, before: seen[title] > before or reader.done(), title, before)
+                wait_until(sees, WAIT_S, f"a reader of {title}")
+        finally:
+            done.set()
+        reader.result()
+
+
+def test_privileges_and_views_of_the_users_own_stay(postgresql: PostgreSQL, request: pytest.FixtureRequest) -> None:
+    sink = SqlSink("warehouse", postgresql.url, SqlOptions(), TTL_S)
+    target = sink.target(MOVIE, SqlTargetOptions())
+    sink.drop(target)
+    sink.prepare(target)
+    second, new = generation(sink, 2)
+
+    def clean() -> None:
+        query(sink, "DROP VIEW IF EXISTS theirs")
+        for one, of in ((second, new), (generation(sink, 1))):
+            one.drop(of)
+            one.close()
+        query(sink, 'DROP ROLE IF EXISTS "read %s er"')
+        sink.close()
+
+    request.addfinalizer(clean)
+    apply(sink, target, (1,), 5, {"title": "old", "year": 1942})
+    query(sink, 'CREATE ROLE "read %s er"')
+    query(sink, 'GRANT SELECT ON movie TO "read %s er" WITH GRANT OPTION')
+    query(sink, "CREATE VIEW theirs AS SELECT _delta_id, title FROM movie")
+    second.prepare(new)
+    apply(second, new, (1,), 6, {"more": 1, "title": "new", "year": 1943})
+    second.lead_readers([new])
+    assert films(sink, "theirs") == {"1": {"title": "new"}}, "the view was replaced, so theirs follows"
+
+    first, old = generation(sink, 1)
+    apply(second, new, (1,), 7, {"title": "new"})
+    with pytest.raises(SinkRefused, match="theirs depends on view movie"):
+        first.lead_readers([old])  # it has no column `more`
+    first.close()
+    assert films(sink, "theirs") == {"1": {"title": "new"}}, "and nothing has changed"
+    query(sink, "DROP VIEW theirs")
+    first.lead_readers([old])
+    assert films(sink) == {"1": {"title": "old", "year": 1942}}
+    granted = "SELECT has_table_privilege('read %s er', 'movie', 'SELECT WITH GRANT OPTION') AS may"
+    assert query(sink, granted) == [{"may": True}]

@@ -7,6 +7,7 @@ behind, reads rows ahead of the log and redelivers, and damage. What was damaged
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import sys
@@ -20,6 +21,7 @@ import pytest
 from delta_sync import verification
 from delta_sync.applied_log import AppliedLog
 from delta_sync.changes import Key, Write
+from delta_sync.dumps import Dump, State
 from delta_sync.errors import CheckFailed, Problem
 from delta_sync.pipeline import Pipeline
 from delta_sync.repairing import DirectRepair
@@ -80,9 +82,11 @@ class World:
         self.hidden: set[int] = set()  # records whose transactions nobody sees yet
         self.applied = 0  # records
         self.ahead: dict[Key, int] = {}  # rows read by key: up to which record
+        self.left: list[Dump] = []  # to which the worker left changes, each with its record's place as its id
         self.now_s = 0.0
         self.moods = [0.0, 0.02, 0.1, 0.5]  # how likely a change is
         self.worker_runs = True
+        self.leaves = 0.5 if seed % 4 < 2 else 0.0  # how many of the rows that are read by key are left to dumps
         for key in range(KEYS):
             self.change((key,), gone=self.rng.random() < 0.2)
         self.catch_up()
@@ -126,6 +130,8 @@ class World:
                 self.apply()
             if self.rng.random() < 0.01:
                 self.applied = max(0, self.applied - self.rng.randrange(5))  # delivered again
+            if self.left and self.rng.random() < 0.3:
+                self.carry_out(self.left.pop(0))
 
     def apply(self) -> None:
         """The worker takes the next record. Some changes' rows are read by key, and are then ahead of the log."""
@@ -136,16 +142,26 @@ class World:
         self.applied += 1
         if key is None:
             return
-        version = version_of(1, position)
-        if place < self.ahead.get(key, 0) or self.rng.random() < 0.2:
-            if place in self.hidden:
-                self.applied -= 1  # it waits until the change can be seen
-                return
-            snapshot = self.snapshot_now()
-            row = self.rows(snapshot).get(key)
-            version = max(version, reread_version(1, snapshot.claim))
-            self.ahead[key] = max(self.ahead.get(key, 0), len(self.log))
-        self.write(key, version, row)
+        if place >= self.ahead.get(key, 0) and self.rng.random() >= 0.2:
+            self.write(key, version_of(1, position), row)
+        elif place in self.hidden:
+            self.applied -= 1  # it waits until the change can be seen
+        elif self.leaves and self.rng.random() < self.leaves:
+            self.left.append(Dump(id=place, table=TABLE.id, kind="where", where="as it is"))
+        else:
+            self.read_ahead(place)
+
+    def read_ahead(self, place: int) -> None:
+        """Write a change's row as it is now."""
+        position, key, _ = self.log[place]
+        assert key is not None
+        snapshot = self.snapshot_now()
+        self.ahead[key] = max(self.ahead.get(key, 0), len(self.log))
+        self.write(key, max(version_of(1, position), reread_version(1, snapshot.claim)), self.rows(snapshot).get(key))
+
+    def carry_out(self, dump: Dump) -> None:
+        """Write what was left to a dump."""
+        self.read_ahead(dump.id)
 
     def write(self, key: Key, version: int, row: Row | None) -> None:
         with contextlib.suppress(ValueError):  # a dead letter
@@ -167,6 +183,8 @@ class World:
         self.hidden.clear()
         while self.applied < len(self.log):
             self.apply()
+        while self.left:
+            self.carry_out(self.left.pop())
 
     # ── a SourceReader, as far as it is asked ──
 
@@ -307,6 +325,7 @@ def verify(
         applied=applied,
         failed_keys=lambda _table, keys: {(key, None) for key in keys if key in dead},
         check_epoch=lambda: None,
+        left_to=lambda _table: list(world.left),
         listener=heard,
         options=LoadSpec(chunk_rows=7),
         share=share,
@@ -480,6 +499,14 @@ def test_waiting_for_the_log_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     noticed(nothing_damaged)
 
 
+def test_waiting_for_dumps_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_once(self: Verifier, _work: object) -> str:
+        return self._applied.pass_now()
+
+    monkeypatch.setattr(Verifier, "_pass", at_once)
+    noticed(nothing_damaged)
+
+
 def test_a_repair_needs_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that is written with the version of the log's end outranks changes that it does not have."""
 
@@ -566,6 +593,32 @@ def test_a_pipeline_that_does_not_run_is_told() -> None:
     heard, _, verifier = verify(world)
     assert [finding.key for finding in heard.findings] == ["20"]
     assert verifier.log_rests
+
+
+@pytest.mark.parametrize("state", ["paused", "running"])
+def test_a_change_that_is_left_to_a_dump_is_no_difference(state: State) -> None:
+    """Before it has ended nothing can be said: of one that goes on, however slowly, that is waited for."""
+    world = World(1)
+    world.rest()
+    world.change((20,), gone=False, n=1000)
+    world.applied = len(world.log)
+    world.left.append(Dump(id=world.applied - 1, table=TABLE.id, kind="where", where="as it is"))
+    carry_out = world.carry_out
+    steps = 0
+
+    def chunk(dump: Dump) -> None:
+        nonlocal steps
+        steps += 1
+        if state == "running" and steps >= 200:  # longer than anybody's patience
+            carry_out(dump)
+        else:
+            world.left.append(dataclasses.replace(dump, state=state, rows=steps if state == "running" else 0))
+
+    world.carry_out = chunk  # type: ignore[method-assign]  # as slow as the source
+    heard, tally, _ = verify(world)
+    assert heard.findings == []
+    assert tally.unsettled == (state == "paused")
+    assert [one.key for one in heard.rest] == (["20"] if state == "paused" else [])
 
 
 def test_a_log_that_stands_still_settles_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from delta_sync.calling import LEFT_MOST, Caller
 from delta_sync.changes import Change
 from delta_sync.decoding import Decoded, Event, Image, Stretch, TableCodec, decode
 from delta_sync.delta_event import decode_event, encode_event
-from delta_sync.errors import HandlersBusy, Transient, UndecodableChange, UsageError
+from delta_sync.errors import HandlersBusy, PipelineStopped, Transient, UndecodableChange, UsageError
 from delta_sync.events import Handler, HandlerRunner, RowEvent, Unhandled, lane_of
 from delta_sync.pipeline import Pipeline, with_shapes
 from delta_sync.processing import Failure
@@ -22,6 +24,7 @@ from delta_sync.sources.mysql import codec as mysql_codec
 from delta_sync.sources.postgresql import codec as postgresql_codec
 from delta_sync.spec import spec_from
 from delta_sync.tables import Column, Kind, Table
+from delta_sync.testing.processes import wait_until
 from delta_sync.values import Row
 from delta_sync.versions import version_of
 from delta_sync.worker import Job, _letter
@@ -39,7 +42,8 @@ TABLE = Table(
     ("id",),
 )
 PLACEHOLDER = "?"
-WAIT_S = 30.0  # far above what anything here takes
+WAIT_S = 120.0  # far above what anything here takes
+TIMEOUT_S = 6.0  # of looks, and no time passes between these
 
 
 def row(image: Image) -> Row:
@@ -190,7 +194,7 @@ class Scene:
 
     def start(self, when: Any = None, concurrency: int = 1, attempts: int = 1, batch: int = 1) -> HandlerRunner:
         handler = Handler("public.movie", "notify", self.handle, when, concurrency, attempts, batch)
-        self.runner = HandlerRunner(handler, self.stopping)
+        self.runner = HandlerRunner(handler, self.stopping, TIMEOUT_S)
         return self.runner
 
 
@@ -268,6 +272,124 @@ def test_of_a_batch_that_fails_each_is_tried_alone(scene: Scene) -> None:
         [3],
         [4, 5],
     ]
+
+
+class Hanging:
+    """Events of version 2 hang until the test ends; no other call is ever looked at, however slow the machine is."""
+
+    def __init__(self, scene: Scene, monkeypatch: pytest.MonkeyPatch, how: Callable[[threading.Event], None]) -> None:
+        self.entered, self.released = threading.Event(), threading.Event()
+        self.hung: threading.Event | None = None
+        self.came_back: list[int] = []
+        self._how = how
+        scene.before = self
+        monkeypatch.setattr(Caller.__init__, "__kwdefaults__", {"wait": self.wait})
+
+    def __call__(self, given: Any) -> None:
+        events = [given] if isinstance(given, RowEvent) else given
+        if any(event.version == 2 for event in events):
+            self.entered.set()
+            self._how(self.released)
+            self.came_back.append(2)
+
+    def wait(self, done: threading.Event, _seconds: float) -> bool:
+        """Say that a look's time is over when it is at the call that hangs."""
+        while not done.wait(0.01):
+            if self.entered.is_set():
+                self.entered.clear()
+                self.hung = done
+            if done is self.hung:
+                return done.wait(0.01)
+        return True
+
+
+def spins(released: threading.Event) -> None:
+    while not released.is_set():
+        pass
+
+
+def spins_and_catches(released: threading.Event) -> None:
+    while not released.is_set():
+        with contextlib.suppress(Exception):  # what users write
+            spins(released)
+
+
+def waits(released: threading.Event) -> None:
+    released.wait(WAIT_S)
+
+
+@pytest.mark.parametrize("how", [spins, spins_and_catches, waits])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_call_that_does_not_return_costs_its_own_event(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, how: Callable[[threading.Event], None], batch: int
+) -> None:
+    hanging = Hanging(scene, monkeypatch, how)
+    runner = scene.start(attempts=3, batch=batch)
+    (left,) = settled(runner.submit([event_of(1), event_of(2), event_of(3)]))
+    assert left.event.version == 2
+    assert left.error.startswith("HandlerTimeout: It had not returned after 6 s, at ")
+    assert how is not waits or "may still be done" in left.error
+    assert f"in {how.__name__}" in left.trace, "where it was"
+    assert runner.numbers.busy is None
+    assert settled(runner.submit([event_of(4)])) == []
+    calls = [event.version for call in scene.calls for event in ([call] if isinstance(call, RowEvent) else call)]
+    assert calls == [1, 3, 4]
+    hanging.released.set()
+    wait_until(lambda: not any(thread.name == "on-notify-call" for thread in left_behind(runner)), WAIT_S, "its end")
+    assert hanging.came_back == [], "nothing behind the line that hung is done"
+
+
+def left_behind(runner: HandlerRunner) -> list[threading.Thread]:
+    return [thread for caller in runner._callers for thread in caller._left if thread.is_alive()]
+
+
+def test_it_is_named_while_it_hangs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = Hanging(scene, monkeypatch, waits)
+    said: list[str | None] = []
+    runner = scene.start()
+    monkeypatch.setattr(runner._callers[0], "_note", said.append)
+    settled(runner.submit([event_of(2)]))
+    assert said[0] is not None
+    assert said[0].startswith(f"{event_of(2).id} has been in the handler for 5 s, at threading.py line")
+    assert said[-1] is None
+    hanging.released.set()
+
+
+def test_a_condition_that_does_not_return_costs_its_own_event(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = Hanging(scene, monkeypatch, waits)
+
+    def when(event: RowEvent) -> bool:
+        hanging(event)
+        return True
+
+    runner = scene.start(when=when)
+    scene.before = lambda _: None
+    (left,) = settled(runner.submit([event_of(version) for version in (1, 2, 3)]))
+    assert left.event.version == 2
+    assert scene.calls == [event_of(1), event_of(3)]
+    hanging.released.set()
+
+
+def test_with_too_many_calls_that_do_not_return_the_pipeline_stops(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = Hanging(scene, monkeypatch, waits)
+    runner = scene.start()
+    assert len(settled(runner.submit([event_of(2)] * LEFT_MOST))) == LEFT_MOST
+    with pytest.raises(PipelineStopped, match="calls of the handler notify have not returned"):
+        settled(runner.submit([event_of(2)]))
+    hanging.released.set()
+
+
+def test_the_end_does_not_wait_for_what_hangs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not confirmed, and so it comes again."""
+    hanging = Hanging(scene, monkeypatch, waits)
+    runner = scene.start()
+    (result,) = runner.submit([event_of(2)])
+    scene.stopping.set()
+    with pytest.raises(HandlersBusy):
+        result.result(WAIT_S)
+    hanging.released.set()
 
 
 def test_nothing_follows_what_was_given_up(scene: Scene) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from delta_sync.dumps import Dump, State
-from delta_sync.errors import UsageError
+from delta_sync.errors import SinkRefused, UsageError
 from delta_sync.generations import Generations, GenerationStore, follow, meant, next_step, open_generations, written
-from delta_sync.spec import spec_from
+from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.state import StateStore
+from delta_sync.state_dumps import DumpStore
 from delta_sync.verifying import Tally
-from deltactl.rebuild import why_not_switch
+from deltactl import rebuild
+from deltactl.rebuild import Site, why_not_switch
 
 ALONE = Generations("search")
 BUILDING = ALONE.begun()
@@ -141,3 +145,32 @@ def test_of_two_who_change_it_at_once_one_is_refused(tmp_path: Path) -> None:
         store.change(BUILDING, KEPT)
         assert store.all() == {"search": KEPT}
         assert GenerationStore(state, "other").all() == {}
+
+
+def test_where_readers_cannot_be_led_what_was_meant_before_is_meant_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each start of the pipeline would try it again, and stop."""
+    led: list[int] = []
+
+    class Sink:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def lead_readers(self, _targets: object) -> None:
+            if self.number == 2:
+                raise SinkRefused("other objects depend on the view")
+            led.append(self.number)
+
+    @contextlib.contextmanager
+    def opened(_site: Site, number: int) -> Iterator[tuple[Sink, list[object]]]:
+        yield Sink(number), []
+
+    monkeypatch.setattr(rebuild, "_opened", opened)
+    with StateStore.open("sqlite:///state.db", tmp_path) as state:
+        rows = GenerationStore(state, "movies")
+        site = Site(cast("PipelineSpec", None), tmp_path, "search", state, rows, DumpStore(state, "movies"))
+        rows.change(ALONE, BUILDING)
+        with pytest.raises(SinkRefused):
+            rebuild._switch(site, BUILDING, KEPT)
+        assert (site.row(), led) == (BUILDING, [1]), "type it again, and it goes on"

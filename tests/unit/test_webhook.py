@@ -156,7 +156,7 @@ def test_a_receiver_that_fails_now_and_then_gets_each_change_in_order(receiver: 
     """With a change that it refuses: that one is a dead letter, and tried once."""
     receiver.answers = [(503, {"Retry-After": "0"}), (204, {}), (429, {"Retry-After": "0"}), (204, {}), (400, {})]
     stopping = threading.Event()
-    runner = HandlerRunner(Handler("public.movie", "shop", hook(receiver), None, 1, 3, 1), stopping)
+    runner = HandlerRunner(Handler("public.movie", "shop", hook(receiver), None, 1, 3, 1), stopping, 60.0)
     (result,) = runner.submit([event_of(version) for version in range(1, 6)])
     (left,) = result.result(WAIT_S)
     assert left.event.version == 3

@@ -31,6 +31,8 @@ NO_REGISTRY = "http://none"  # a specification has to have one
 class Topic:
     """Writes events to a topic that is there; each is on all in-sync brokers before it counts as handled."""
 
+    ends_by_itself = True  # its client has time-outs, after which it is called again
+
     def __init__(
         self,
         topic: str,

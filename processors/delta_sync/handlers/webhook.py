@@ -37,6 +37,8 @@ class Webhook:
     for ever, after `Retry-After` where there is one. Anything else, redirects too, makes the change a dead letter.
     """
 
+    ends_by_itself = True  # by `timeout_s`, after which it is called again
+
     def __init__(
         self,
         url: str,

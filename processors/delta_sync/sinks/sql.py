@@ -6,6 +6,10 @@ what is not deleted, and is what users read. One upsert per batch compares versi
 (`truncate`) is a row of `<name>__delta_floor`: a batch locks it (shared) before it writes, so a truncate waits for the
 batches that do not know its floor, and later ones see it. The same holds for a process that adds columns.
 
+A generation N of a sink that is rebuilt has tables of its own, `<name>__gN__delta`, and the view shows one of them. Its
+columns keep their order whichever that is: so PostgreSQL can replace it, and it stays what users' privileges and their
+own views are about, unless a column goes or changes its type.
+
 A field's column comes with the first document that has a value for it, and has that value's type:
 
 | Python | PostgreSQL | SQLite (declared type) |
@@ -30,6 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import decimal
+import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -67,6 +72,7 @@ from delta_sync.values import Document, decimal_text, from_json, scalar_text, to
 
 ROWS = "__delta"  # what a target's table is called, after the view
 FLOOR = "__delta_floor"
+DELETED_INDEX = f"{ROWS}_deleted"
 DELETED_COLUMN = "_delta_deleted_ms"
 OWN_COLUMNS = (ID_COLUMN, VERSION_FIELD, DELETED_COLUMN)
 
@@ -101,10 +107,13 @@ class SqlTargetOptions(TargetOptions):
 
 
 class Place(NamedTuple):
-    """Where a target's documents are: the view's name, and the columns whose types the user chose."""
+    """Where a target's documents are: the view's name, what its generation's tables are called after, and the columns
+    whose types the user chose.
+    """
 
     schema: str | None
     name: str
+    own: str
     columns: Mapping[str, Kind]
 
 
@@ -131,6 +140,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
     schemes: ClassVar[tuple[str, ...]] = ("postgresql", "postgres", "sqlite")
     options_model: ClassVar[type[Options]] = SqlOptions
     target_model: ClassVar[type[TargetOptions]] = SqlTargetOptions
+    generations: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -154,18 +164,20 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
 
     def target(self, table: Table, options: SqlTargetOptions) -> Target:
         name, schema = options.table or table.name, self.options.db_schema
-        if len(f"{name}{FLOOR}".encode()) > MAX_NAME_BYTES or "\0" in name:
+        own = name if self.number in (None, 1) else f"{name}__g{self.number}"
+        if len(f"{own}{DELETED_INDEX}".encode()) > MAX_NAME_BYTES or "\0" in name:
             raise UsageError(
-                f"sink {self.name}: the name {name!r} is too long: with {FLOOR} behind it, it must have at most"
+                f"sink {self.name}: the name {own!r} is too long: with {DELETED_INDEX} behind it, it must have at most"
                 f" {MAX_NAME_BYTES} bytes; set `table`."
             )
-        if name.endswith((ROWS, FLOOR)):
+        if name.endswith((ROWS, FLOOR)) or re.search(r"__g\d+$", name):
             raise UsageError(f"sink {self.name}: {name!r} ends as Delta's own tables do; set `table`.")
         for column in options.columns:
             if (reason := name_conflict(column)) is not None:
                 raise UsageError(f"sink {self.name}: columns: {reason}.")
-        place = f"{schema}.{name}" if schema else name
-        return Target(table, place.lower() if self.is_sqlite else place, Place(schema, name, dict(options.columns)))
+        place = f"{schema}.{own}" if schema else own
+        settings = Place(schema, name, own, dict(options.columns))
+        return Target(table, place.lower() if self.is_sqlite else place, settings)
 
     def check(self, targets: Sequence[Target]) -> list[Problem]:
         where = f"sink {self.name}"
@@ -205,9 +217,9 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             return [Problem(where, f"{target.place}{ROWS} is there, and is not Delta's", fix)]
         inspector = sa.inspect(connection)
         if inspector.has_table(place.name, place.schema) and (
-            not columns or place.name in inspector.get_table_names(place.schema)
+            (not columns and self.number is None) or place.name in inspector.get_table_names(place.schema)
         ):
-            what = f"{target.place} is there, and is not the view that Delta would create"
+            what = f"{place.name} is there, and is not the view that Delta would create"
             return [Problem(where, what, fix)]
         if not columns and not self.is_sqlite:
             schema = place.schema or connection.scalar(sa.text("SELECT current_schema()"))
@@ -229,46 +241,91 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             columns = self._columns(connection, place)
             if not columns:
                 connection.execute(sa.schema.CreateTable(rows, if_not_exists=True))
-                name = f"{place.name}{ROWS}_deleted"
                 deleted = rows.c[DELETED_COLUMN]
                 where = deleted.is_not(None)
+                name = f"{place.own}{DELETED_INDEX}"
                 index = sa.Index(name, deleted, postgresql_where=where, sqlite_where=where)
                 connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
             connection.execute(sa.schema.CreateTable(floor, if_not_exists=True))
             insert = _insert(connection.dialect, floor).values(id=1, version=0, generation=0).on_conflict_do_nothing()
             connection.execute(insert)
-            if not columns or not sa.inspect(connection).has_table(place.name, place.schema):
-                self._show(connection, place)
+            if self.number is None:
+                self._lock_view(connection, place)
+                if not self._columns(connection, place, place.name):
+                    self._show(connection, place)
+                elif not self._leads_here(connection, place):
+                    raise SinkRefused(
+                        f"The view {place.name} shows another table than {place.own}{ROWS}, and the state store knows"
+                        " nothing of it; give the pipeline its state back, or drop that view and --reload"
+                    )
+
+    def lead_readers(self, targets: Sequence[Target]) -> None:
+        """Let each target's view show this generation's table, all in one transaction."""
+        with self._typed_errors(), self._writing() as connection:
+            places: list[Place] = sorted((target.settings for target in targets), key=lambda place: place.name)
+            for place in places:
+                self._lock_view(connection, place)
+            for place in places:
+                if not self._leads_here(connection, place):
+                    self._show(connection, place)
+
+    def _lock_view(self, connection: sa.Connection, place: Place) -> None:
+        """Keep everybody else from changing the view in this transaction. SQLite has one writer anyway."""
+        if not self.is_sqlite:
+            name = f"delta view {place.schema or ''}.{place.name}"
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})
+
+    def _leads_here(self, connection: sa.Connection, place: Place) -> bool:
+        """Tell whether the view shows this generation's table."""
+        if self.is_sqlite:
+            rows = connection.dialect.identifier_preparer.format_table(self._table(place, {}))
+            asked = sa.text("SELECT sql FROM sqlite_master WHERE type = 'view' AND name = :name COLLATE NOCASE")
+            return f" FROM {rows} WHERE " in (connection.scalar(asked, {"name": place.name}) or "")
+        depends = sa.text(
+            "SELECT 1 FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass"
+            " WHERE r.ev_class = to_regclass(:view) AND d.refobjid = to_regclass(:rows) LIMIT 1"
+        )
+        names = {"view": _quoted(place.schema, place.name), "rows": _quoted(place.schema, f"{place.own}{ROWS}")}
+        return connection.scalar(depends, names) is not None
 
     def _show(self, connection: sa.Connection, place: Place) -> None:
-        """Let the view show all columns that the table has by now."""
+        """Let the view show this generation's table with all columns that it has by now, behind those that it showed.
+
+        Where PostgreSQL cannot replace the view, another takes its place, with its privileges; in the same transaction.
+        """
         preparer = connection.dialect.identifier_preparer
         view = preparer.format_table(sa.Table(place.name, sa.MetaData(), schema=place.schema))
         rows = preparer.format_table(self._table(place, {}))
-        names = [name for name in self._columns(connection, place) if name != DELETED_COLUMN]
-        columns = ", ".join(preparer.quote_identifier(name) for name in names)
+        before = self._columns(connection, place, place.name)
+        types = {name: of for name, of in self._columns(connection, place).items() if name != DELETED_COLUMN}
+        kept = [name for name, of in before.items() if types.get(name) == of]
+        columns = ", ".join(map(preparer.quote_identifier, dict.fromkeys([*kept, *types])))
+        grants: Sequence[str] = ()
         if self.is_sqlite:  # it cannot replace one
             connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view}")
+        elif len(kept) < len(before):
+            grants = connection.execute(_GRANTS, {"view": _quoted(place.schema, place.name)}).scalars().all()
+            connection.exec_driver_sql(f"DROP VIEW {view}")
         replace = "" if self.is_sqlite else "OR REPLACE "
         connection.exec_driver_sql(
             f"CREATE {replace}VIEW {view} AS SELECT {columns} FROM {rows} WHERE {DELETED_COLUMN} IS NULL"  # noqa: S608 -- quoted above
         )
+        for grant in grants:
+            connection.exec_driver_sql(grant.replace("%", "%%"))
 
     # ── the table's shape ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _columns(self, connection: sa.Connection, place: Place) -> dict[str, str]:
-        """Return the types of the table's columns, as the store writes them; none when it is not there."""
+    def _columns(self, connection: sa.Connection, place: Place, view: str | None = None) -> dict[str, str]:
+        """Return the types of the table's columns (or the view's), as the store writes them; none when it is absent."""
+        name = view or f"{place.own}{ROWS}"
         if self.is_sqlite:
             asked = sa.text("SELECT name, type FROM pragma_table_info(:name)")
-            name = f"{place.name}{ROWS}"
         else:
             asked = sa.text(
                 "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute"
                 " WHERE attrelid = to_regclass(:name) AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
             )
-            # Not by SQLAlchemy, which doubles a % for the driver: this is a parameter.
-            parts = [part for part in (place.schema, f"{place.name}{ROWS}") if part is not None]
-            name = ".".join('"' + part.replace('"', '""') + '"' for part in parts)
+            name = _quoted(place.schema, name)
         return {str(row[0]): str(row[1]) for row in connection.execute(asked, {"name": name})}
 
     def _look(self, target: Target, connection: sa.Connection) -> Shape | None:
@@ -310,6 +367,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
         floor = self._floor(place)
         types = SQLITE_TYPES if self.is_sqlite else POSTGRESQL_TYPES
         with self._writing() as connection:
+            self._lock_view(connection, place)  # first: whoever leads readers has it, and looks at the table then
             connection.execute(sa.update(floor).values(generation=floor.c.generation + 1))
             shape = self._look(target, connection) or shape
             preparer = connection.dialect.identifier_preparer
@@ -318,7 +376,8 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
                 if name not in shape.kinds:
                     column = preparer.quote_identifier(name)
                     connection.exec_driver_sql(f"ALTER TABLE {rows} ADD COLUMN {column} {types[wanted[name]]}")
-            self._show(connection, place)
+            if self._leads_here(connection, place):
+                self._show(connection, place)
             return self._look(target, connection) or shape
 
     def _addable(self, shape: Shape, wanted: Mapping[str, Kind]) -> list[str]:
@@ -343,7 +402,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
         ]
         id_type = sa.Text() if self.is_sqlite else sa.Text(collation="C")  # so that a scan's order is the bytes'
         return sa.Table(
-            f"{place.name}{ROWS}",
+            f"{place.own}{ROWS}",
             sa.MetaData(),
             sa.Column(ID_COLUMN, id_type, primary_key=True),
             sa.Column(VERSION_FIELD, sa.BigInteger, nullable=False),
@@ -354,7 +413,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
 
     def _floor(self, place: Place) -> sa.Table:
         return sa.Table(
-            f"{place.name}{FLOOR}",
+            f"{place.own}{FLOOR}",
             sa.MetaData(),
             sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
             sa.Column("version", sa.BigInteger, nullable=False),
@@ -547,7 +606,9 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             view = connection.dialect.identifier_preparer.format_table(
                 sa.Table(place.name, sa.MetaData(), schema=place.schema)
             )
-            connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view}")
+            self._lock_view(connection, place)
+            if self._leads_here(connection, place):
+                connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view}")
             connection.execute(sa.schema.DropTable(rows, if_exists=True))
             connection.execute(sa.schema.DropTable(self._floor(place), if_exists=True))
             return count
@@ -673,6 +734,15 @@ AS_IT_IS_IN_SQLITE: frozenset[Kind] = frozenset({"boolean", "integer", "float", 
 AS_IT_IS_IN_POSTGRESQL: frozenset[Kind] = frozenset(POSTGRESQL_TYPES) - {"json"}
 
 
+# Each privilege on a view that somebody else has, as the statement that gives it.
+_GRANTS = sa.text(
+    "SELECT format('GRANT %s ON %s TO %s%s', a.privilege_type, c.oid::regclass,"
+    " CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END,"
+    " CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)"
+    " FROM pg_class c, aclexplode(c.relacl) a WHERE c.oid = to_regclass(:view) AND a.grantee <> c.relowner"
+)
+
+
 class _Raw(sa.types.UserDefinedType[Any]):
     """A column whose values the driver takes and gives as they are."""
 
@@ -746,6 +816,11 @@ def _read(kind: Kind | None, value: Any) -> Any:
             return value  # SQLite's texts are written so
         case _:
             return plain(kind, value)
+
+
+def _quoted(schema: str | None, name: str) -> str:
+    """Return a name as a parameter for `to_regclass`. SQLAlchemy would double a % in it, for the driver."""
+    return ".".join('"' + part.replace('"', '""') + '"' for part in (schema, name) if part is not None)
 
 
 def _insert(dialect: sa.Dialect, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
