@@ -181,7 +181,8 @@ class DocumentBuilder:
         Those of a change that is about too many are left to a dump, which sees that change, too: it claims a position
         above it.
         """
-        self._unseen |= self._of_epoch(touched)
+        for xid, version in self._of_epoch(touched).items():
+            self._unseen[xid] = max(version, self._unseen.get(xid, 0))  # of MariaDB they all have one number, 0
         for names, why in ((touched.emptied, "was truncated"), (touched.blind, "its log did not say what rows were")):
             for name in names:
                 roots = [root for root, spec in self._specs.items() if name in spec.tables]

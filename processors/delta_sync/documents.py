@@ -16,7 +16,6 @@ from delta_sync.errors import UsageError
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Kind, Link, Part, Table
 
-NO_DOCUMENTS = "Documents from several tables are built of PostgreSQL only, so far; declare a function for each table."
 MOST = 10_000  # rows of a part in one document: more is no document that a store would take
 DEBOUNCE = (
     "200ms"  # a reader hardly sees the difference, and a burst of a million changes builds a document a few times

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -22,11 +22,14 @@ from delta_sync.sources.mysql.connection import Session, connect
 from delta_sync.sources.mysql.reader import MariaReader
 from delta_sync.spec import SourceSpec, load_spec
 from delta_sync.state import StateStore
+from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Redis, Server
 from delta_sync.values import to_json
+
+T = TypeVar("T", bound="MariaPipeline")
 
 ROWS_MOST, BYTES_MOST = 100_000, 1 << 30  # of a table: all that there are
 
@@ -126,18 +129,29 @@ class MariaPipeline(KafkaPipeline):
             known = store.pipeline(self.name)
         return 0 if known is None else known.epoch
 
+    def dumped(self) -> bool:
+        """Whether every dump is over."""
+        store = StateStore.open("sqlite:///state.db", self.home, create=False)
+        assert store is not None, "a dump was started"
+        with store:
+            return not DumpStore(store, self.name).all(unfinished=True)
+
     def document(self, table: Table, key: Key) -> dict[str, Any] | None:
         """Return a key's document."""
         (stored,) = self.sinks["cache"].read(target_for(self.sinks["cache"], table, self.spec), [key])
         return None if stored is None else stored.document
 
+    def expected(self, table: Table) -> dict[Key, dict[str, Any]]:
+        """Return what there is to be of a table's rows, by key: the rows themselves."""
+        return self.source.rows(table)
+
     def differences(self) -> list[str]:
         """Compare every row with its document, and return a line for each that is not as it must be."""
         sink = self.sinks["cache"]
         found: list[str] = []
-        for table in self.source.reader.tables(self.tables).values():
+        for table in self.source.reader.tables([name for name in self.tables if name not in self.parts]).values():
             target = target_for(sink, table, self.spec)
-            rows = self.source.rows(table)
+            rows = self.expected(table)
             ids = {sink.id_of(target, key): key for key in rows}
             there = {id_: version for batch in sink.scan(target) for id_, version in batch}
             found += [f"{table.id} {id_}: no such row, version {there[id_]:#x}" for id_ in there.keys() - ids.keys()]
@@ -185,12 +199,18 @@ class MariaPipeline(KafkaPipeline):
 
 @contextlib.contextmanager
 def maria_pipeline(
-    server: MariaDB, cache: Redis, kafka: Server, registry: Server, folder: Path, tables: dict[str, str]
-) -> Iterator[MariaPipeline]:
+    server: MariaDB,
+    cache: Redis,
+    kafka: Server,
+    registry: Server,
+    folder: Path,
+    tables: dict[str, str],
+    kind: type[T],
+) -> Iterator[T]:
     """Make a database with tables, by the statement that makes each, and a pipeline of all of them."""
     source = MariaSource(server, f"maria_{uuid.uuid4().hex[:8]}", folder)
     source.execute(*tables.values())
-    pipeline = MariaPipeline(source, folder, cache, kafka, registry, list(tables))
+    pipeline = kind(source, folder, cache, kafka, registry, list(tables))
     try:
         yield pipeline
     finally:

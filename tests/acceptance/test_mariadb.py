@@ -8,12 +8,13 @@ import random
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pymysql
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
-from acceptance.harness import Actor, Run
+from acceptance.harness import Actor, Key, Run
 from acceptance.kafka_harness import child_of, dump_by_both
 from acceptance.mariadb_harness import MariaPipeline, execute, maria_pipeline
 from delta_sync.decoding import Event
@@ -24,6 +25,7 @@ from delta_sync.kafka.registry import SchemaRegistry
 from delta_sync.kafka.topics import read_cluster, wanted_topics
 from delta_sync.sinks import target_for
 from delta_sync.sources.mysql.connection import Session
+from delta_sync.tables import Table
 from delta_sync.testing.kafka import Kafka
 from delta_sync.testing.mariadb import MariaDB
 from delta_sync.testing.processes import free_port, wait_until
@@ -52,7 +54,7 @@ TABLES = {
 def pipeline(
     mariadb: MariaDB, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
 ) -> Iterator[MariaPipeline]:
-    with maria_pipeline(mariadb, redis_server, kafka, registry, tmp_path, TABLES) as made:
+    with maria_pipeline(mariadb, redis_server, kafka, registry, tmp_path, TABLES, MariaPipeline) as made:
         yield made
 
 
@@ -176,6 +178,133 @@ def test_a_pipeline_from_mariadb(pipeline: MariaPipeline, kafka: Kafka) -> None:
         assert sidecar.stop() == 0
         assert worker.stop() == 0
     check_commands(pipeline)
+
+
+# ── documents from several tables ────────────────────────────────────────────────────────────────────────────────
+
+MOVIES, STUDIOS = 30, 4
+LIBRARY = {
+    "studio": "CREATE TABLE studio (id int PRIMARY KEY, rev int NOT NULL DEFAULT 0)",
+    "movie": "CREATE TABLE movie (id int PRIMARY KEY, rev int NOT NULL DEFAULT 0, studio_id int,"
+    " FOREIGN KEY (studio_id) REFERENCES studio (id))",
+    "review": "CREATE TABLE review (id int PRIMARY KEY, rev int NOT NULL DEFAULT 0, movie_id int NOT NULL,"
+    " FOREIGN KEY (movie_id) REFERENCES movie (id))",
+}
+DOCUMENTS = """
+from delta_sync import Pipeline, many, one
+
+pipeline = Pipeline("{name}")
+
+
+@pipeline.document("{schema}.movie", parts={{"studio": one("{schema}.studio"), "reviews": many("{schema}.review")}})
+def movie(row):
+    return row
+"""
+
+
+class WritingLibrary(Writing):
+    """Changes movies, what they refer to and what refers to them: both sides of what is moved, too."""
+
+    def _change(self) -> str:
+        movie, other = self._random.randrange(MOVIES), self._random.randrange(MOVIES)
+        review, studio = self._random.randrange(5 * MOVIES), self._random.randrange(STUDIOS)
+        return self._random.choice(
+            [
+                f"UPDATE studio SET rev = rev + 1 WHERE id = {studio}",
+                f"UPDATE movie SET rev = rev + 1, studio_id = {studio} WHERE id = {movie}",
+                f"UPDATE movie SET studio_id = NULL WHERE id = {movie}",
+                f"INSERT IGNORE INTO movie VALUES ({movie}, 0, {studio})",
+                f"DELETE FROM movie WHERE id = {movie} AND id NOT IN (SELECT movie_id FROM review)",
+                f"INSERT IGNORE INTO review VALUES ({review}, 0, {movie})",
+                f"UPDATE IGNORE review SET rev = rev + 1, movie_id = {movie} WHERE id = {review}",
+                f"UPDATE review SET rev = rev + 1 WHERE movie_id = {movie}",
+                f"DELETE FROM review WHERE movie_id = {other}",
+            ]
+        )
+
+
+class Library(MariaPipeline):
+    """A pipeline of movies with their studio and their reviews."""
+
+    def expected(self, table: Table) -> dict[Key, dict[str, Any]]:
+        """Join the rows of the three tables; one snapshot each, for when writers rest."""
+        tables = self.source.reader.tables(self.tables)
+        movies, studios, reviews = (
+            self.source.rows(tables[f"{self.source.schema}.{name}"]) for name in ("movie", "studio", "review")
+        )
+        return {
+            key: {
+                **movie,
+                "studio": studios.get((movie["studio_id"],)),
+                "reviews": [one for _, one in sorted(reviews.items()) if one["movie_id"] == movie["id"]],
+            }
+            for key, movie in movies.items()
+        }
+
+
+def test_documents_of_several_tables(
+    mariadb: MariaDB, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
+) -> None:
+    """Workers are killed and dumps run while the tables change; at the end each document is the join of the source."""
+    with maria_pipeline(mariadb, redis_server, kafka, registry, tmp_path, LIBRARY, Library) as pipeline:
+        schema = pipeline.source.schema
+        (pipeline.home / "processor.py").write_text(DOCUMENTS.format(name=pipeline.name, schema=schema))
+        pipeline.parts = {f"{schema}.{name}" for name in ("studio", "review")}
+        checked = pipeline.deltactl("pipeline", "check", pipeline.name)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        with closing(pipeline.source.session()) as session, contextlib.ExitStack() as exits:
+
+            def start(command: str, *options: str) -> Run:
+                run = pipeline.process(command, *options)
+                exits.callback(run.kill)
+                return run
+
+            execute(
+                session,
+                f"INSERT INTO studio SELECT seq, 0 FROM seq_0_to_{STUDIOS - 1}",
+                f"INSERT INTO movie SELECT seq, 0, seq % {STUDIOS} FROM seq_0_to_{MOVIES - 1}",
+                f"INSERT INTO review SELECT seq, 0, seq % {MOVIES} FROM seq_0_to_{3 * MOVIES}",
+            )
+            with WritingLibrary(pipeline) as writer:
+                sidecar, worker = start("sidecar"), start("worker")
+                wait_until(lambda: pipeline.loaded() or not worker.running, BEGINS_S, "the load")
+                assert worker.running, worker.tail()
+                second = start("worker", "--port", str(free_port()))
+                wait_until(lambda: bool(second.events("partitions_assigned")), BEGINS_S, "its partitions")
+                started = pipeline.deltactl("dump", "start", pipeline.name, "--table", f"{schema}.movie")
+                assert started.returncode == 0, started.stderr
+                before = writer.transactions
+                wait_until(lambda: writer.transactions > before + SOME, LOADS_S, "some transactions")
+                worker.kill()
+                execute(session, "FLUSH BINARY LOGS")
+                before = writer.transactions
+                wait_until(lambda: writer.transactions > before + SOME, LOADS_S, "some more")
+            pipeline.in_step(sidecar, second)
+            wait_until(pipeline.dumped, LOADS_S, "the dump's end")
+            check_documents(pipeline)
+            assert pipeline.dead_letters() == []
+            assert sidecar.stop() == 0
+            assert second.stop() == 0
+
+
+def check_documents(pipeline: Library) -> None:
+    """What was damaged is found and mended, and a trial shows what there is."""
+    movie = f"{pipeline.source.schema}.movie"
+    table = pipeline.source.reader.tables([movie])[movie]
+    cache = pipeline.sinks["cache"]
+    target = target_for(cache, table, pipeline.spec)
+    lost = next(iter(pipeline.source.rows(table)))
+    (stored,) = cache.read(target, [lost])
+    assert stored is not None
+    cache.discard(target, [(lost, stored.version)])
+    repaired = pipeline.deltactl("verify", pipeline.name, "--repair", "--yes", "--json")
+    lines = [json.loads(line) for line in repaired.stdout.splitlines()]
+    found = [(line["finding"]["table"], line["finding"]["key"]) for line in lines if "finding" in line]
+    assert (repaired.returncode, found) == (0, [(movie, str(lost[0]))]), repaired.stdout + repaired.stderr
+    assert pipeline.differences() == []
+    tried = pipeline.deltactl("pipeline", "test", pipeline.name, "--table", movie, "--keys", f"{lost[0]},888", "--json")
+    assert tried.returncode == 0, tried.stderr
+    assert [one["effect"] for one in json.loads(tried.stdout)] == ["same", "absent"]
 
 
 def check_commands(pipeline: MariaPipeline) -> None:

@@ -43,6 +43,9 @@ MONITOR = """BEGIN NOT ATOMIC
   END WHILE;
 END"""
 BYTES_MOST = 1 << 30
+SURE_AT_ONCE = 150
+BURST, REST_S = 40, 0.1  # transactions, and then a rest: or no file of 4 KiB lasts long enough to be settled
+BARE_EACH = 8  # snapshots for each sure one
 DUMPS_AT_ONCE = 1_000
 ROUNDS_AT_MOST = 20  # by when the wrong way has been seen to be wrong
 ANSWERS_AT_MOST = 100_000  # by when one has been another session's: it is one of fifty
@@ -314,6 +317,91 @@ def test_no_row_outranks_what_it_lacks(source: Source, seed: int) -> None:
     else:
         pytest.fail(f"the wrong way was never wrong, so this shows nothing: {result}")
     assert min(result["ours: claims"], result["eager: claims"]) > DUMPS_AT_ONCE / 2, result
+
+
+# ── clocks: numbers that rise with what snapshots show ──────────────────────────────────────────────────────────────
+
+
+class Seen(NamedTuple):
+    """A snapshot's clock, and how many transactions it shows."""
+
+    clock: int
+    commits: int
+
+
+def misleading(seen: Sequence[Seen]) -> int:
+    """Return how many clocks belong to snapshots that show different things, or less than a lower one's."""
+    by_clock: dict[int, set[int]] = {}
+    for one in seen:
+        by_clock.setdefault(one.clock, set()).add(one.commits)
+    wrong, most = 0, 0
+    for _, commits in sorted(by_clock.items()):
+        wrong += len(commits) > 1 or min(commits) < most
+        most = max(most, *commits)
+    return wrong
+
+
+class Race:
+    """Writers of whose transactions each adds one to a sum, and readers, who look at it in two kinds of snapshots."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.stopping = threading.Event()
+        self.sure: list[Seen] = []
+        self.bare: list[Seen] = []
+
+    def write(self, number: int) -> None:
+        session = connect(self.source.spec)
+        rng = random.Random(number)
+        while not self.stopping.wait(REST_S):
+            for _ in range(BURST):
+                session.begin()
+                execute(session, f"UPDATE item SET rev = rev + 1 WHERE id = {rng.randrange(number, IDS, WRITERS)}")
+                session.commit()
+        session.shut()
+
+    def read(self) -> None:
+        reader = MariaReader(self.source.spec, "clocks")
+        while not self.stopping.is_set():
+            with reader._connected() as session:
+                for _ in range(BARE_EACH):
+                    with reader._snapshot(session) as snapshot:
+                        self.bare.append(Seen(snapshot.position, commits_in(session)))
+                with contextlib.suppress(SourceBusy), reader._sure_snapshot(session) as snapshot:
+                    self.sure.append(Seen(snapshot.clock, commits_in(session)))
+            if len(self.sure) >= SURE_AT_ONCE:
+                self.stopping.set()
+        reader.close()
+
+    def run(self) -> None:
+        tasks = [*(lambda n=n: self.write(n) for n in range(WRITERS)), *[self.read] * READERS]
+        with ThreadPoolExecutor(len(tasks)) as pool:
+            for future in [pool.submit(task) for task in tasks]:
+                future.result()
+
+
+def commits_in(session: Session) -> int:
+    with session.cursor() as cursor:
+        cursor.execute("SELECT SUM(rev) FROM item")
+        ((found,),) = cursor.fetchall()
+        return int(found)
+
+
+def test_clocks_rise_with_what_snapshots_show_and_bare_positions_do_not(source: Source) -> None:
+    execute(
+        source.admin, "SET GLOBAL innodb_flush_log_at_trx_commit = 1"
+    )  # or no file of 4 KiB is ever settled in time
+    execute(source.admin, "INSERT INTO item VALUES " + ", ".join(f"({id_}, 0)" for id_ in range(IDS)))
+    race = Race(source)
+    for _ in range(ROUNDS_AT_MOST):
+        race.stopping.clear()
+        race.run()
+        print(f"bare: {misleading(race.bare)} of {len(race.bare)}; sure: {misleading(race.sure)} of {len(race.sure)}")
+        assert misleading(race.sure) == 0
+        if misleading(race.bare):
+            return
+        race.sure.clear()
+    pytest.fail("the wrong way was never wrong, so this shows nothing")
 
 
 # ── one step after the other ─────────────────────────────────────────────────────────────────────────────────────

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from decimal import Decimal
@@ -17,20 +16,18 @@ import pytest
 
 from delta_sync import many, one
 from delta_sync.building import KEYS_MOST, DocumentBuilder
-from delta_sync.changes import Change, Key
-from delta_sync.decoding import Stretch, decode
+from delta_sync.changes import Key
 from delta_sync.documents import DocumentSpec, PartSpec, watches
 from delta_sync.errors import ProcessorError, UsageError
-from delta_sync.progress import LogPosition, Progress
-from delta_sync.sources.postgresql import parts as parts_module
+from delta_sync.sources import parts as parts_module
 from delta_sync.sources.postgresql.reader import PostgresReader
-from delta_sync.sources.reader import Snapshot
 from delta_sync.spec import SourceSpec
 from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import PostgreSQL
+from integration.documents import Careless, Follower
 from integration.postgresql_log import postgres_log
 
 SEED = random.SystemRandom().randrange(1_000_000)
@@ -248,80 +245,6 @@ def test_a_table_without_whole_images_is_refused_and_its_identity_is_in_the_fing
 # ── while it changes ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Store:
-    """A derived store: what is written beats what is there by its version, or because it comes later."""
-
-    def __init__(self, *, versions: bool) -> None:
-        self._versions = versions
-        self.documents: dict[Key, tuple[int, dict[str, Any] | None]] = {}
-
-    def write(self, changes: list[Change]) -> None:
-        for change in changes:
-            known = self.documents.get(change.key)
-            if known is None or not self._versions or change.version >= known[0]:
-                self.documents[change.key] = change.version, change.row
-
-    def rows(self) -> dict[Key, dict[str, Any]]:
-        return {key: row for key, (_, row) in self.documents.items() if row is not None}
-
-
-class Careless(DocumentBuilder):
-    """Takes any snapshot."""
-
-    def _shows_all(self, snapshot: Snapshot) -> bool:
-        self._unseen.clear()
-        self._snapshot = snapshot
-        return True
-
-
-class Follower:
-    """Follows the log with a builder into a store. Half of its writes arrive at the very end, the newest first."""
-
-    def __init__(self, library: Library, state: StateStore, kind: type[DocumentBuilder], *, versions: bool) -> None:
-        self.reader = library.reader()
-        tables = self.reader.tables(["public.movie"])
-        specs = dict(self.reader.documents)
-        position = LogPosition(lambda: 0.0)
-        self.stopping = threading.Event()
-        self.builder = kind(
-            specs=specs,
-            reader=self.reader,
-            epoch=1,
-            tables=lambda: tables,
-            dumps=DumpStore(state, "movies"),
-            load_again=lambda names, reason: None,
-            progress=Progress(position, lambda: 0.0),
-            stopping=self.stopping,
-        )
-        self.watched = self.builder.watched(self.reader.table_codec)
-        self.codecs = {name: self.reader.table_codec(of[0].watch.table) for name, of in self.watched.items()}
-        self.store = Store(versions=versions)
-        self._rng = random.Random(f"{SEED} {kind} {versions}")
-        self._late: list[list[Change]] = []
-        first = self.reader.read_chunk(tables["public.movie"], None, 1000, 1 << 30, lambda _: True)
-        assert first is not None
-        self.store.write([Change("public.movie", key, first.version(1, 0), row) for key, row in first.rows])
-
-    def follow(self, events: list[dict[str, Any]]) -> None:
-        """Build what events are about."""
-        for start in range(0, len(events), 20):
-            some = Stretch(1, events[start : start + 20])
-            decoded = decode([some], self.codecs, "beat", None, (), self.watched, self.watched.keys())
-            if decoded.touched is None:
-                continue
-            for root, keys in self.builder.keys(decoded.touched).items():
-                changes, left, _ = self.builder.read(root, keys)
-                assert left == []
-                if self._rng.random() < 0.5:
-                    self._late.append(changes)
-                else:
-                    self.store.write(changes)
-
-    def catch_up(self) -> None:
-        while self._late:
-            self.store.write(self._late.pop())
-
-
 def random_changes(connection: psycopg.Connection, rng: random.Random, changes: int) -> None:
     for _ in range(changes):
         review, movie, studio = rng.randrange(1, 30), rng.randrange(1, 10), uuid.UUID(int=rng.choice((1, 2)))
@@ -351,9 +274,9 @@ def test_documents_follow_with_clocks_that_show_all_changes_and_with_less_they_d
         StateStore.open("sqlite:///state.db", tmp_path) as state,
         postgres_log(library.url, tmp_path, {}) as log,
     ):
-        honest = Follower(library, state, DocumentBuilder, versions=True)
-        last_wins = Follower(library, state, DocumentBuilder, versions=False)
-        careless = Follower(library, state, Careless, versions=True)
+        honest = Follower(library.reader(), state, DocumentBuilder, SEED, versions=True)
+        last_wins = Follower(library.reader(), state, DocumentBuilder, SEED, versions=False)
+        careless = Follower(library.reader(), state, Careless, SEED, versions=True)
         everybody = (honest, last_wins, careless)
 
         def truth() -> dict[Key, dict[str, Any]]:
@@ -387,7 +310,7 @@ def test_documents_follow_with_clocks_that_show_all_changes_and_with_less_they_d
                 assert any(event["after"] and event["after"].get("body") == "hidden at first" for event in events)
                 careless.follow(events)
                 patient = pool.submit(honest.follow, events)
-                looks = count_looks(honest)
+                looks = honest.count_looks()
                 wait_until(lambda: looks() > 3, WAIT_S, "looks at snapshots that do not show it")
                 assert not patient.done()
             finally:
@@ -417,28 +340,13 @@ def waits_for_standby(library: Library) -> bool:
     return bool(library.admin.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'").fetchall())
 
 
-def count_looks(follower: Follower) -> Callable[[], int]:
-    """Count the snapshots that are refused from now on."""
-    refused: list[None] = []
-    shows = follower.builder._shows_all
-
-    def counted(snapshot: Any) -> bool:
-        shown = shows(snapshot)
-        if not shown:
-            refused.append(None)
-        return shown
-
-    follower.builder._shows_all = counted  # type: ignore[method-assign]  # it still does what it did
-    return lambda: len(refused)
-
-
 def test_a_change_of_many_documents_is_left_to_a_dump(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("delta_sync.building.KEYS_MOST", 2)
     assert KEYS_MOST > 2
     with StateStore.open("sqlite:///state.db", tmp_path) as state:
-        it = Follower(library, state, DocumentBuilder, versions=True)
+        it = Follower(library.reader(), state, DocumentBuilder, SEED, versions=True)
         image = {"the id": str(uuid.UUID(int=2)), "name": "two"}
         source = {"schema": "public", "table": "stu%dio", "lsn": 8, "txId": 3, "ts_ms": 1}
         for _ in range(2):

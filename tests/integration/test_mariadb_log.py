@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
 
-import orjson
 import pytest
 
-from delta_debezium.distribution import distribution
-from delta_debezium.properties import expression_literal, properties_text
-from delta_debezium.render import SOURCE_PREFIX, connector_config, engine_options
-from delta_debezium.server import DebeziumServer
-from delta_sync.secrets import resolve
 from delta_sync.sources.mysql.catalogue import unreadable_columns
 from delta_sync.sources.mysql.claims import Snapshot, event_position
 from delta_sync.sources.mysql.codec import table_codec
@@ -26,73 +17,13 @@ from delta_sync.sources.mysql.reader import MariaReader
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
 from delta_sync.testing.processes import wait_until
+from integration.mariadb_log import ARRIVES_S, Log, execute
 from mariadb_values import VALUES as ALL_VALUES
 
-ARRIVES_S = 60.0  # a start takes five seconds, on a busy machine some more
 DATABASE = "log_values"
 TABLE = f"{DATABASE}.types"
 UNREADABLE = frozenset({"inet4", "inet6"})
 VALUES = [value for value in ALL_VALUES if value[0] not in UNREADABLE]
-Event = dict[str, Any]
-
-
-class Log:
-    """A Debezium Server that delivers to a list of events, by HTTP."""
-
-    def __init__(self, folder: Path, spec: PipelineSpec, reader: MariaReader) -> None:
-        self.events: list[Event] = []
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        self.server = DebeziumServer(folder / "server", distribution(print))
-        tables = reader.tables(list(spec.tables))
-        source = connector_config(spec, tables, str(folder))
-        source |= {o.name: o.value for o in engine_options(spec, str(folder)) if o.name.startswith("offset.")}
-        entries = {f"{SOURCE_PREFIX}{name}": expression_literal(resolve(value)) for name, value in source.items()}
-        entries |= {
-            "quarkus.http.host-enabled": "false",
-            "quarkus.log.console.json.enabled": "false",
-            "debezium.sink.type": "http",
-            "debezium.sink.http.url": f"http://127.0.0.1:{self._http.server_port}/",
-            "debezium.format.value": "json",
-            "debezium.format.value.schemas.enable": "false",
-        }
-        self.server.start(properties_text(entries), {})
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        log = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                event = orjson.loads(body)
-                if "op" in event:  # or it is a heartbeat
-                    log.events.append(event)
-                self.send_response(200)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None: ...
-
-        return Handler
-
-    def wait_for(self, id_: int, op: str) -> Event:
-        def found() -> list[Event]:
-            assert self.server.alive, self.server.last_words()
-            return [e for e in self.events if (e["after"] or e["before"])["id"] == id_ and e["op"] == op]
-
-        wait_until(lambda: bool(found()), ARRIVES_S, f"the event {op} of {id_}")
-        return found()[0]
-
-    def close(self) -> None:
-        self.server.kill()
-        self._http.shutdown()
-        self._http.server_close()
-
-
-def execute(session: Session, *statements: str) -> None:
-    with session.cursor() as cursor:
-        for statement in statements:
-            cursor.execute(statement)
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from typing import Any, NamedTuple
 
 import pytest
 
 from delta_sync import Pipeline, many, one
-from delta_sync.building import Debounce
+from delta_sync.building import Debounce, DocumentBuilder
 from delta_sync.changes import Change
 from delta_sync.decoding import Event, Stretch, Touched, Watching, decode
 from delta_sync.documents import DocumentSpec, ForeignKey, Hop, PartSpec, Watch, fingerprint, resolved, watches
@@ -17,6 +18,7 @@ from delta_sync.errors import ProcessorError, UsageError
 from delta_sync.masking import Mask
 from delta_sync.pipeline import TableProcessor
 from delta_sync.processing import process
+from delta_sync.sources.mysql.claims import Snapshot as BinlogSnapshot
 from delta_sync.sources.postgresql.codec import table_codec
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.versions import version_of
@@ -284,6 +286,28 @@ def test_an_event_that_hides_what_a_row_was_is_noticed() -> None:
     emptied = touched(event("review", "t"))
     assert emptied is not None
     assert emptied.emptied == {"public.review"}
+
+
+def test_of_changes_without_a_transaction_s_number_the_newest_has_to_be_shown() -> None:
+    """Those of MariaDB: places of one log, though not in its order, because partitions are read one after the other."""
+    nothing: Any = None
+    builder = DocumentBuilder(
+        specs={},
+        reader=nothing,
+        epoch=1,
+        tables=dict,
+        dumps=nothing,
+        load_again=lambda _names, _reason: None,
+        progress=nothing,
+        stopping=threading.Event(),
+    )
+    for place in (900, 100):
+        found = Touched()
+        found.seen[0] = version_of(1, place)
+        assert builder.keys(found) == {}
+    assert not builder._shows_all(BinlogSnapshot(950, 0.0, shown=500))
+    assert builder._shows_all(BinlogSnapshot(950, 0.0, shown=950))
+    assert builder._shows_all(BinlogSnapshot(960, 0.0)), "later ones show it, too"
 
 
 # ── when they are built ──────────────────────────────────────────────────────────────────────────────────────────

@@ -87,6 +87,7 @@ FINDINGS: list[tuple[dict[str, Any], str, str, bool]] = [
     ({"binlog_format": "STATEMENT"}, "binlog_format is STATEMENT", "SET GLOBAL binlog_format = 'ROW'", True),
     ({"session_format": "MIXED"}, "binlog_format is MIXED in a new session", "init_connect", True),
     ({"row_image": "NOBLOB"}, "binlog_row_image is NOBLOB", "SET GLOBAL binlog_row_image = 'FULL'", True),
+    ({"visible_as_logged": False}, "binlog_optimize_thread_scheduling is OFF", "restart it", True),
     ({"log_bin_compress": True}, "log_bin_compress is on", "SET GLOBAL log_bin_compress = OFF", True),
     ({"row_value_options": "PARTIAL_JSON"}, "binlog_row_value_options", "SET GLOBAL", True),
     ({"compression": True}, "binlog_transaction_compression is on", "SET GLOBAL", True),

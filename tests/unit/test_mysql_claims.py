@@ -11,12 +11,14 @@ from delta_sync.sources.mysql.claims import (
     LISTED_S,
     MAX_FILE,
     STOOD_S,
+    Head,
     Sample,
     Samples,
     Snapshot,
     event_position,
     format_position,
     position_of,
+    shown_to,
 )
 
 XA = frozenset({"1 1 0 a"})
@@ -86,16 +88,40 @@ def test_old_samples_are_thinned_out() -> None:
     assert samples.claim(Snapshot(1000, 2000.0), 0) == 999
 
 
-@pytest.mark.parametrize(
-    ("place", "prepared", "shows"),
-    [
-        (("binlog.000007", 899), frozenset[str](), True),
-        (("binlog.000007", 900), frozenset[str](), False),  # it begins where the snapshot ends
-        (("binlog.000006", 899), frozenset[str](), False),  # the end of the file before may not be visible yet
-        (("binlog.000007", 899), XA, False),  # it may be the prepared one's
-    ],
-)
-def test_which_changes_a_snapshot_surely_shows(place: tuple[str, int], prepared: frozenset[str], shows: bool) -> None:
-    snapshot = Snapshot(position_of("binlog.000007", 900), 0.0, prepared)
-    assert snapshot.shows(position_of(*place), 0) is shows
+NAME = "binlog.000007"
+HEADER = [("Format_desc", 4, 256, ""), ("Gtid_list", 256, 299, "[]"), ("Binlog_checkpoint", 299, 339, "binlog.000006")]
+COMMIT = [("Gtid", 339, 381, "BEGIN GTID 0-1-7"), ("Update_rows_v1", 381, 420, "table_id: 20"), ("Xid", 420, 451, "")]
+SETTLED = ("Binlog_checkpoint", 451, 491, NAME)
+
+
+def at(offset: int, file: str = NAME) -> int:
+    return position_of(file, offset)
+
+
+def test_what_a_snapshot_shows_is_known_in_a_file_that_is_settled() -> None:
+    """Before, its position may be the file's beginning, though the file before has a commit that is not visible yet."""
+    unsettled = Head(7).joined(NAME, [*HEADER, *COMMIT])
+    assert unsettled == Head(7, read_to=451, first=339)
+    assert [shown_to(at(offset), head) for offset in (339, 451) for head in (None, unsettled)] == [0, 0, 0, 0]
+    head = unsettled.joined(NAME, [SETTLED, ("Gtid", 491, 533, "")])
+    assert head == Head(7, read_to=491, first=339, settled=491)
+    assert shown_to(at(600), head) == at(600)
+    assert shown_to(at(451), head) == at(451), "set by its commit, after the note had moved it: so it is visible"
+    assert shown_to(at(600, "binlog.000008"), head) == 0
+    assert shown_to(at(600, "binlog.000006"), head) == 0
+
+
+def test_the_note_itself_moves_the_position_beyond_a_commit_that_may_not_be_visible_yet() -> None:
+    head = Head(7).joined(NAME, [*HEADER, *COMMIT, SETTLED])
+    assert shown_to(at(491), head) == at(339)
+    assert shown_to(at(491), head, stands=True) == at(491)
+    quiet = Head(7).joined(NAME, [*HEADER, SETTLED])
+    assert shown_to(at(491), quiet) == at(491), "nothing was in the file before the note"
+
+
+def test_a_snapshot_shows_what_lies_before() -> None:
+    snapshot = Snapshot(at(900), 0.0, shown=at(700))
+    assert [snapshot.shows(position, 0) for position in (at(699), at(700), at(800))] == [True, False, False]
+    assert snapshot.clock == at(699)
+    assert not Snapshot(at(900), 0.0).shows(at(4), 0)
     assert snapshot.horizon == snapshot.position

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from delta_sync.documents import NO_DOCUMENTS, DocumentSpec
+from delta_sync.documents import DocumentSpec
 from delta_sync.errors import UsageError
 from delta_sync.sources.mysql.claims import format_position
 from delta_sync.spec import PipelineSpec, SourceSpec
@@ -42,8 +42,6 @@ def open_reader(
             need_package()
             from delta_sync.sources.mysql.reader import MariaReader
 
-            if documents:
-                raise UsageError(NO_DOCUMENTS)
             reader = MariaReader(spec.source, application_name, answer_s)
         case kind:
             raise UsageError(unknown(kind))

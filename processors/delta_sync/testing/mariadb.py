@@ -34,6 +34,7 @@ class MariaDB(NativeServer):
             "character_set_server": "utf8mb4",
             "innodb_flush_log_at_trx_commit": 2,  # a kill of the process loses nothing, only one of the machine would
             "innodb_buffer_pool_size": "64M",
+            "connect_timeout": 60,  # a busy machine is no reason to end a connection that has just begun
             **settings,
         }
         self._data = self.directory / "data"

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import pymysql
 from pymysql.cursors import DictCursor
 
+from delta_sync.documents import ForeignKey
 from delta_sync.errors import Problem
 from delta_sync.sources.mysql.checks import key_of, unique_indexes
 from delta_sync.sources.mysql.connection import Session, code_of, is_mariadb
@@ -107,9 +108,30 @@ def read_catalogue(session: Session, names: Sequence[str]) -> dict[str, SourceTa
         columns = tuple(column_of(row, json_columns) for row in _rows(session, _COLUMNS, place))
         key, primary = key_of(unique_indexes(_rows(session, _INDEXES, place)))
         ids = _tablespaces(session, database, bare, mariadb=mariadb)
-        table = Table(database, bare, columns, key, primary)
+        # The log has whole rows (binlog_row_image), or the checks refuse the source, and Debezium ends.
+        table = Table(database, bare, columns, key, primary, full_images=True)
         partitioned = "partitioned" in str(rows[0]["options"])
         found[name] = SourceTable(table, rows[0]["kind"], rows[0]["engine"], str(rows[0]["created"]), ids, partitioned)
+    return found
+
+
+def read_foreign_keys(session: Session, names: Sequence[str]) -> list[ForeignKey]:
+    """Return the foreign keys between these tables. Raises pymysql.Error."""
+    found: list[ForeignKey] = []
+    for name in names:
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for row in _rows(session, _FOREIGN_KEYS, tuple(name.split(".", 1))):
+            if row["referenced"] in names:
+                by_name.setdefault(row["name"], []).append(row)
+        found += [
+            ForeignKey(
+                name,
+                tuple(row["column_name"] for row in rows),
+                rows[0]["referenced"],
+                tuple(row["referenced_column"] for row in rows),
+            )
+            for rows in by_name.values()
+        ]
     return found
 
 
@@ -153,6 +175,13 @@ FROM information_schema.columns WHERE table_schema = %s AND table_name = %s ORDE
 _CHECKS: Final = """
 SELECT check_clause AS clause FROM information_schema.check_constraints
 WHERE constraint_schema = %s AND table_name = %s
+"""
+_FOREIGN_KEYS: Final = """
+SELECT constraint_name AS name, column_name AS column_name, referenced_column_name AS referenced_column,
+       CONCAT(referenced_table_schema, '.', referenced_table_name) AS referenced
+FROM information_schema.key_column_usage
+WHERE table_schema = %s AND table_name = %s AND referenced_table_name IS NOT NULL
+ORDER BY constraint_name, ordinal_position
 """
 _UNREADABLE: Final = """
 SELECT table_schema AS `schema`, table_name AS `table`, column_name AS name, data_type AS type

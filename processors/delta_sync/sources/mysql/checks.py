@@ -99,6 +99,7 @@ class Facts(NamedTuple):
     tables: tuple[TableFacts, ...] = ()
     hidden: frozenset[str] = frozenset()  # tables of which the server does not even say whether they are there
     candidates: tuple[str, ...] = ()  # existing tables, when one of the pipeline's is missing
+    visible_as_logged: bool = True  # binlog_optimize_thread_scheduling: a snapshot's position is not ahead of it
 
 
 # ── I/O ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -144,6 +145,7 @@ def read_facts(session: Session, spec: PipelineSpec) -> Facts:
         tables=tables,
         hidden=frozenset(name for name in missing if _selecting(session, name) in (SELECT_DENIED, DATABASE_DENIED)),
         candidates=_candidates(session) if missing else (),
+        visible_as_logged=variables.get("binlog_optimize_thread_scheduling", "ON") == "ON",
     )
 
 
@@ -378,6 +380,14 @@ def _log_problems(facts: Facts) -> list[Problem]:
                 "source",
                 "binlog_transaction_compression is on, so the changes of a transaction have no positions of their own",
                 "type: SET GLOBAL binlog_transaction_compression = OFF",
+            )
+        )
+    if not facts.visible_as_logged:
+        found.append(
+            Problem(
+                "source",
+                "binlog_optimize_thread_scheduling is OFF, so a snapshot's position is ahead of what it shows",
+                "take it out of the server's configuration, and restart it",
             )
         )
     if not facts.snapshot_position:

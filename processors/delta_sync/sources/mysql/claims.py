@@ -12,12 +12,16 @@ made it is visible.
 XA transactions are the exception: XA PREPARE writes their changes to the log, and XA COMMIT makes them visible, however
 much later. So one that was prepared when the snapshot was taken bounds the claim: by the samples from before it was
 listed as prepared (XA RECOVER).
+
+Documents of several tables need more: a number that rises exactly with what snapshots show. That is P itself, of
+snapshots of which it is sure what they show (`shown_to`); `docs/design/documents.md` says why.
 """
 
 from __future__ import annotations
 
 import bisect
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from delta_sync.errors import PipelineStopped
@@ -43,6 +47,7 @@ class Snapshot(NamedTuple):
     position: int
     taken_s: float  # monotonic
     prepared: frozenset[str] = frozenset()  # XA transactions
+    shown: int = 0  # every change before this position is surely visible in it; 0: not known
 
     @property
     def horizon(self) -> int:
@@ -50,14 +55,15 @@ class Snapshot(NamedTuple):
         return self.position
 
     def shows(self, position: int, xid: int) -> bool:
-        """Tell whether it surely sees a change at a position.
-
-        What lies before its own position in the same file is visible; of the file before, the last transaction may not
-        be, yet. What a prepared transaction changed is in the log and visible later.
-        """
+        """Tell whether it surely sees a change at a position."""
         del xid
-        same_file = position >> OFFSET_BITS == self.position >> OFFSET_BITS
-        return same_file and position < self.position and not self.prepared
+        return position < self.shown
+
+    @property
+    def clock(self) -> int:
+        """A number that rises with what snapshots of one log show; of one that shows nothing for sure there is none."""
+        assert self.shown, "it is known what it shows"
+        return self.shown - 1
 
 
 class Sample(NamedTuple):
@@ -66,6 +72,49 @@ class Sample(NamedTuple):
     position: int
     taken_s: float  # monotonic
     prepared: frozenset[str] = frozenset()  # XA transactions
+
+
+class Head(NamedTuple):
+    """What is known of the beginning of a file of the log, whose events were read up to an offset.
+
+    `first` is where its first transaction begins. `settled` is the end of the event by which the server notes that it
+    needs no older file any more (Binlog_checkpoint with this file's own name): all transactions of older files are
+    visible then, and from then on nothing but commits moves the position of snapshots within this file.
+    """
+
+    file: int  # its number
+    read_to: int = 0
+    first: int | None = None
+    settled: int | None = None
+
+    def joined(self, name: str, events: Iterable[tuple[str, int, int, str]]) -> Head:
+        """Return it with the events that follow: each its type, where it begins and ends, and what it says."""
+        head = self
+        for kind, start, end, info in events:
+            head = head._replace(read_to=end)
+            if kind == CHECKPOINT and info == name:
+                return head._replace(settled=end)
+            if kind not in HEADERS and head.first is None:
+                head = head._replace(first=start)
+        return head
+
+
+CHECKPOINT = "Binlog_checkpoint"
+HEADERS = frozenset({"Format_desc", "Gtid_list", CHECKPOINT, "Start_encryption"})
+
+
+def shown_to(position: int, head: Head | None, *, stands: bool = False) -> int:
+    """Return up to where a snapshot at a position surely shows every change; 0: not known. Pure.
+
+    `head` is what was known of the position's file before the snapshot was taken; `stands`: the position has not moved
+    for STOOD_S, and nobody waits for a replica. XA transactions are another matter.
+    """
+    if head is None or head.settled is None or position >> OFFSET_BITS != head.file:
+        return 0
+    settled = head.file << OFFSET_BITS | head.settled
+    if position != settled or stands or head.first is None:
+        return position
+    return head.file << OFFSET_BITS | head.first  # one that was in the log before the note may not be visible yet
 
 
 _FILE_NUMBER = re.compile(r"\.(\d+)$")

@@ -69,11 +69,16 @@ def quoted(name: str) -> str:
 
 def select_list(table: Table) -> str:
     """Return the columns for a SELECT from the table as `t`, in the table's order."""
-    return ", ".join(_selected(column) for column in table.columns)
+    return ", ".join(selected(table, "t"))
 
 
-def _selected(column: Column) -> str:
-    name = f"t.{quoted(column.name)}"
+def selected(table: Table, alias: str) -> list[str]:
+    """Return what is selected of a table that is called so, for each of its columns."""
+    return [_selected(column, alias) for column in table.columns]
+
+
+def _selected(column: Column, alias: str) -> str:
+    name = f"{alias}.{quoted(column.name)}"
     bare = column.type.partition("(")[0]
     if bare == "float":
         return f"{name} + 0e0"  # as text, a float has six digits only

@@ -5,26 +5,37 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import pymysql
-from pymysql.cursors import SSCursor
 
 from delta_sync.changes import Key
 from delta_sync.decoding import TableCodec
-from delta_sync.documents import NO_DOCUMENTS, Watch
+from delta_sync.documents import Watch
 from delta_sync.errors import CheckFailed, Problem, SchemaChanged, SourceBusy, UsageError
 from delta_sync.secrets import redact
-from delta_sync.sources.mysql import codec
-from delta_sync.sources.mysql.catalogue import read_fingerprints, read_tables
-from delta_sync.sources.mysql.claims import MAX_OFFSET, OFFSET_BITS, STOOD_S, Sample, Samples, Snapshot, position_of
+from delta_sync.sources.mysql import codec, parts
+from delta_sync.sources.mysql.catalogue import read_fingerprints, read_foreign_keys, read_tables
+from delta_sync.sources.mysql.claims import (
+    LISTED_S,
+    MAX_OFFSET,
+    OFFSET_BITS,
+    STOOD_S,
+    Head,
+    Sample,
+    Samples,
+    Snapshot,
+    position_of,
+    shown_to,
+)
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session, code_of, connect, patience
+from delta_sync.sources.mysql.statements import fetch, having, key_values, qualified, stream
 from delta_sync.sources.reader import Chunk, SourceIdentity, SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
-from delta_sync.tables import Table
+from delta_sync.tables import Table, keys_alone
 from delta_sync.values import Row
 
 if TYPE_CHECKING:
@@ -35,6 +46,15 @@ KEYS_AT_ONCE = 500  # keys in a statement: from 1,000 on the server makes a temp
 PURGED = "the source has removed the file of its log that holds it"
 READS = 3  # of a snapshot's position, which must agree
 SNAPSHOTS_MOST = 20  # until they do; each fails for one in twenty only beside monitors that ask all the time
+
+SURE_S = 2.0  # a new file of the log is settled within a second, when the engine has flushed its own log
+SURE_POLL_S = 0.005
+HEAD_EVENTS = 1000  # of a file's events read at once: some milliseconds, for which the server holds its log
+
+_STATUS = (
+    "SHOW GLOBAL STATUS WHERE Variable_name IN"
+    " ('Binlog_snapshot_file', 'Com_xa_prepare', 'Rpl_semi_sync_master_wait_sessions')"
+)
 
 _SCHEMA_CHANGED = frozenset({1412, 1146, 1054, 1109, 1356, 1049})  # the table's definition, table, column, database
 UNKNOWN_COLUMN = 1054
@@ -84,6 +104,9 @@ class MariaReader(SourceReader):
         self._session: Session | None = None
         self._lock = threading.Lock()
         self._place: BinlogPosition | None = None
+        self._head: Head | None = None  # of the newest file that a snapshot was in
+        self._stands = (0, 0.0)  # the position that the last snapshot had, and since when (s)
+        self._xa = ("", 0.0)  # how many XA transactions the server has prepared, and since when (s) so many
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
@@ -103,7 +126,7 @@ class MariaReader(SourceReader):
             session.abort()
 
     def _drop(self) -> None:
-        session, self._session = self._session, None
+        session, self._session, self._head = self._session, None, None
         if session is not None:
             session.shut()
 
@@ -135,7 +158,11 @@ class MariaReader(SourceReader):
     def tables(self, names: Sequence[str]) -> dict[str, Table]:
         """Return the tables that exist, by `database.table`."""
         with self._connected() as session:
-            return self.assembled(names, lambda some: read_tables(session, some), lambda _: ())
+            return self.assembled(
+                names,
+                lambda some: read_tables(session, some),
+                lambda some: read_foreign_keys(session, some),
+            )
 
     def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
         """Return, for each table that exists, a text that changes whenever its columns, its key or its history do."""
@@ -146,7 +173,7 @@ class MariaReader(SourceReader):
         """Return the engine's estimate of a table's rows, which may be far off; None when it has none."""
         query = "SELECT table_rows FROM information_schema.tables WHERE table_schema = %s AND table_name = %s"
         with self._connected() as session:
-            rows = _fetch(session, query, (table.schema, table.name))
+            rows = fetch(session, query, (table.schema, table.name))
         return int(rows[0][0]) if rows and rows[0][0] is not None else None
 
     def table_codec(self, table: Table) -> TableCodec:
@@ -160,7 +187,7 @@ class MariaReader(SourceReader):
         with self._connected() as session:
             for statement in ("SHOW MASTER STATUS", "SHOW BINARY LOG STATUS"):
                 with contextlib.suppress(pymysql.ProgrammingError):  # newer MySQL has the second one only
-                    rows = _fetch(session, statement)
+                    rows = fetch(session, statement)
                     if rows:
                         return position_of(str(rows[0][0]), int(rows[0][1]))
         raise CheckFailed([Problem("source", "it has no binary log", "see `deltactl pipeline check`")])
@@ -190,7 +217,7 @@ class MariaReader(SourceReader):
         the position.
         """
         with self._connected() as session:
-            files = [(str(row[0]), int(row[1])) for row in _fetch(session, "SHOW BINARY LOGS")]
+            files = [(str(row[0]), int(row[1])) for row in fetch(session, "SHOW BINARY LOGS")]
             if not files:
                 return "the source has no binary log"
             if position > position_of(*files[-1]):
@@ -201,7 +228,7 @@ class MariaReader(SourceReader):
             file, offset = position & ~MAX_OFFSET, position & MAX_OFFSET
             if offset > sizes.get(file, 0):
                 return "the source's log lacks it: the end of a file went with a crash, or the source was restored"
-            here = str(_fetch(session, "SELECT @@global.gtid_binlog_state")[0][0] or "") if gtids else ""
+            here = str(fetch(session, "SELECT @@global.gtid_binlog_state")[0][0] or "") if gtids else ""
         if gtids and behind(here, gtids):
             return "the source's log begins anew: it was reset (RESET MASTER), or the source was restored"
         return None
@@ -232,7 +259,7 @@ class MariaReader(SourceReader):
             " ('server_uid', 'server_uuid', 'server_id', 'hostname', 'log_bin_basename')"
         )
         with self._connected() as session:
-            found = {str(name): str(value) for name, value in _fetch(session, query)}
+            found = {str(name): str(value) for name, value in fetch(session, query)}
         # Before 10.6.17 MariaDB has no identifier of its own.
         server = found.get("server_uid") or found.get("server_uuid") or f"{found['hostname']}/{found['server_id']}"
         return SourceIdentity(f"{server} {found.get('log_bin_basename', '')}".strip(), 0)
@@ -240,31 +267,35 @@ class MariaReader(SourceReader):
     # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def clock(self) -> int:
-        """No documents are built of MariaDB. Raises UsageError."""
-        raise UsageError(NO_DOCUMENTS)
+        """Return the clock of a snapshot that is taken now: the place up to which it shows everything, less one."""
+        with self._connected() as session, self._sure_snapshot(session) as snapshot:
+            return snapshot.clock
 
     def check_query(self, table: Table) -> None:
-        """No documents are built of MariaDB. Raises UsageError."""
-        del table
-        raise UsageError(NO_DOCUMENTS)
+        """Have the source plan a document's query, and see what it returns. Raises UsageError."""
+        if table.query is not None:
+            with self._connected() as session:
+                parts.check_query(session, table)
 
     def root_keys(
         self, watch: Watch, values: Sequence[Key], most: int, usable: Callable[[Snapshot], bool]
     ) -> list[Key] | None:
-        """No documents are built of MariaDB. Raises UsageError."""
-        del watch, values, most, usable
-        raise UsageError(NO_DOCUMENTS)
+        """Return the keys of a document's root to which values of a watch lead, at most so many, in one snapshot."""
+        with self._connected() as session, self._sure_snapshot(session) as snapshot:
+            if not usable(snapshot):
+                return None
+            return parts.root_keys(session, watch, values, most)
 
     def root_condition(self, root: Table, watch: Watch, values: Sequence[Key]) -> str:
-        """No documents are built of MariaDB. Raises UsageError."""
-        del root, watch, values
-        raise UsageError(NO_DOCUMENTS)
+        """Return the condition that is true of the root's rows to which values of a watch lead."""
+        with self._connected() as session:
+            return parts.root_condition(session, root, watch, values)
 
     def check_condition(self, table: Table, where: str) -> None:
         """Have the source plan a query with the condition. Raises UsageError."""
         condition, parameters = _within(table, None, None, where)
         with self._connected() as session, _condition(where):
-            _fetch(session, f"EXPLAIN SELECT 1 FROM {_qualified(table)} AS t{condition}", parameters)  # noqa: S608 -- quoted
+            fetch(session, f"EXPLAIN SELECT 1 FROM {qualified(table)} AS t{condition}", parameters)  # noqa: S608 -- quoted
 
     def read_chunk(
         self,
@@ -282,17 +313,20 @@ class MariaReader(SourceReader):
         None if the snapshot is not `usable`. It ends early when the values have `bytes_most` bytes, so no more than
         that and one row are in memory.
         """
+        own = keys_alone(table) if table.query is not None else table
         condition, parameters = _within(table, after, to, where)
         order = ", ".join(f"t.{quoted(name)}" for name in table.key)
-        query = f"SELECT {codec.select_list(table)} FROM {_qualified(table)} AS t{condition} ORDER BY {order} LIMIT %s"  # noqa: S608 -- quoted
-        with self._connected() as session, self._snapshot(session) as snapshot:
+        query = f"SELECT {codec.select_list(own)} FROM {qualified(table)} AS t{condition} ORDER BY {order} LIMIT %s"  # noqa: S608 -- quoted
+        with self._connected() as session, self._snapshot_for(session, table) as snapshot:
             if not usable(snapshot):
                 return None
             rows: list[tuple[Key, Row]] = []
             with _condition(where):
-                full = self._collect(session, table, query, (*parameters, rows_most), rows, bytes_most)
+                full = self._collect(
+                    session, own, query, (*parameters, rows_most), rows, bytes_most, keep=table.is_document
+                )
             last_key = rows[-1][0] if full or len(rows) == rows_most else None
-            return Chunk(snapshot.position, rows, last_key)
+            return _with_parts(session, table, Chunk(snapshot.position, rows, last_key), snapshot)
 
     def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
         """Return the key of the row that is so many rows behind `after`; None beyond the last."""
@@ -300,11 +334,11 @@ class MariaReader(SourceReader):
         condition, parameters = _within(table, after, None, None)
         order = ", ".join(f"t.{quoted(name)}" for name in table.key)
         query = (
-            f"SELECT {codec.select_list(keys_alone)} FROM {_qualified(table)} AS t{condition}"  # noqa: S608 -- quoted
+            f"SELECT {codec.select_list(keys_alone)} FROM {qualified(table)} AS t{condition}"  # noqa: S608 -- quoted
             f" ORDER BY {order} LIMIT 1 OFFSET %s"
         )
         with self._connected() as session:
-            found = _fetch(session, query, (*parameters, rows - 1))
+            found = fetch(session, query, (*parameters, rows - 1))
         return codec.row_maker(keys_alone)(found[0])[0] if found else None
 
     def keys_having(self, table: Table, column: str, values: Sequence[Any], most: int | None = None) -> list[Key]:
@@ -321,10 +355,10 @@ class MariaReader(SourceReader):
                     raise UsageError(f"Rows cannot be found by {table.id}.{column}: {error}.") from error
                 among = ", ".join(["%s"] * len(parameters))
                 query = (
-                    f"SELECT {codec.select_list(narrow)} FROM {_qualified(table)} AS t"  # noqa: S608 -- quoted
+                    f"SELECT {codec.select_list(narrow)} FROM {qualified(table)} AS t"  # noqa: S608 -- quoted
                     f" WHERE t.{quoted(column)} IN ({among}){'' if most is None else f' LIMIT {most + 1}'}"
                 )
-                rows = map(to_row, _fetch(session, query, parameters))
+                rows = map(to_row, fetch(session, query, parameters))
                 # A collation takes for equal what a look-up was not asked with.
                 found += [key for key, row in rows if row[column] in wanted]
                 if most is not None and len(found) > most:
@@ -336,16 +370,20 @@ class MariaReader(SourceReader):
 
         A row that is gone is absent. When the values have KEYS_BYTES bytes the rest is left out, and `last_key` set.
         """
-        with self._connected() as session, self._snapshot(session) as snapshot:
+        own = keys_alone(table) if table.query is not None else table
+        with self._connected() as session, self._snapshot_for(session, table) as snapshot:
             if not usable(snapshot):
                 return None
             rows: list[tuple[Key, Row]] = []
+            full = False
             for start in range(0, len(keys), KEYS_AT_ONCE):
-                condition, parameters = _among(table, keys[start : start + KEYS_AT_ONCE])
-                query = f"SELECT {codec.select_list(table)} FROM {_qualified(table)} AS t WHERE {condition}"  # noqa: S608 -- quoted
-                if self._collect(session, table, query, parameters, rows, KEYS_BYTES):
-                    return Chunk(snapshot.position, rows, rows[-1][0])
-            return Chunk(snapshot.position, rows, None)
+                condition, parameters = having(own, own.key, keys[start : start + KEYS_AT_ONCE])
+                query = f"SELECT {codec.select_list(own)} FROM {qualified(table)} AS t WHERE {condition}"  # noqa: S608 -- quoted
+                full = self._collect(session, own, query, parameters, rows, KEYS_BYTES, keep=table.is_document)
+                if full:
+                    break
+            chunk = Chunk(snapshot.position, rows, rows[-1][0] if full else None)
+            return _with_parts(session, table, chunk, snapshot)
 
     @contextmanager
     def _snapshot(self, session: Session) -> Generator[Snapshot]:
@@ -357,12 +395,69 @@ class MariaReader(SourceReader):
                 with contextlib.suppress(pymysql.Error):
                     session.rollback()
 
+    @contextmanager
+    def _snapshot_for(self, session: Session, table: Table) -> Generator[Snapshot]:
+        """The snapshot in which rows of a table are read: of documents one of which it is sure what it shows."""
+        with self._sure_snapshot(session) if table.is_document else self._snapshot(session) as snapshot:
+            yield snapshot if table.is_document else self._looked_at(session, snapshot)
+
+    @contextmanager
+    def _sure_snapshot(self, session: Session) -> Generator[Snapshot]:
+        """A snapshot of which it is sure what it shows. Raises SourceBusy when that takes long."""
+        deadline_s = self._clock() + SURE_S
+        while True:
+            with self._snapshot(session) as taken:
+                snapshot = self._looked_at(session, taken)
+                if snapshot.shown:
+                    yield snapshot
+                    return
+            if self._clock() >= deadline_s:
+                raise SourceBusy(_why_not_sure(snapshot))
+            time.sleep(SURE_POLL_S)
+
+    def _looked_at(self, session: Session, snapshot: Snapshot) -> Snapshot:
+        """Return a snapshot that was just taken, with what it surely shows.
+
+        If that is not known because its file is new, the file's head is read, for the next one.
+        """
+        with _asking:
+            status = dict(fetch(session, _STATUS))
+        file, position = str(status["Binlog_snapshot_file"]), snapshot.position
+        prepared = str(status.get("Com_xa_prepare", "0"))
+        if prepared != self._xa[0]:
+            self._xa = prepared, self._clock()
+        # XA RECOVER was asked before; what was begun after that is not in the count of long ago.
+        xa = bool(snapshot.prepared) or (prepared != "0" and snapshot.taken_s - self._xa[1] < LISTED_S)
+        waits = str(status.get("Rpl_semi_sync_master_wait_sessions", "0")) != "0"
+        if position < self._stands[0]:
+            self._head = None  # the log may have begun anew
+        if waits or position != self._stands[0]:
+            self._stands = position, self._clock()
+        stands = snapshot.taken_s - self._stands[1] >= STOOD_S
+        shown = 0 if xa else shown_to(position, self._head, stands=stands)
+        if position_of(file, 0) == position & ~MAX_OFFSET:  # or it is another session's answer
+            self._read_head(session, file)
+        return snapshot._replace(shown=shown)
+
+    def _read_head(self, session: Session, file: str) -> None:
+        """Read on in a file of the log until it says that older ones are no longer needed; a bounded part of it.
+
+        The server holds the log while it reads these events, so this is not seen before it has its effect.
+        """
+        number = position_of(file, 0) >> OFFSET_BITS
+        head = self._head if self._head is not None and self._head.file == number else Head(number)
+        if head.settled is None:
+            begin = f" FROM {head.read_to}" if head.read_to else ""
+            rows = fetch(session, f"SHOW BINLOG EVENTS IN %s{begin} LIMIT {HEAD_EVENTS}", (file,))
+            head = head.joined(file, ((str(kind), int(at), int(end), str(info)) for _, at, kind, _, end, info in rows))
+        self._head = head
+
     def _begin(self, session: Session) -> Snapshot:
         for _ in range(SNAPSHOTS_MOST):
             with _asking:
                 taken_s = self._clock()
                 prepared = _prepared(session)
-                _fetch(session, "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
+                fetch(session, "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
                 read = {_snapshot_position(session) for _ in range(READS)}
             if len(read) == 1:
                 return Snapshot(read.pop(), taken_s, prepared)
@@ -380,20 +475,25 @@ class MariaReader(SourceReader):
         parameters: tuple[Any, ...],
         rows: list[tuple[Key, Row]],
         bytes_most: int,
+        *,
+        keep: bool,
     ) -> bool:
         """Append a query's rows until their values have so many bytes; return whether that was so.
 
-        Then the connection is given up: it would have to take all that the server still has to send.
+        Then the connection is given up: it would have to take all that the server still has to send. But where it is to
+        be kept, because parts are yet to be read in its snapshot, the rest is taken, and forgotten.
         """
         to_row = codec.row_maker(table)
         size = 0
-        for values in _stream(session, query, parameters):
+        for values in stream(session, query, parameters):
+            if size >= bytes_most:
+                continue
             rows.append(to_row(values))
             size += sum(len(value) for value in values if value is not None)
-            if size >= bytes_most:
+            if size >= bytes_most and not keep:
                 self._drop()
                 return True
-        return False
+        return size >= bytes_most
 
 
 def behind(here: str, gtids: str) -> bool:
@@ -407,32 +507,37 @@ def _gtid(text: str) -> tuple[str, int]:
     return kind, int(number)
 
 
-def _stream(session: Session, query: str, parameters: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    cursor = session.cursor(SSCursor)
-    cursor.execute(query, parameters)
-    while (row := cursor.fetchone()) is not None:
-        yield row
-    cursor.close()
-
-
-def _fetch(session: Session, query: str, parameters: tuple[Any, ...] | None = None) -> tuple[tuple[Any, ...], ...]:
-    with session.cursor() as cursor:
-        cursor.execute(query, parameters)
-        return cursor.fetchall()
-
-
 def _snapshot_position(session: Session) -> int:
-    found = {str(name).lower(): str(value) for name, value in _fetch(session, "SHOW STATUS LIKE 'binlog_snapshot_%'")}
+    found = {str(name).lower(): str(value) for name, value in fetch(session, "SHOW STATUS LIKE 'binlog_snapshot_%'")}
     return position_of(found["binlog_snapshot_file"], int(found["binlog_snapshot_position"]))
+
+
+def _why_not_sure(snapshot: Snapshot) -> str:
+    if snapshot.prepared:
+        blocker = Prepared(min(snapshot.prepared))
+        return f"The source cannot tell what a snapshot shows before the end of {blocker}."
+    return (
+        "The source cannot tell yet what a snapshot shows: the file of its log is new, or XA transactions follow each"
+        f" other within {LISTED_S:g} s."
+    )
+
+
+def _with_parts(session: Session, table: Table, chunk: Chunk, snapshot: Snapshot) -> Chunk:
+    """Return what was read of a root with its parts and the snapshot's clock; only the first rows, if need be.
+
+    What a sink has of a document is compared with the clock, so `seen_to` is one, too.
+    """
+    if not table.is_document:
+        return chunk
+    rows = parts.attach(session, table, chunk.rows)
+    last_key = chunk.last_key if len(rows) == len(chunk.rows) else chunk.rows[len(rows) - 1][0]
+    found = [(key, row) for key, row in rows if row is not None]
+    return Chunk(snapshot.clock + 1, found, last_key, snapshot.clock)
 
 
 def _prepared(session: Session) -> frozenset[str]:
     """Return the XA transactions that are prepared and not yet committed: format, lengths, name."""
-    return frozenset(" ".join(map(str, row)) for row in _fetch(session, "XA RECOVER"))
-
-
-def _qualified(table: Table) -> str:
-    return f"{quoted(table.schema)}.{quoted(table.name)}"
+    return frozenset(" ".join(map(str, row)) for row in fetch(session, "XA RECOVER"))
 
 
 def _within(table: Table, after: Key | None, to: Key | None, where: str | None) -> tuple[str, tuple[Any, ...]]:
@@ -456,7 +561,7 @@ def _beside(table: Table, key: Key, sign: str, last: str) -> tuple[str, list[Any
     Spelt out, `a >= 1 AND (a > 1 OR (a = 1 AND b > 2))`: of `(a, b) > (1, 2)` the server reads the whole index.
     """
     names = [f"t.{quoted(name)}" for name in table.key]
-    values = _parameters(table, key)
+    values = key_values(table, key)
     condition, parameters = f"{names[-1]} {last} %s", [values[-1]]
     for name, value in reversed(list(zip(names[:-1], values[:-1], strict=True))):
         condition = f"({name} {sign} %s OR ({name} = %s AND {condition}))"
@@ -479,17 +584,3 @@ def _condition(where: str | None) -> Generator[None]:
         if where is None or code_of(error) != UNKNOWN_COLUMN:
             raise
         raise UsageError(f"The condition {where!r} fails: {redact(str(error.args[-1]))}.") from error
-
-
-def _among(table: Table, keys: Sequence[Key]) -> tuple[str, tuple[Any, ...]]:
-    """Return a condition for the rows with these keys, and its parameters."""
-    names = [f"t.{quoted(name)}" for name in table.key]
-    parameters = tuple(value for key in keys for value in _parameters(table, key))
-    if len(names) == 1:
-        return f"{names[0]} IN ({', '.join(['%s'] * len(keys))})", parameters
-    one = " AND ".join(f"{name} = %s" for name in names)
-    return " OR ".join([f"({one})"] * len(keys)), parameters
-
-
-def _parameters(table: Table, key: Key) -> list[Any]:
-    return [codec.parameter(table.column(name), value) for name, value in zip(table.key, key, strict=True)]

@@ -16,22 +16,16 @@ from psycopg.rows import dict_row
 
 from delta_sync.changes import Key
 from delta_sync.documents import Hop, Watch
-from delta_sync.errors import ProcessorError, UsageError
+from delta_sync.errors import UsageError
 from delta_sync.secrets import redact
+from delta_sync.sources import parts
+from delta_sync.sources.parts import Owners, ReadPart, Rows, TooMuch
 from delta_sync.sources.postgresql import codec
 from delta_sync.sources.postgresql.statements import fixed, qualified, row_maker, type_of
 from delta_sync.tables import Part, Table
 from delta_sync.values import Row
 
-ROWS_AT_ONCE = 50_000  # of one part, of all documents that are read together
-BYTES_AT_ONCE = 32 << 20  # likewise; a document with more alone is more than any store takes
 PLACE = sql.Identifier("delta:place")  # names that no column has
-
-Rows = list[tuple[Key, Row]]
-
-
-class TooMuch(Exception):
-    """What was asked for at once does not fit."""
 
 
 def attach(connection: psycopg.Connection, table: Table, rows: Rows) -> list[tuple[Key, Row | None]]:
@@ -40,74 +34,25 @@ def attach(connection: psycopg.Connection, table: Table, rows: Rows) -> list[tup
     In place of a part with too many rows for a document stands a ProcessorError. None: the user's query has no row for
     this key. The connection is in a transaction with one snapshot. Raises UsageError when the user's query fails.
     """
-    if table.query is not None:
-        return _by_query(connection, table, [key for key, _ in rows]) if rows else []
-    some = rows
-    while some:
-        made = [(key, row.copy()) for key, row in some]  # what a larger attempt has attached is not to stay
-        try:
-            exceeded = _attach_all(connection, table, [row for _, row in made])
-        except TooMuch:
-            if len(some) == 1:
-                error = ProcessorError(f"The document's parts have more than {BYTES_AT_ONCE >> 20} MiB.")
-                return [(key, {**row, table.parts[0].name: error}) for key, row in some]
-            some = some[: len(some) // 2]
-        else:
-            if exceeded:
-                _raise_to_root(table, [row for _, row in made])
-            return list(made)
-    return []
+    query = table.query
+    if query is not None:
+        return parts.by_query(table, [key for key, _ in rows], lambda keys: _run(connection, table, keys, query))
+    return parts.attach(table, rows, _ReadPart(connection))
 
 
-def _raise_to_root(table: Table, rows: Sequence[Row]) -> ProcessorError | None:
-    """Put an error that stands in place of a part's part in place of the part; return the last one."""
-    last: ProcessorError | None = None
-    for row in rows:
-        for part in table.parts:
-            value = row[part.name]
-            if isinstance(value, ProcessorError):
-                last = value
-            elif value:
-                error = _raise_to_root(part.table, value if part.many else [value])
-                if error is not None:
-                    row[part.name] = last = error
-    return last
+class _ReadPart(ReadPart):
+    def __init__(self, connection: psycopg.Connection) -> None:
+        self._connection = connection
+
+    def owner_columns(self, part: Part, above: Table) -> tuple[str, ...]:
+        del above
+        return part.of
+
+    def __call__(self, part: Part, above: Table, owners: Owners) -> list[tuple[int, Row]]:
+        return _rows_of(self._connection, part, above, owners)
 
 
-def _attach_all(connection: psycopg.Connection, table: Table, rows: Sequence[Row]) -> bool:
-    """Attach all parts; return whether one has too many rows."""
-    return any([_attach(connection, part, table, rows) for part in table.parts])  # noqa: C419 -- all of them
-
-
-def _attach(connection: psycopg.Connection, part: Part, above: Table, rows: Sequence[Row]) -> bool:
-    """Give each row of the table above its rows of a part, and these theirs. Raises TooMuch."""
-    owners: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        row[part.name] = [] if part.many else None
-        values = tuple(row[name] for name in part.of)
-        if None not in values:
-            owners.setdefault(values, []).append(row)
-    groups = list(owners.values())
-    below: list[Row] = []
-    for place, row in _rows_of(connection, part, above, list(owners)) if owners else ():
-        for number, owner in enumerate(groups[place]):
-            own = row.copy() if number else row  # each has its own: a processor may change what it is given
-            below.append(own)
-            if part.many:
-                owner[part.name].append(own)
-            else:
-                owner[part.name] = own
-    exceeded = _attach_all(connection, part.table, below)
-    for owner in (owner for group in groups for owner in group if part.many):
-        if len(owner[part.name]) > part.most:
-            owner[part.name] = ProcessorError(f"It has more than {part.most} rows in {part.name} (its bound, `most`).")
-            exceeded = True
-    return exceeded
-
-
-def _rows_of(
-    connection: psycopg.Connection, part: Part, above: Table, values: Sequence[tuple[Any, ...]]
-) -> list[tuple[int, Row]]:
+def _rows_of(connection: psycopg.Connection, part: Part, above: Table, values: Owners) -> list[tuple[int, Row]]:
     """Return rows of a part, each with the place of the values to which it belongs. Raises TooMuch.
 
     Of each document no more rows are read than it may have, and one that tells that there are more.
@@ -123,10 +68,10 @@ def _rows_of(
         rows=_belonging(part),
         ordered=ordered,
         most=sql.Literal(part.most + 1 if part.many else 1),
-        limit=sql.Literal(ROWS_AT_ONCE + 1),
+        limit=sql.Literal(parts.ROWS_AT_ONCE + 1),
     )
     found = connection.execute(query, [list(column) for column in zip(*values, strict=True)]).fetchall()
-    if len(found) > ROWS_AT_ONCE or _bytes_in(found) > BYTES_AT_ONCE:
+    if len(found) > parts.ROWS_AT_ONCE or _bytes_in(found) > parts.BYTES_AT_ONCE:
         raise TooMuch
     to_row = row_maker(part.table)
     return [(fields[-1] - 1, to_row(fields)[1]) for fields in found]
@@ -159,39 +104,23 @@ def _belonging(part: Part) -> sql.Composable:
 
 def check_query(connection: psycopg.Connection, table: Table) -> None:
     """Have the server plan the user's query. Raises UsageError: it fails, or does not return the whole key."""
-    assert table.query is not None, "it is a user's"
-    # On lines of its own, because it may end with a comment.
-    planned = f"SELECT * FROM (\n{table.query.strip().rstrip(';')}\n) AS q LIMIT 0"  # noqa: S608 -- it is meant to be SQL
-    _rows_of_query(connection, table, [], planned)
+    _run(connection, table, [], parts.planned(table))
 
 
-def _by_query(connection: psycopg.Connection, table: Table, keys: Sequence[Key]) -> list[tuple[Key, Row | None]]:
-    """Return what the user's query has for each key. Raises UsageError as `check_query`, or for a key that is twice."""
-    assert table.query is not None, "it is a user's"
-    found: dict[Key, Row] = {}
-    for row in _rows_of_query(connection, table, keys, table.query):
-        key = tuple(row[name] for name in table.key)
-        if key in found:
-            raise UsageError(
-                f"The query of document {table.id} returns several rows for the key {', '.join(map(str, key))}."
-            )
-        found[key] = row
-    return [(key, found.get(key)) for key in keys]
+def _run(connection: psycopg.Connection, table: Table, keys: Sequence[Key], query: str) -> list[Row]:
+    """Run a user's query. Its parameters are arrays of the keys' values, each named like its key column.
 
-
-def _rows_of_query(connection: psycopg.Connection, table: Table, keys: Sequence[Key], query: str) -> list[Row]:
-    """Run a user's query. Its parameters are arrays of the keys' values, each named like its key column."""
-    what = f"The query of document {table.id}"
+    Raises UsageError: it fails, or does not return the whole key.
+    """
     parameters = {name: [key[place] for key in keys] for place, name in enumerate(table.key)}
     try:
         with connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(query.encode(), parameters).fetchall()
             returned = [column.name for column in cursor.description or ()]
     except (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError) as error:
-        raise UsageError(f"{what} fails: {redact(error.diag.message_primary or str(error))}.") from error
-    lacks = next((name for name in table.key if name not in returned), None)
-    if lacks is not None:
-        raise UsageError(f"{what} returns no column {lacks}; it needs the whole key: {', '.join(table.key)}.")
+        told = redact(error.diag.message_primary or str(error))
+        raise UsageError(f"The query of document {table.id} fails: {told}.") from error
+    parts.check_has_key(table, returned)
     return rows
 
 

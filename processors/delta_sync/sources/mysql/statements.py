@@ -1,0 +1,56 @@
+"""Pieces of the statements by which a MariaDB source is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pymysql.cursors import SSCursor
+
+from delta_sync.changes import Key
+from delta_sync.sources.mysql import codec
+from delta_sync.sources.mysql.codec import quoted
+from delta_sync.sources.mysql.connection import Session
+from delta_sync.tables import Table
+
+
+def stream(session: Session, query: str, parameters: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yield a query's rows, one in memory at a time. Nothing else may be asked before the last of them."""
+    cursor = session.cursor(SSCursor)
+    cursor.execute(query, parameters)
+    while (row := cursor.fetchone()) is not None:
+        yield row
+    cursor.close()
+
+
+def fetch(session: Session, query: str, parameters: tuple[Any, ...] | None = None) -> tuple[tuple[Any, ...], ...]:
+    """Return a query's rows."""
+    with session.cursor() as cursor:
+        cursor.execute(query, parameters)
+        return cursor.fetchall()
+
+
+def qualified(table: Table) -> str:
+    """Return the table's name with its database."""
+    return f"{quoted(table.schema)}.{quoted(table.name)}"
+
+
+def having(
+    table: Table, columns: Sequence[str], values: Sequence[Key], alias: str = "t"
+) -> tuple[str, tuple[Any, ...]]:
+    """Return a condition for the rows whose columns have one of these values, and its parameters.
+
+    Literals are compared as the column is, by its collation and index; those of a table of values would not be.
+    """
+    names = [f"{alias}.{quoted(name)}" for name in columns]
+    of = [table.column(name) for name in columns]
+    given = tuple(codec.parameter(*one) for some in values for one in zip(of, some, strict=True))
+    if len(names) == 1:
+        return f"{names[0]} IN ({', '.join(['%s'] * len(values))})", given
+    one = " AND ".join(f"{name} = %s" for name in names)
+    return "(" + " OR ".join([f"({one})"] * len(values)) + ")", given
+
+
+def key_values(table: Table, key: Key) -> list[Any]:
+    """Return a key's values as parameters."""
+    return [codec.parameter(table.column(name), value) for name, value in zip(table.key, key, strict=True)]
