@@ -26,7 +26,7 @@ SEED = random.SystemRandom().randrange(1_000_000)
 ROWS = 300
 CALLS = 10  # that the service gets in each mood before it changes
 WRITER_PAUSE_S = 0.02
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 TOKEN = "a token of notices"
 
 SETUP = f"""
