@@ -37,7 +37,7 @@ jars: $(READY) ## the servers that come from neither Python packages nor this ma
 # tests/conftest.py; they come in their order, the slow acceptance tests first.
 test: setup ## everything that must be clean before a commit
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target checked
-	$(BIN)/pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --no-loadscope-reorder
 
 checked: jars lint types # side by side: fetching waits for the network, mypy and pyright use one core each
 

@@ -6,12 +6,16 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import structlog
+from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # it has no types
 
 pytest_plugins = ["delta_sync.testing.stack"]
+
+SCENES_WITH_KAFKA = tuple(f"tests/acceptance/test_{name}" for name in ("kafka", "mariadb", "failover"))
 
 # Where `make jars` puts them, for those who run pytest by hand.
 os.environ.setdefault("DELTA_JARS", str(Path(__file__).parents[1] / ".cache" / "jars"))
@@ -26,20 +30,28 @@ hypothesis.settings.register_profile("delta", deadline=None)  # no test depends 
 hypothesis.settings.load_profile("delta")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests together, and all scenes with Kafka: one of them takes more than a core, and they come first.
+def _has_kafka(nodeid: str) -> bool:
+    return nodeid.startswith(SCENES_WITH_KAFKA)
+
+
+class _Scheduling(LoadFileScheduling):  # type: ignore[misc]  # likewise
+    """Keep a file's tests together, and all scenes with Kafka: one of them takes more than a core.
 
     Side by side they starve each other: leases are lost, connectors start anew, and it all takes longer.
     """
-    scenes = {
-        item.path
-        for item in items
-        if "acceptance" in item.path.parts
-        and ("kafka" in item.path.name or "kafka" in getattr(item, "fixturenames", ()))
-    }
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("kafka" if item.path in scenes else str(item.path)))
-    items.sort(key=lambda item: item.path not in scenes)
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "kafka" if _has_kafka(nodeid) else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
+    """Let `--numprocesses` distribute tests so."""
+    return _Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest."""
+    items.sort(key=lambda item: not _has_kafka(item.nodeid))
 
 
 @pytest.fixture(autouse=True)
