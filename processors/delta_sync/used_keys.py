@@ -302,7 +302,7 @@ def _upsert(connection: sa.Connection) -> sa.Insert:
                 ("version", sa.func.greatest(of_mysql.inserted.version, stored.version)),
             ]
         )
-    of_other = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(USED_KEYS)
+    of_other = postgresql.insert(USED_KEYS) if connection.dialect.name == "postgresql" else sqlite.insert(USED_KEYS)
     values = {"key_digest": of_other.excluded.key_digest, "version": of_other.excluded.version}
     key = ["keeping", "row_digest", "slot"]
     return of_other.on_conflict_do_update(key, set_=values, where=of_other.excluded.version >= stored.version)
