@@ -18,7 +18,7 @@ from delta_sync.errors import StateBusy, UsageError
 from delta_sync.load import Slice
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline
-from delta_sync.processing import asked_of, process
+from delta_sync.processing import asked_of
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.refresher import Refresher
 from delta_sync.refreshing import NoticeStore, RowFinder, keys_of, typed, wanted_of
@@ -198,7 +198,7 @@ def test_a_key_is_a_text_or_a_number_and_whatever_else_fails_alone(it: Bench) ->
     by = [{"id": 1, "by": 1}, {"id": 2}, {"id": 3, "by": 3}]
     changes = [Change(NAME, (row["id"],), 1, row) for row in by]
     asked = asked_of(it.pipeline.tables[NAME], changes)
-    assert [keys for keys in asked.keys] == [("place 1",), ("place 3",)]
+    assert asked.keys == [("place 1",), ("place 3",)]
     assert [(one.change.key, one.stage, one.error[:8]) for one in asked.failures] == [((2,), "lookup", "KeyError")]
     pipeline = Pipeline("movies")
 
@@ -211,8 +211,8 @@ def test_a_key_is_a_text_or_a_number_and_whatever_else_fails_alone(it: Bench) ->
         return row
 
     del movie
-    made = process(MOVIE, pipeline.tables[NAME], changes[:1], {})
-    assert "returned a float; a key is a text or a whole number" in made.failures[0].error
+    failed = asked_of(pipeline.tables[NAME], changes[:1]).failures
+    assert "returned a float; a key is a text or a whole number" in failed[0].error
     assert changes[0].row == by[0] == {"id": 1, "by": 1}, "the row stays as it was"
 
 
