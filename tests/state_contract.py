@@ -233,6 +233,13 @@ def uses(
     return Uses(table, lookup, slot, of_rows, [((id_,), version) for id_, version in gone])
 
 
+def keeping(store: StateStore) -> UsedKeyStore:
+    """Return the notes of a pipeline that has begun to keep them."""
+    used = UsedKeyStore(store, "movies")
+    used.begin({("a.b", "ratings"): "rows", ("a.b", "stock"): "rows", ("a.c", "ratings"): "rows"})
+    return used
+
+
 class StateContract:
     @pytest.fixture
     def location(self) -> Location:
@@ -773,8 +780,7 @@ class StateContract:
     # ── keys that rows used ──
 
     def test_the_newest_note_of_a_row_stays_in_whatever_order_they_are_written(self, store: StateStore) -> None:
-        used = UsedKeyStore(store, "movies")
-        used.begin({("a.b", "ratings"): "rows", ("a.b", "stock"): "rows"})
+        used = keeping(store)
         orders = list(itertools.permutations([(1, "old"), (2, Decimal("2.50")), (3, "it's \0 \u00e9")]))
         for place in range(3):
             some = [(number, *order[place]) for number, order in enumerate(orders)]
@@ -786,13 +792,13 @@ class StateContract:
         assert UsedKeyStore(store, "other").rows(A_B, "ratings", ["it's \0 \u00e9"], 100) == []
 
     def test_many_spellings_of_a_number_are_one_key(self, store: StateStore) -> None:
-        used = UsedKeyStore(store, "movies")
+        used = keeping(store)
         used.note([uses((1, 1, Decimal("2.50")), (2, 1, -0.0), (3, 1, 7), (4, 1, "7"), (5, 1, True))])
         for keys, ids in (([Decimal("2.5")], [1]), ([0.0], [2]), ([7], [3, 4]), ([True], [5]), ([8], [])):
             assert sorted(used.rows(A_B, "ratings", keys, 100) or ()) == [(id_,) for id_ in ids], keys
 
     def test_a_row_without_a_key_or_that_is_gone_leaves_no_note_that_is_older(self, store: StateStore) -> None:
-        used = UsedKeyStore(store, "movies")
+        used = keeping(store)
         used.note([uses((1, 5, "a"), (2, 5, "a"), (3, 5, "a"), (4, 5, "a")), uses((1, 5, "a"), (3, 5, "b"), slot=2)])
         used.note([uses((1, 6, None), (2, 4, None), gone=[(3, 6), (4, 4)])])
         assert sorted(used.rows(A_B, "ratings", ["a"], 100) or ()) == [(1,), (2,), (4,)], "1 uses it for another one"
@@ -806,7 +812,7 @@ class StateContract:
         self, store: StateStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("delta_sync.used_keys.DELETED_AT_ONCE", 2)
-        used = UsedKeyStore(store, "movies")
+        used = keeping(store)
         used.note([uses(*((number, number, "a") for number in range(9)))])
         used.note([uses((1, 1, "a"), table="a.c")])
         used.note([], {"a.b": 6})
@@ -827,7 +833,8 @@ class StateContract:
             assert again.id > first.id
             assert again.since >= first.since
             assert used.rows(A_B, "ratings", ["a"], 100) == [], meanwhile
-        used.note([uses((2, 1, "a"))])
+        used.note([uses((2, 1, "a")), uses((2, 1, "a"), lookup="stock")])
+        assert used.rows(A_B, "stock", ["a"], 100) == [], "nobody keeps that"
         used.sweep()
         with raw.connect() as connection:
             assert connection.execute(sa.select(USED_KEYS.c.keeping)).scalars().all() == [again.id]
@@ -854,8 +861,7 @@ class StateContract:
         assert used.settle([])[asking].complete, "the dump may be forgotten"
 
     def test_threads_note_the_same_rows_at_once(self, store: StateStore) -> None:
-        used = UsedKeyStore(store, "movies")
-        used.begin({("a.b", "ratings"): "rows"})
+        used = keeping(store)
 
         def work(version: int) -> None:
             numbers = list(range(50))

@@ -155,7 +155,8 @@ class Refresher(threading.Thread):
         if self._rounds:
             self._turn()
         if self._incomplete:
-            self._incomplete = not all(one.complete for one in self._used.settle(self._dumps.all()).values())
+            self._used.settle(self._dumps.all())
+            self._incomplete = not all(one.complete for one in self._used.keepings().values())
 
     def _heed(self, lookup: str, notices: list[Notice]) -> None:
         """Have the rows of one look-up's notices dumped. One that died before it recorded that is done once more."""

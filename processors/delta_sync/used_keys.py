@@ -156,22 +156,20 @@ class UsedKeyStore:
         """Note which keys rows use, all or none, in one transaction; first forget those of tables that were emptied.
 
         `emptied` has the version of the truncation, by table. Of each row the newest version stays, in whatever order.
+        Nothing is noted of what nobody has begun to keep, or somebody has ended: then all rows are read for a notice.
         """
         for table, version in (emptied or {}).items():
             self.remove(table, version)
-        wanted = {(of.table, of.lookup): "rows" for of in uses}
-        if not wanted:
+        if not uses:
             return
         encoded = _Encoded()
         with self._state.transaction(write=True) as connection:
             # Looked up each time: who runs an older processor may have ended it, and another one begun it anew.
             there = self._keepings(connection)
-            missing = {asking: made_of for asking, made_of in wanted.items() if asking not in there}
-            if missing:
-                self._add(connection, missing)
-                there = self._keepings(connection)
             notes, none, gone = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
             for of in uses:
+                if (of.table, of.lookup) not in there:
+                    continue
                 id_ = there[of.table, of.lookup].id
                 for key, version, used in of.rows:
                     row_key, digest = encoded.row(key)

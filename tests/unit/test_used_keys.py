@@ -63,6 +63,7 @@ class Bench:
         self.used = UsedKeyStore(state, "movies")
         self.dumps = DumpStore(state, "movies")
         self.tables = {NAME: MOVIE}
+        self.used.begin(kept_of(self.pipeline))
 
     def found(self, *keys: str) -> list[int] | None:
         rows = self.used.rows(MOVIE, "ratings", keys, 100)
@@ -165,9 +166,7 @@ def work(it: Bench, note: Callable[..., None], changes: Sequence[Change]) -> Mem
     return sink
 
 
-def test_what_rows_use_is_noted_before_it_is_asked_for_and_written(
-    it: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_rows_use_is_noted_before_it_is_asked_for_and_written(it: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that was asked for before the note would be in no dump of a notice that came in between."""
     monkeypatch.setattr("delta_sync.worker.EVENTS_RETRY_S", 0.0)
     busy = [StateBusy("locked")]
@@ -231,7 +230,7 @@ def test_only_what_is_kept_is_noted(state: StateStore) -> None:
 
 
 def test_a_function_of_the_row_needs_keys_that_are_kept(state: StateStore) -> None:
-    with pytest.raises(UsageError, match='by a function of its rows, .* declare it with keys="kept"'):
+    with pytest.raises(UsageError, match=r'by a function of its rows, .* declare it with keys="kept"'):
         wanted_of(Bench(state, "derived").pipeline, {NAME: MOVIE}, "ratings", ["place 1"])
     with pytest.raises(UsageError, match="keys are derived or kept, not 'stored'"):
         Bench(state, "stored")
@@ -243,6 +242,7 @@ def test_a_function_of_the_row_needs_keys_that_are_kept(state: StateStore) -> No
 def test_rows_are_looked_for_only_once_all_are_noted(it: Bench) -> None:
     finder = RowFinder(cast("Any", None), it.state, it.pipeline)
     wanted = wanted_of(it.pipeline, it.tables, "ratings", ["place 3"])
+    it.used.begin({})
     assert finder.find(it.tables, "ratings", wanted) == {NAME: None}, "the pipeline never ran with it"
     it.used.begin(kept_of(it.pipeline))
     it.used.note(uses_of(asked_of(it.pipeline.tables[NAME], [change(1, 5, 13), change(2, 5, 14)])))
@@ -254,7 +254,6 @@ def test_rows_are_looked_for_only_once_all_are_noted(it: Bench) -> None:
 
 def test_a_notice_has_the_rows_dumped_that_used_its_keys(it: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("delta_sync.refreshing.NOTICED_S", -1.0)  # every process has dropped them
-    it.used.begin(kept_of(it.pipeline))
     it.used.note(uses_of(asked_of(it.pipeline.tables[NAME], [change(1, 5, 13), change(2, 5, 14)])))
     refresher, notices = it.refresher(), NoticeStore(it.state, "movies")
     notices.add("ratings", ["place 3"], pending=True)
