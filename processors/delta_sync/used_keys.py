@@ -303,7 +303,8 @@ def _upsert(connection: sa.Connection) -> sa.Insert:
     of_other = postgresql.insert(USED_KEYS) if connection.dialect.name == "postgresql" else sqlite.insert(USED_KEYS)
     values = {"key_digest": of_other.excluded.key_digest, "version": of_other.excluded.version}
     key = ["keeping", "row_digest", "slot"]
-    return of_other.on_conflict_do_update(key, set_=values, where=of_other.excluded.version >= stored.version)
+    newer = of_other.excluded.version >= stored.version
+    return of_other.on_conflict_do_update(index_elements=key, set_=values, where=newer)
 
 
 def unkept(state: StateStore) -> list[int]:
