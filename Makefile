@@ -33,11 +33,11 @@ jars: $(READY) ## the servers that come from neither Python packages nor this ma
 	$(BIN)/python -m delta_sync.testing.jars
 	$(BIN)/python -m delta_debezium.distribution
 
-# Tests wait for servers and disks half of the time, so three at once suit two cores. A file's tests stay together; the
-# files come in their order, the slow acceptance tests first.
+# Tests wait for servers and disks half of the time, so three at once suit two cores. Which stay together is in
+# tests/conftest.py; they come in their order, the slow acceptance tests first.
 test: setup ## everything that must be clean before a commit
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target checked
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
 checked: jars lint types # side by side: fetching waits for the network, mypy and pyright use one core each
 

@@ -26,6 +26,22 @@ hypothesis.settings.register_profile("delta", deadline=None)  # no test depends 
 hypothesis.settings.load_profile("delta")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests together, and all scenes with Kafka: one of them takes more than a core, and they come first.
+
+    Side by side they starve each other: leases are lost, connectors start anew, and it all takes longer.
+    """
+    scenes = {
+        item.path
+        for item in items
+        if "acceptance" in item.path.parts
+        and ("kafka" in item.path.name or "kafka" in getattr(item, "fixturenames", ()))
+    }
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("kafka" if item.path in scenes else str(item.path)))
+    items.sort(key=lambda item: item.path not in scenes)
+
+
 @pytest.fixture(autouse=True)
 def _logs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A command that a test calls in this process configures logging, and loggers keep what they see first."""

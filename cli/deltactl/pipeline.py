@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from delta_debezium.render import connector_json
+from delta_sync.documents import without_index
 from delta_sync.errors import DeltaError, Problem, Transient, UsageError
 from delta_sync.generations import known_generations
 from delta_sync.pipeline import check_columns, load_processor
@@ -198,8 +199,10 @@ def _check_processor(folder: Path, spec: PipelineSpec, tables: Mapping[str, Tabl
             reader = open_reader(spec, "deltactl", ANSWER_S, pipeline.documents)
             try:
                 tables = reader.tables(list(spec.tables))
+                first_columns = reader.first_columns(list(spec.tables))
                 for root in pipeline.documents:
                     reader.check_query(tables[root])
+                    found += without_index(tables[root], first_columns)
             finally:
                 reader.close()
     except DeltaError as error:

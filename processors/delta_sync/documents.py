@@ -9,10 +9,10 @@ through the other tables, to the keys of the root. All decisions are pure; sourc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from delta_sync.errors import UsageError
+from delta_sync.errors import Problem, UsageError
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Kind, Link, Part, Table
 
@@ -306,6 +306,40 @@ def watches(root: Table) -> list[Watch]:
         return () if columns == root.key else (Hop(root, columns, root.key),)
 
     return list(dict.fromkeys([Watch(root, root.key, ()), *_watches_of(root.parts, to_root)]))
+
+
+def searches(root: Table) -> list[tuple[Table, tuple[str, ...]]]:
+    """Return by which columns rows of which tables are looked up, to build documents and to find them. Pure."""
+    found = [(hop.table, hop.where) for watch in watches(root) for hop in watch.hops]
+    if root.query is None:
+        found += _searches_of(root.parts)
+    return list({(table.id, columns): (table, columns) for table, columns in found}.values())
+
+
+def _searches_of(parts: Iterable[Part]) -> Iterator[tuple[Table, tuple[str, ...]]]:
+    for part in parts:
+        if part.through is not None:
+            yield part.through.table, part.through.columns
+        yield part.table, part.columns
+        yield from _searches_of(part.table.parts)
+
+
+def without_index(root: Table, first_columns: Mapping[str, Collection[str]]) -> list[Problem]:
+    """Return a warning for each look-up that has to read a whole table. Pure.
+
+    `first_columns` are the columns with which the indexes of a table begin.
+    """
+    return [
+        Problem(
+            f"document {root.id}",
+            f"no index of {table.id} begins with {' or '.join(columns)}, by which its rows are looked up, so each time"
+            " the whole table is read",
+            f"type: CREATE INDEX ON {table.id} ({', '.join(columns)})",
+            fatal=False,
+        )
+        for table, columns in searches(root)
+        if not set(columns) & set(first_columns.get(table.id, ()))
+    ]
 
 
 def _watches_of(parts: Iterable[Part], above: ToRoot) -> Iterator[Watch]:

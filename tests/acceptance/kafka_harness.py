@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import psycopg
 
-from acceptance.harness import IN_STEP_TIMEOUT_S, SHAPES, Actor, Pipeline, Run, Shape, Shop, Source, Stores, metrics
+from acceptance.harness import PATIENCE_S, SHAPES, Actor, Pipeline, Run, Shape, Shop, Source, Stores, metrics
 from delta_sync.errors import Transient
 from delta_sync.kafka import settings
 from delta_sync.kafka.names import group_id, topic_name
@@ -75,7 +75,7 @@ class KafkaPipeline(Pipeline):
             except Transient:
                 return False
 
-        wait_until(applied, IN_STEP_TIMEOUT_S, "applying what was written")
+        wait_until(applied, PATIENCE_S, "applying what was written")
 
 
 class Writing(Actor):
@@ -146,7 +146,7 @@ class KafkaStage:
                 assert run.running, f"a process ended with status {run.exit_status}; {run.tail()}"
             return all(self.stores.revision(sink, shape, number) is not None for sink in self.stores.sinks)
 
-        wait_until(there, IN_STEP_TIMEOUT_S, f"a change that comes through {what}")
+        wait_until(there, PATIENCE_S, f"a change that comes through {what}")
         return time.monotonic() - began
 
     def status(self) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def dump_by_both(pipeline: KafkaPipeline, table: str, port_of_second: int) -> No
         assert done.returncode == 0, done.stdout + done.stderr
         return metrics(port_of_second)["delta_writes_total"] > before
 
-    wait_until(second_wrote, IN_STEP_TIMEOUT_S, "a chunk for the second worker")
+    wait_until(second_wrote, PATIENCE_S, "a chunk for the second worker")
 
 
 def child_of(run: Run, name: str) -> psutil.Process:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from acceptance.harness import IN_STEP_TIMEOUT_S, Key, Run, Source
+from acceptance.harness import PATIENCE_S, Key, Run, Source
 from acceptance.kafka_harness import KafkaPipeline
 from delta_sync.errors import SinkBusy, Transient
 from delta_sync.kafka.connector import ConnectorStore
@@ -184,7 +184,7 @@ class MariaPipeline(KafkaPipeline):
             return not last
 
         try:
-            wait_until(right, IN_STEP_TIMEOUT_S, "everything in its place")
+            wait_until(right, PATIENCE_S, "everything in its place")
         except Exception as error:
             tails = "; ".join(run.tail() for run in runs)
             raise AssertionError(f"{len(last)} differences: {last[:5]}; {tails}") from error

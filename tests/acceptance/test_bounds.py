@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from acceptance.harness import Run, Stage
+from acceptance.harness import PATIENCE_S, Run, Stage
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Redis
 
@@ -92,7 +92,7 @@ def test_a_transaction_of_many_rows(
     """It comes while the sink does not answer, so that whatever is not held back piles up."""
     it = stage("CREATE TABLE movie (id bigint PRIMARY KEY, title text, year int, score float8);", ["movie"])
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     peaks = Peaks(run)
     with peaks.watched():
         redis_server.freeze()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis as redis_client
 
-from acceptance.harness import Run, Stage
+from acceptance.harness import PATIENCE_S, Run, Stage
 from delta_sync.state import StateStore
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Redis
@@ -22,12 +22,12 @@ INSERT INTO movie SELECT i, 'title ' || i, '{}' FROM generate_series(1, 20) i;
 # Rows whose title begins with "bad" are more than the first processor can take.
 FAILS = "return {'id': row['id'], 'title': row['title'], 'rest': 1 // (not row['title'].startswith('bad'))}"
 CORRECTED = "return {'id': row['id'], 'title': row['title'], 'rest': 'corrected'}"
-TIMEOUT_S = 90.0
+TIMEOUT_S = 300.0
 
 
 def started(it: Stage) -> Run:
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     return run
 
 

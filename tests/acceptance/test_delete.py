@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from acceptance.harness import Run, Stage
+from acceptance.harness import PATIENCE_S, Run, Stage
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import MongoStandIn
 
@@ -13,7 +13,7 @@ SETUP = "CREATE TABLE movie (id int PRIMARY KEY, title text); INSERT INTO movie 
 
 def _loaded(it: Stage) -> Run:
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     it.in_step(run)
     return run
 

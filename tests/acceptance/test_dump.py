@@ -21,7 +21,7 @@ from deltactl.dump import as_json
 SEED = random.SystemRandom().randrange(1_000_000)
 ROWS = 600
 CHUNK_ROWS = 40
-PATIENCE_S = 120.0  # no test may depend on speed
+PATIENCE_S = 300.0  # no test may depend on speed
 TABLES = ("sparse", "part", "place", "tagged", "event")
 SETUP = f"""
 CREATE TABLE sparse (id bigint PRIMARY KEY, n int, body text);  -- skewed: most keys are close together, some far away

@@ -27,7 +27,7 @@ ROWS = 300
 PLACES = 7  # keys that a function of the row returns
 CALLS = 10  # that the service gets in each mood before it changes
 WRITER_PAUSE_S = 0.02
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 TOKEN = "a token of notices"
 
 SETUP = f"""

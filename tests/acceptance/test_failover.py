@@ -21,7 +21,7 @@ from delta_sync.testing.servers import PostgreSQL, Redis
 
 ROWS = 60
 LOST = 1000  # and above: keys that only the transactions which are lost insert
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Redis
 
 ACCOUNT = SHAPES[0]
-WAIT_S = 120.0  # far above what anything here takes
+WAIT_S = 300.0  # far above what anything here takes
 STATUS_REPLIES = 2  # of the connector to the source, every 5 s: so much time for a wrong confirmation to get there
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from acceptance.harness import Scene
+from acceptance.harness import PATIENCE_S, Scene
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import PostgreSQL
 
@@ -25,7 +25,7 @@ def test_sigterm_ends_a_run_whose_source_does_not_answer(scene: Callable[..., Sc
     it.in_step(run)
     postgresql.freeze()
     try:
-        wait_until(lambda: has_unread_bytes(postgresql.port), 60.0, "a question to the source")
+        wait_until(lambda: has_unread_bytes(postgresql.port), PATIENCE_S, "a question to the source")
         assert run.stop() == 0
     finally:
         postgresql.thaw()

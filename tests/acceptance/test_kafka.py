@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from kafka import TopicPartition
 
-from acceptance.harness import SHAPES, Run, Shop, metrics
+from acceptance.harness import PATIENCE_S, SHAPES, Run, Shop, metrics
 from acceptance.kafka_harness import KafkaStage, dump_by_both, kafka_stage
 from delta_sync.generations import Generations, GenerationStore
 from delta_sync.kafka.names import topic_name
@@ -88,23 +88,25 @@ def make_anew(stage: KafkaStage, sidecar: Run) -> None:
     """Nobody reads while somebody deletes a topic and makes it again: Kafka deletes the group's positions with it."""
     write(stage.shop, "into a topic that goes")
     written = stage.shop.insert_lsn()
-    wait_until(lambda: stage.shop.confirmed_lsn(stage.pipeline.slot) >= written, 60.0, "the log")
+    wait_until(lambda: stage.shop.confirmed_lsn(stage.pipeline.slot) >= written, PATIENCE_S, "the log")
     table = stage.pipeline.tables[0]
     topic = topic_name(stage.pipeline.name, table)
     spec = load_spec(stage.pipeline.home)
     assert delete_topics(stage.pipeline.kafka, [topic]) == [topic]
     (wanted,) = [one for one in wanted_topics(spec) if one.name == topic]
-    wait_until(lambda: create_topics(stage.pipeline.kafka, [wanted]) == [topic], 60.0, "the topic to be made again")
+    wait_until(
+        lambda: create_topics(stage.pipeline.kafka, [wanted]) == [topic], PATIENCE_S, "the topic to be made again"
+    )
     checked = stage.pipeline.deltactl("pipeline", "check", stage.pipeline.name, "--json")
     found = [problem["what"] for problem in json.loads(checked.stdout)["problems"] if topic in problem["where"]]
     assert any("deleted and made again" in what for what in found), checked.stdout + checked.stderr
     worker = stage.start("worker")
-    wait_until(lambda: marked(worker) == {table}, 60.0, f"a mark of {table}")
+    wait_until(lambda: marked(worker) == {table}, PATIENCE_S, f"a mark of {table}")
     stage.in_step(sidecar, worker)
     assert stage.pipeline.loads()[table].reason == "its topic was made anew"
     wait_until(  # the load may be done before Kafka has taken the new positions
         lambda: [event["topics"] for event in worker.events("topic_made_anew")] == [[topic]],
-        60.0,
+        PATIENCE_S,
         "new positions",
     )
     write(stage.shop, "into the new topic")
@@ -129,7 +131,7 @@ def rebuild(stage: KafkaStage, *runs: Run, frozen: Run) -> None:
     done = stage.pipeline.deltactl(*words, "--drop-old", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
     # Only once no worker that is alive writes to it.
-    wait_until(lambda: generations(stage) == Generations("cache", 2, None, "", 2), 90.0, "the drop")
+    wait_until(lambda: generations(stage) == Generations("cache", 2, None, "", 2), PATIENCE_S, "the drop")
     assert [one["sink"] for run in runs for one in run.events("generation_dropped")] == ["cache.1"]
     stage.stores.sinks["cache"].number = 2  # from here on this is what is compared
     frozen.thaw()
@@ -146,7 +148,7 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     stage.in_step(sidecar, worker)
     port = free_port()
     second = stage.start("worker", "--port", str(port))
-    wait_until(lambda: bool(second.events("partitions_assigned")), 60.0, "partitions for the second")
+    wait_until(lambda: bool(second.events("partitions_assigned")), PATIENCE_S, "partitions for the second")
     write(stage.shop, "while two run")
     stage.in_step(sidecar, worker, second)
     status = stage.status()
@@ -159,7 +161,7 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     dump(stage, port)
     stage.in_step(sidecar, worker, second)
     third = stage.start("worker")
-    wait_until(lambda: bool(third.events("partitions_assigned")), 60.0, "partitions for the third")
+    wait_until(lambda: bool(third.events("partitions_assigned")), PATIENCE_S, "partitions for the third")
     rebuild(stage, sidecar, worker, second, frozen=third)
     assert third.stop() == 0
     worker.kill()
@@ -174,13 +176,13 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     *expiring, kept = stage.pipeline.tables
     topics = {topic_name(stage.pipeline.name, table) for table in expiring}
     written = stage.shop.insert_lsn()
-    wait_until(lambda: stage.shop.confirmed_lsn(stage.pipeline.slot) >= written, 60.0, "the log")
+    wait_until(lambda: stage.shop.confirmed_lsn(stage.pipeline.slot) >= written, PATIENCE_S, "the log")
     ends = stage.pipeline.offsets.ends()
     with admin_client(kafka.url) as admin:
         admin.delete_records({TopicPartition(*at): end for at, end in ends.items() if at.topic in topics})
     port = free_port()
     third = stage.start("worker", "--port", str(port))
-    wait_until(lambda: marked(third) == set(expiring), 60.0, f"marks of {expiring}")
+    wait_until(lambda: marked(third) == set(expiring), PATIENCE_S, f"marks of {expiring}")
     stage.in_step(sidecar, third)
     loads = stage.pipeline.loads()
     assert {loads[table].reason for table in expiring} == {"positions expired"}
@@ -191,7 +193,7 @@ def test_a_pipeline_on_kafka_loads_and_follows(stage: KafkaStage, kafka: Kafka) 
     write(stage.shop, "after that")
     stage.in_step(sidecar, third)
     assert len(third.events("tables_loaded_again")) == marks
-    wait_until(lambda: metrics(port)["delta_partition_lag_records"] == 0, 60.0, "no lag")
+    wait_until(lambda: metrics(port)["delta_partition_lag_records"] == 0, PATIENCE_S, "no lag")
     measured = metrics(port)
     assert measured["partitions"] == 4 * 6
     for kind in ("poll", "decode", "process", "apply", "commit"):

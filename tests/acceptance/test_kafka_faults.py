@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from acceptance.harness import Run
+from acceptance.harness import PATIENCE_S, Run
 from acceptance.kafka_harness import KafkaStage, child_of, kafka_stage
 from delta_sync.kafka.names import topic_name
 from delta_sync.testing.kafka import KafkaCluster, admin_client
@@ -47,12 +47,12 @@ def wait_until_ready(run: Run, port: int, state: str) -> None:
             return False
         return (reply.status_code, reply.text.strip()) == (200, state)
 
-    wait_until(ready, 90.0, f"{state}")
+    wait_until(ready, PATIENCE_S, f"{state}")
 
 
 def leading(*sidecars: Run) -> tuple[Run, Run]:
     """Return the sidecar that leads, and the other."""
-    wait_until(lambda: any(one.events("connector_started") for one in sidecars), 90.0, "a leader")
+    wait_until(lambda: any(one.events("connector_started") for one in sidecars), PATIENCE_S, "a leader")
     first, second = sorted(sidecars, key=lambda one: not one.events("connector_started"))
     return first, second
 
@@ -98,7 +98,7 @@ def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster)
     stage.comes_through("after a worker was killed", again, workers[1], third)
 
     workers[1].freeze()
-    wait_until(lambda: held_by_others(third), 60.0, "the partitions of a frozen worker")
+    wait_until(lambda: held_by_others(third), PATIENCE_S, "the partitions of a frozen worker")
     stage.comes_through("with a frozen worker", again, third)
     workers[1].thaw()
 
@@ -122,7 +122,7 @@ def test_the_leader_is_killed_in_the_first_load(stage: KafkaStage) -> None:
     sidecars = stage.start("sidecar"), stage.start("sidecar")
     worker = stage.start("worker")
     writer = stage.writing(ROWS, SEED)
-    wait_until(lambda: bool(worker.events("load_started")), 120.0, "a load")
+    wait_until(lambda: bool(worker.events("load_started")), PATIENCE_S, "a load")
     leader, standby = leading(*sidecars)
     os.kill(child_of(leader, "io.debezium.server.Main").pid, signal.SIGSTOP)  # it will not see its parent go
     leader.kill()

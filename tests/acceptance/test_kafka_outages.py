@@ -28,7 +28,7 @@ from delta_sync.testing.servers import MongoStandIn, OpenSearch, PostgreSQL, Red
 
 ROWS = 60
 PARTITIONS = 4 * 6  # of the shop's tables
-HAPPENS_S = 90.0  # far above what anything here takes
+HAPPENS_S = 240.0  # far above what anything here takes
 SESSION_S = 6  # after so long, others have the partitions of a worker that was killed
 RETRIES = 3  # with growing pauses, so that what was written meanwhile has been read
 MARKS = 12  # rows in each table, so that each worker has some

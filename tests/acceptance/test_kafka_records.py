@@ -9,7 +9,7 @@ import pytest
 from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 
-from acceptance.harness import SHAPES
+from acceptance.harness import PATIENCE_S, SHAPES
 from acceptance.kafka_harness import KafkaStage, kafka_stage
 from delta_sync.kafka.names import topic_name
 from delta_sync.testing.kafka import Kafka
@@ -40,7 +40,7 @@ def test_what_may_be_in_a_topic(stage: KafkaStage, kafka: Kafka) -> None:
     for number, value in enumerate([b"", b"{}", b"\0\0\0\0", b"not Avro at all"]):
         producer.send(topic, value, key=str(number).encode(), headers=[("delta.epoch", b"1")]).get(60)
     producer.close()
-    wait_until(lambda: len(stage.pipeline.dead_letters()) >= 4, 60.0, "dead letters")
+    wait_until(lambda: len(stage.pipeline.dead_letters()) >= 4, PATIENCE_S, "dead letters")
     assert all(topic in letter["key"] for letter in stage.pipeline.dead_letters()), stage.pipeline.dead_letters()
     stage.comes_through("after records that are none", sidecar, worker)
 
@@ -55,7 +55,7 @@ def test_what_may_be_in_a_topic(stage: KafkaStage, kafka: Kafka) -> None:
     admin.close()
     wait_until(
         lambda: any(event["of"] == 3 * 6 + 12 for event in worker.events("partitions_assigned")),
-        120.0,
+        PATIENCE_S,
         "more partitions",
     )
     with stage.shop.connect() as connection, connection.transaction():
@@ -66,7 +66,7 @@ def test_what_may_be_in_a_topic(stage: KafkaStage, kafka: Kafka) -> None:
     stage.shop.execute("ALTER TABLE account ADD COLUMN added text DEFAULT 'new'", "UPDATE account SET rev = rev + 1")
     wait_until(
         lambda: any(event["reason"] == "its columns changed" for event in worker.events("load_started")),
-        60.0,
+        PATIENCE_S,
         "a load with the new column",
     )
     stage.in_step(sidecar, worker)

@@ -28,7 +28,7 @@ from deltactl.checking import check_transport
 from kafka_security import PASSWORD, USER, Authority, GuardedRegistry, SecureKafka
 
 ROWS = 20
-WAIT_S = 120.0  # for what takes a second
+WAIT_S = 300.0  # for what takes a second
 TIMEOUTS = Timeouts(session_s=10, heartbeat_s=0.5)
 REGISTRY_PASSWORD, TOKEN = 're$ist"\\ry:é', "token-of-the-registry"
 SEED = int(os.environ.get("DELTA_TEST_SEED", str(random.SystemRandom().randrange(1_000_000))))

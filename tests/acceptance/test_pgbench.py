@@ -6,12 +6,12 @@ import contextlib
 import subprocess
 from collections.abc import Callable, Sequence
 
-from acceptance.harness import Stage, metrics
+from acceptance.harness import PATIENCE_S, Stage, metrics
 from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.servers import PostgreSQL
 
 CLIENTS, DURATION_S = 4, 10
-TIMEOUT_S = 180.0
+TIMEOUT_S = 300.0
 TABLES = ("pgbench_branches", "pgbench_tellers", "pgbench_accounts")
 
 
@@ -36,7 +36,7 @@ def test_pgbench(stage: Callable[..., Stage], postgresql: PostgreSQL) -> None:
         it = stage("", TABLES, schema="public", before_create=initialised, processor=None)
         port = free_port()
         run = it.run("--port", str(port))
-        wait_until(lambda: bool(run.events("load_started")), 120, "the first load")
+        wait_until(lambda: bool(run.events("load_started")), PATIENCE_S, "the first load")
         work = pgbench(
             postgresql, it.pipeline.name, f"--client={CLIENTS}", f"--time={DURATION_S}", "--jobs=2", "--no-vacuum"
         )

@@ -23,7 +23,7 @@ from delta_sync.state import StateStore
 from delta_sync.testing.processes import wait_until
 
 SEED = random.SystemRandom().randrange(1_000_000)
-PATIENCE_S = 120.0  # no test may depend on speed
+PATIENCE_S = 300.0  # no test may depend on speed
 REBUILD_TIMEOUT_S = 600.0  # it waits for a new run, a dump and a verification
 ROWS = 400
 QUIET = range(1, 41)  # keys that are always there; whoever reads one must find it

@@ -9,12 +9,12 @@ from contextlib import suppress
 import psycopg
 import pytest
 
-from acceptance.harness import Actor, Run, Source, Stage
+from acceptance.harness import PATIENCE_S, Actor, Run, Source, Stage
 from delta_sync.testing.processes import wait_until
 
 HOT, ALL = 40, 400  # rows with an id below HOT are written all the time; the others never again after the first load
-NOTICED_S = 90.0  # far above the five seconds in which a change of columns is noticed without any event
-EXIT_TIMEOUT_S = 60.0
+NOTICED_S = 300.0  # far above the five seconds in which a change of columns is noticed without any event
+EXIT_TIMEOUT_S = 300.0
 PAUSE_S = 0.05  # the machine has other things to do
 
 # `thing` is decoded from its events; of `keyed` every row is read by its key, because of the generated column.
@@ -89,7 +89,7 @@ def _hot(line: str) -> bool:
 def test_columns_change_under_a_running_pipeline(stage: Callable[..., Stage]) -> None:
     it = stage(SETUP, TABLES, ("cache", "docs", "search"))
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     with Writing(it.source):
         for what, alter in STEPS.items():
             it.source.execute(*(f"ALTER TABLE {table} {alter}" for table in TABLES))
@@ -104,12 +104,12 @@ def test_columns_change_while_delta_is_stopped(stage: Callable[..., Stage]) -> N
     """The log then has events of the table as it was, and as it was in between."""
     it = stage(SETUP, TABLES, ("cache", "docs"))
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     assert run.stop() == 0
     with Writing(it.source) as writer:
         for alter in STEPS.values():
             before = writer.written
-            wait_until(lambda before=before: writer.written > before + 20, 60, "writing")  # type: ignore[misc]  # mypy: lambda with a default
+            wait_until(lambda before=before: writer.written > before + 20, PATIENCE_S, "writing")  # type: ignore[misc]  # mypy: lambda with a default
             it.source.execute(*(f"ALTER TABLE {table} {alter}" for table in TABLES))
         run = it.run()
         in_step_but_for_hot_rows(it, run, "started again")
@@ -124,7 +124,7 @@ def test_columns_change_while_a_table_is_loaded(stage: Callable[..., Stage]) -> 
     it = stage(SETUP, TABLES, load={"chunk_rows": 5})
     with Writing(it.source):
         run = it.run()
-        wait_until(lambda: bool(run.events("load_started")), 120, "the first load")
+        wait_until(lambda: bool(run.events("load_started")), PATIENCE_S, "the first load")
         for alter in STEPS.values():
             it.source.execute(*(f"ALTER TABLE {table} {alter}" for table in TABLES))
         in_step_but_for_hot_rows(it, run, "changed while it was loaded")
@@ -142,7 +142,7 @@ def test_a_column_that_the_processor_uses_is_dropped(most: int, stops: bool, sta
         errors={"max_dead_letters_per_minute": most},
     )
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     it.source.execute("ALTER TABLE thing DROP COLUMN doomed", "UPDATE thing SET rev = rev + 1 WHERE id < 3")
     if stops:
         wait_until(lambda: not run.running, EXIT_TIMEOUT_S, "stopping")
@@ -176,7 +176,7 @@ def test_a_table_is_dropped(dropped: str, other: str, stage: Callable[..., Stage
     """The others go on, also when rows of it were still to be read. At the next start it is the user's to decide."""
     it = stage(SETUP, TABLES)
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     it.source.execute(f"UPDATE {dropped} SET rev = rev + 1; DROP TABLE {dropped}")
     wait_until(lambda: bool(run.events("table_missing")), NOTICED_S, "the warning")
     it.source.execute(f"UPDATE {other} SET rev = rev + 1", f"ALTER TABLE {other} DROP COLUMN doomed")
@@ -205,7 +205,7 @@ def test_a_table_that_is_away_for_a_while_is_loaded_again(restarted: bool, stage
     """What happens to it under another name is in the log under that name, and so it is not seen."""
     it = stage(SETUP, TABLES)
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     it.source.execute(*(f"ALTER TABLE {table} RENAME TO {table}_away" for table in TABLES))
     wait_until(lambda: len(run.events("table_missing")) == len(TABLES), NOTICED_S, "the warnings")
     for table in TABLES:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from acceptance.harness import Run, Stage
+from acceptance.harness import PATIENCE_S, Run, Stage
 from delta_sync.testing.processes import wait_until
 
 SETUP = "CREATE TABLE movie (id int PRIMARY KEY, title text); INSERT INTO movie VALUES (1, 'one'), (2, 'two');"
@@ -23,7 +23,7 @@ LOSSES = {
 
 def _in_step(it: Stage) -> Run:
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     it.in_step(run)
     return run
 
@@ -55,7 +55,7 @@ def test_changes_that_may_be_lost_stop_it_and_check_says_what_the_run_says(
         "UPDATE movie SET title = 'lost' WHERE id = 1", *statement.format(slot=it.pipeline.slot).split(";")
     )
     run = it.run()
-    wait_until(lambda: not run.running, 60, "its refusal")
+    wait_until(lambda: not run.running, PATIENCE_S, "its refusal")
     status, said = _check(it)
     for text in (run.tail(), said):
         assert expected in text
@@ -72,7 +72,7 @@ def test_a_new_epoch_begins_by_itself_unless_that_is_not_wanted(stage: Callable[
     status, said = _check(it)
     assert (status, expected in said, "begins a new epoch by itself" in said) == (0, True, True)
     run = it.run()
-    wait_until(lambda: bool(run.events("slot_created")), 60, "its notice")  # till then all looks done
+    wait_until(lambda: bool(run.events("slot_created")), PATIENCE_S, "its notice")  # till then all looks done
     it.in_step(run)
     (rise,) = run.events("epoch_rises")
     assert expected in rise["reason"]

@@ -17,7 +17,7 @@ import pytest
 import redis
 from bson.decimal128 import Decimal128
 
-from acceptance.harness import Stage
+from acceptance.harness import PATIENCE_S, Stage
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import PostgreSQL
 from integration.test_postgresql_values import CONTRIB, HOSTILE, SETUP, VALUES, read_types, sections_of
@@ -285,7 +285,7 @@ def test_loaded_inserted_and_updated_are_the_same(under: Under, stage: Callable[
             for number, case in enumerate(cases):
                 insert(connection, number, "loaded", case)
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     with it.source.connect() as connection:
         with connection.transaction():
             for number, case in enumerate(cases):
@@ -361,7 +361,7 @@ def test_names_keys_and_computed_columns(processor: str | None, stage: Callable[
 
     write("loaded", 1)
     run = it.run()
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     write("inserted", 2)
     write("changed", 3)
     it.in_step(run)

@@ -21,7 +21,7 @@ import pytest
 import redis
 import requests
 
-from acceptance.harness import SHAPES, Actor, Scene, Shape, Shop, metrics
+from acceptance.harness import PATIENCE_S, SHAPES, Actor, Scene, Shape, Shop, metrics
 from delta_sync.changes import Write
 from delta_sync.sinks.base import VERSION_FIELD
 from delta_sync.tables import key_text
@@ -60,7 +60,7 @@ def it(scene: Callable[..., Scene], port: int) -> Iterator[Scene]:
     print(f"seed {SEED}")
     it = scene(ROWS, SINKS, load={"chunk_rows": 50})
     run = it.run("--port", str(port))
-    wait_until(it.pipeline.loaded, 120, "the first load")
+    wait_until(it.pipeline.loaded, PATIENCE_S, "the first load")
     yield it
     assert run.running, run.tail()
     it.in_step(run)  # by the harness's own comparison
@@ -192,7 +192,7 @@ def go_round(it: Scene) -> None:
         return [line for line in lines if "oldest_s" in line]
 
     try:
-        wait_until(lambda: len(rounds()) >= 2, 120, "two rounds")
+        wait_until(lambda: len(rounds()) >= 2, PATIENCE_S, "two rounds")
         for one in rounds():
             assert sum(one[kind] for kind in ("missing", "different", "extra", "version")) == 0, one
             assert one["pipeline_runs"]
@@ -219,7 +219,7 @@ def test_what_was_damaged_is_found_and_mended_while_rows_change(it: Scene, port:
         print(writer.done)
         # Whoever verifies, the pipeline shows it: three times and two rounds at least, of which one found the damage.
         rows = 5 * len(SHAPES) * len(QUIET)
-        wait_until(lambda: metrics(port).get("delta_verified_rows_total", 0.0) >= rows, 120, "the numbers")
+        wait_until(lambda: metrics(port).get("delta_verified_rows_total", 0.0) >= rows, PATIENCE_S, "the numbers")
         measured = metrics(port)
         assert measured["delta_verified_differences_total"] == len(expected)
         assert measured["delta_verified_repaired_total"] == len(expected)

@@ -13,7 +13,18 @@ from delta_sync import Pipeline, many, one
 from delta_sync.building import Debounce, DocumentBuilder
 from delta_sync.changes import Change
 from delta_sync.decoding import Event, Stretch, Touched, Watching, decode
-from delta_sync.documents import DocumentSpec, ForeignKey, Hop, PartSpec, Watch, fingerprint, resolved, watches
+from delta_sync.documents import (
+    DocumentSpec,
+    ForeignKey,
+    Hop,
+    PartSpec,
+    Watch,
+    fingerprint,
+    resolved,
+    searches,
+    watches,
+    without_index,
+)
 from delta_sync.errors import ProcessorError, UsageError
 from delta_sync.masking import Mask
 from delta_sync.pipeline import TableProcessor
@@ -64,6 +75,40 @@ def ways(root: Table) -> list[tuple[str, tuple[str, ...], list[tuple[str, tuple[
         (watch.table.name, watch.columns, [(hop.table.name, hop.where, hop.take) for hop in watch.hops])
         for watch in watches(root)
     ]
+
+
+def test_a_look_up_without_an_index_is_named_once_with_what_to_type() -> None:
+    root = document(
+        studio=one("public.studio"),
+        reviews=many("public.review", parts={"author": one("public.person")}),
+        genres=many("public.genre", through="public.movie_genre"),
+    )
+    wanted = {  # to read parts, and to find the documents that a change of a part is about
+        "public.studio": {"id"},
+        "public.movie": {"studio_id"},
+        "public.review": {"movie_id", "author_id"},
+        "public.person": {"id"},
+        "public.movie_genre": {"movie_id", "genre_id"},
+        "public.genre": {"id"},
+    }
+    assert {(table.id, columns) for table, columns in searches(root)} == {
+        (name, (column,)) for name, columns in wanted.items() for column in columns
+    }
+    assert without_index(root, wanted) == []
+    (problem,) = without_index(root, {**wanted, "public.review": {"id", "author_id"}})
+    assert not problem.fatal
+    assert problem.where == "document public.movie"
+    assert "no index of public.review begins with movie_id" in problem.what
+    assert problem.fix == "type: CREATE INDEX ON public.review (movie_id)"
+
+
+def test_of_a_query_only_the_way_back_is_looked_at() -> None:
+    root = resolved(
+        DocumentSpec("public.movie", {"reviews": many("public.review")}, "SELECT id FROM movie WHERE id = ANY(%(id)s)"),
+        TABLES,
+        KEYS,
+    )
+    assert searches(root) == []  # a review has its movie's key
 
 
 def test_each_kind_of_part_belongs_by_its_foreign_key_and_leads_back_by_it() -> None:

@@ -199,6 +199,10 @@ class SourceReader(ABC):
         """Return, for each table that exists, a text that changes whenever its columns or its key do."""
 
     @abstractmethod
+    def first_columns(self, names: Sequence[str]) -> dict[str, set[str]]:
+        """Return, for tables, the columns with which their usable indexes begin."""
+
+    @abstractmethod
     def estimated_rows(self, table: Table) -> int | None:
         """Return an estimate of a table's rows; None where there is none."""
 

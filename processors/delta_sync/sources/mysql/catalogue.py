@@ -135,6 +135,14 @@ def read_foreign_keys(session: Session, names: Sequence[str]) -> list[ForeignKey
     return found
 
 
+def read_first_columns(session: Session, names: Sequence[str]) -> dict[str, set[str]]:
+    """Return, for tables, the columns with which an index begins. Raises pymysql.Error."""
+    return {
+        name: {row["column_name"] for row in _rows(session, _FIRST_COLUMNS, tuple(name.split(".", 1)))}
+        for name in names
+    }
+
+
 def unreadable_columns(session: Session) -> list[str]:
     """Return the columns of any table with a type whose name Debezium's parser of SQL does not know.
 
@@ -175,6 +183,10 @@ FROM information_schema.columns WHERE table_schema = %s AND table_name = %s ORDE
 _CHECKS: Final = """
 SELECT check_clause AS clause FROM information_schema.check_constraints
 WHERE constraint_schema = %s AND table_name = %s
+"""
+_FIRST_COLUMNS: Final = """
+SELECT column_name AS column_name FROM information_schema.statistics
+WHERE table_schema = %s AND table_name = %s AND seq_in_index = 1
 """
 _FOREIGN_KEYS: Final = """
 SELECT constraint_name AS name, column_name AS column_name, referenced_column_name AS referenced_column,

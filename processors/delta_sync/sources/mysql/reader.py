@@ -17,7 +17,7 @@ from delta_sync.documents import Watch
 from delta_sync.errors import CheckFailed, Problem, SchemaChanged, SourceBusy, UsageError
 from delta_sync.secrets import redact
 from delta_sync.sources.mysql import codec, parts
-from delta_sync.sources.mysql.catalogue import read_fingerprints, read_foreign_keys, read_tables
+from delta_sync.sources.mysql.catalogue import read_fingerprints, read_first_columns, read_foreign_keys, read_tables
 from delta_sync.sources.mysql.claims import (
     LISTED_S,
     MAX_OFFSET,
@@ -168,6 +168,11 @@ class MariaReader(SourceReader):
         """Return, for each table that exists, a text that changes whenever its columns, its key or its history do."""
         with self._connected() as session:
             return self.fingerprinted(read_fingerprints(session, names))
+
+    def first_columns(self, names: Sequence[str]) -> dict[str, set[str]]:
+        """Return, for tables, the columns with which an index begins."""
+        with self._connected() as session:
+            return read_first_columns(session, names)
 
     def estimated_rows(self, table: Table) -> int | None:
         """Return the engine's estimate of a table's rows, which may be far off; None when it has none."""

@@ -134,6 +134,15 @@ def read_foreign_keys(connection: psycopg.Connection, names: Sequence[str]) -> l
     return [ForeignKey(table, tuple(columns), referenced, tuple(of)) for table, columns, referenced, of in rows]
 
 
+def read_first_columns(connection: psycopg.Connection, names: Sequence[str]) -> dict[str, set[str]]:
+    """Return, for tables, the columns with which an index of all rows begins. Raises psycopg.Error."""
+    found: dict[str, set[str]] = {}
+    with connection.cursor(row_factory=tuple_row) as cursor:
+        for table, column in cursor.execute(_FIRST_COLUMNS, {"names": list(names)}):
+            found.setdefault(table, set()).add(column)
+    return found
+
+
 # ── decisions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -285,6 +294,13 @@ FROM pg_constraint f JOIN named t ON t.oid = f.conrelid JOIN named r ON r.oid = 
        JOIN pg_attribute b ON b.attrelid = f.confrelid AND b.attnum = u.other) k
 WHERE f.contype = 'f'
 ORDER BY t.id, f.conname
+"""
+
+_FIRST_COLUMNS = """
+SELECT n.nspname || '.' || c.relname, a.attname::text
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_index i ON i.indrelid = c.oid
+     JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
+WHERE n.nspname || '.' || c.relname = ANY (%(names)s) AND i.indisvalid AND i.indpred IS NULL
 """
 
 _FATAL_TYPES = """

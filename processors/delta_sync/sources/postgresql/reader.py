@@ -24,7 +24,12 @@ from delta_sync.documents import Watch
 from delta_sync.errors import SchemaChanged, SourceBusy, UsageError
 from delta_sync.secrets import redact
 from delta_sync.sources.postgresql import codec, parts
-from delta_sync.sources.postgresql.catalogue import read_fingerprints, read_foreign_keys, read_tables
+from delta_sync.sources.postgresql.catalogue import (
+    read_fingerprints,
+    read_first_columns,
+    read_foreign_keys,
+    read_tables,
+)
 from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot, parse_snapshot, sample_of
 from delta_sync.sources.postgresql.connection import connect
 from delta_sync.sources.postgresql.statements import (
@@ -169,6 +174,11 @@ class PostgresReader(SourceReader):
         """Return, for each table that exists, a text that changes whenever its columns or its key do."""
         with self._connected() as connection:
             return self.fingerprinted(read_fingerprints(connection, names, self.documented))
+
+    def first_columns(self, names: Sequence[str]) -> dict[str, set[str]]:
+        """Return, for tables, the columns with which an index of all rows begins."""
+        with self._connected() as connection:
+            return read_first_columns(connection, names)
 
     def estimated_rows(self, table: Table) -> int | None:
         """Return the planner's estimate of a table's rows; None when it was never analysed."""
