@@ -23,7 +23,7 @@ from delta_sync.used_keys import UsedKeyStore, Uses
 
 TABLE = Table("public", "movie", (Column("id", "bigint", Kind.INTEGER),), ("id",))
 BATCH = 5000
-BATCHES = 20
+BATCHES = 10
 AT_ONCE = 50_000  # of those that are there first
 
 
