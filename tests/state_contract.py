@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import partial
@@ -39,8 +39,10 @@ from delta_sync.refreshing import KEPT_S, NoticeStore
 from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad, identity_of
 from delta_sync.state_database import migration_lock
 from delta_sync.state_dumps import DumpStore
-from delta_sync.state_tables import METADATA, VERSION_TABLE
+from delta_sync.state_tables import METADATA, USED_KEYS, VERSION_TABLE
+from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.processes import wait_until
+from delta_sync.used_keys import UsedKeyStore, Uses
 from delta_sync.verified import Numbers, VerifiedStore
 from delta_sync.verifying import Verified
 
@@ -214,6 +216,28 @@ def run_processes(target: Callable[..., None], *argument_lists: tuple[Any, ...])
     finally:
         for process in processes:
             process.kill()
+
+
+A_B = Table("a", "b", (Column("id", "int", Kind.INTEGER),), ("id",))
+
+
+def uses(
+    *rows: tuple[int, int, Any],
+    gone: Sequence[tuple[int, int]] = (),
+    table: str = "a.b",
+    lookup: str = "ratings",
+    slot: int = 1,
+) -> Uses:
+    """Return which keys rows use: id, version and key of each."""
+    of_rows = [((id_,), version, key) for id_, version, key in rows]
+    return Uses(table, lookup, slot, of_rows, [((id_,), version) for id_, version in gone])
+
+
+def keeping(store: StateStore) -> UsedKeyStore:
+    """Return the notes of a pipeline that has begun to keep them."""
+    used = UsedKeyStore(store, "movies")
+    used.begin({("a.b", "ratings"): "rows", ("a.b", "stock"): "rows", ("a.c", "ratings"): "rows"})
+    return used
 
 
 class StateContract:
@@ -739,13 +763,118 @@ class StateContract:
             DumpStore(store, name).add(Dump(table="a.b", kind="keys"), [(1,)])
             GenerationStore(store, name).change(Generations("cache"), Generations("cache").begun())
             NoticeStore(store, name).add("ratings", [1])
+            UsedKeyStore(store, name).begin({("a.b", "ratings"): "rows"})
+            UsedKeyStore(store, name).note([uses((1, 1, name))])
             VerifiedStore(store, name).begin("a.b", "it")
             TopicStore(store, name).add({Partition("delta_movies.a.b", 0): "id"})
         store.forget("movies")
+        UsedKeyStore(store, "movies").sweep()
         with raw.connect() as connection:
             for table in METADATA.sorted_tables:
+                if table is USED_KEYS:
+                    assert connection.scalar(sa.select(sa.func.count()).select_from(USED_KEYS)) == 1
+                    continue
                 pipeline = table.c["name" if table.name == "delta_pipeline" else "pipeline"]
                 assert connection.execute(sa.select(pipeline)).scalars().all() == ["other"], table.name
+
+    # ── keys that rows used ──
+
+    def test_the_newest_note_of_a_row_stays_in_whatever_order_they_are_written(self, store: StateStore) -> None:
+        used = keeping(store)
+        orders = list(itertools.permutations([(1, "old"), (2, Decimal("2.50")), (3, "it's \0 \u00e9")]))
+        for place in range(3):
+            some = [(number, *order[place]) for number, order in enumerate(orders)]
+            used.note([uses(*some), uses(*some, lookup="stock")])
+        found = used.rows(A_B, "ratings", ["it's \0 \u00e9"], 100)
+        assert sorted(found or ()) == [(number,) for number in range(len(orders))]
+        assert used.rows(A_B, "ratings", ["old", Decimal("2.5")], 100) == []
+        assert used.rows(A_B, "ratings", ["it's \0 \u00e9"], len(orders) - 1) is None, "there are more"
+        assert UsedKeyStore(store, "other").rows(A_B, "ratings", ["it's \0 \u00e9"], 100) == []
+
+    def test_many_spellings_of_a_number_are_one_key(self, store: StateStore) -> None:
+        used = keeping(store)
+        used.note([uses((1, 1, Decimal("2.50")), (2, 1, -0.0), (3, 1, 7), (4, 1, "7"), (5, 1, True))])
+        for keys, ids in (([Decimal("2.5")], [1]), ([0.0], [2]), ([7], [3, 4]), ([True], [5]), ([8], [])):
+            assert sorted(used.rows(A_B, "ratings", keys, 100) or ()) == [(id_,) for id_ in ids], keys
+
+    def test_a_row_without_a_key_or_that_is_gone_leaves_no_note_that_is_older(self, store: StateStore) -> None:
+        used = keeping(store)
+        used.note([uses((1, 5, "a"), (2, 5, "a"), (3, 5, "a"), (4, 5, "a")), uses((1, 5, "a"), (3, 5, "b"), slot=2)])
+        used.note([uses((1, 6, None), (2, 4, None), gone=[(3, 6), (4, 4)])])
+        assert sorted(used.rows(A_B, "ratings", ["a"], 100) or ()) == [(1,), (2,), (4,)], "1 uses it for another one"
+        assert used.rows(A_B, "ratings", ["b"], 100) == [], "all that is noted of a row goes with it"
+        used.note([uses((3, 5, "a"))])
+        assert (3,) in (used.rows(A_B, "ratings", ["a"], 100) or ()), "one too many, until somebody refreshes it"
+        used.note([uses(gone=[(3, 9)])])
+        assert (3,) not in (used.rows(A_B, "ratings", ["a"], 100) or ())
+
+    def test_notes_of_rows_that_are_gone_by_a_version_go(
+        self, store: StateStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("delta_sync.used_keys.DELETED_AT_ONCE", 2)
+        used = keeping(store)
+        used.note([uses(*((number, number, "a") for number in range(9)))])
+        used.note([uses((1, 1, "a"), table="a.c")])
+        used.note([], {"a.b": 6})
+        assert sorted(used.rows(A_B, "ratings", ["a"], 100) or ()) == [(6,), (7,), (8,)]
+        assert used.rows(A_B._replace(name="c"), "ratings", ["a"], 100) == [(1,)]
+
+    def test_what_was_not_kept_for_a_time_begins_anew(self, store: StateStore, raw: sa.Engine) -> None:
+        used, asking = UsedKeyStore(store, "movies"), ("a.b", "ratings")
+        used.begin({asking: "rows"})
+        used.note([uses((1, 1, "a"))])
+        first = used.keepings()[asking]
+        used.begin({asking: "rows"})
+        assert used.keepings() == {asking: first}, "a restart changes nothing"
+        for meanwhile in ({}, {asking: "documents"}):
+            used.begin(meanwhile)
+            used.begin({asking: "rows"})
+            again = used.keepings()[asking]
+            assert again.id > first.id
+            assert again.since >= first.since
+            assert used.rows(A_B, "ratings", ["a"], 100) == [], meanwhile
+        used.note([uses((2, 1, "a")), uses((2, 1, "a"), lookup="stock")])
+        assert used.rows(A_B, "stock", ["a"], 100) == [], "nobody keeps that"
+        used.sweep()
+        with raw.connect() as connection:
+            assert connection.execute(sa.select(USED_KEYS.c.keeping)).scalars().all() == [again.id]
+
+    def test_notes_are_complete_after_a_dump_of_all_that_began_later(self, store: StateStore) -> None:
+        used, asking = UsedKeyStore(store, "movies"), ("a.b", "ratings")
+        used.begin({asking: "rows"})
+        since = used.keepings()[asking].since
+        moment = dt.timedelta(microseconds=1)
+
+        def complete(kind: str, state: str, after: dt.timedelta = moment, **more: Any) -> bool:
+            dump = Dump(table="a.b", kind=kind, state=state, created_at=since + after, **more)  # type: ignore[arg-type]
+            return used.settle([dump])[asking].complete
+
+        assert not complete("table", "done", -moment)
+        assert not complete("table", "running")
+        assert not complete("keys", "done")
+        assert not complete("where", "done", where="id > 7")
+        assert not complete("table", "done", sinks=("cache",))
+        assert not complete("load", "cancelled")
+        assert complete("load", "running")
+        assert not used.settle([])[asking].complete, "it may still be overruled by another one"
+        assert complete("refresh", "done")
+        assert used.settle([])[asking].complete, "the dump may be forgotten"
+
+    def test_threads_note_the_same_rows_at_once(self, store: StateStore) -> None:
+        used = keeping(store)
+
+        def work(version: int) -> None:
+            numbers = list(range(50))
+            random.Random(version).shuffle(numbers)
+            while True:
+                try:
+                    return used.note([uses(*((number, version, f"v{version}") for number in numbers))])
+                except StateBusy:  # as the worker does
+                    continue
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(1, 13)))
+        assert len(used.rows(A_B, "ratings", ["v12"], 100) or ()) == 50
 
     def test_a_verification_goes_on_where_it_was(self, store: StateStore) -> None:
         verified = VerifiedStore(store, "movies")

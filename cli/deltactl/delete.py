@@ -19,6 +19,7 @@ from delta_sync.sources import open_inspector
 from delta_sync.sources.postgresql.connection import connect
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import StateStore
+from delta_sync.used_keys import UsedKeyStore
 from deltactl.app import (
     App,
     confirm,
@@ -222,6 +223,7 @@ def _forget(spec: PipelineSpec, folder: Path, store: StateStore | None) -> None:
     if store is not None:
         with store:
             store.forget(spec.name)
+            UsedKeyStore(store, spec.name).sweep()
     if spec.state == PipelineSpec.model_fields["state"].default:
         for path in folder.glob("state.db*"):
             path.unlink(missing_ok=True)

@@ -16,18 +16,18 @@ from delta_sync.pipeline import check_columns, load_processor
 from delta_sync.refreshing import (
     KEYS_MOST,
     NOTICED_S,
+    ROWS_MOST,
     NoticeStore,
-    columns_by_table,
+    RowFinder,
+    asked_by,
+    dump_of,
     keys_of,
-    rows_having,
     wanted_of,
 )
 from delta_sync.sources import open_reader
-from delta_sync.sources.reader import SourceReader
 from delta_sync.starting import read_tables
 from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
-from delta_sync.tables import Table
 from deltactl.app import App, dry_run_option, name_argument, pass_app, print_json, say, shared_options, warn
 from deltactl.dump import DumpEnded, as_json, follow
 
@@ -51,8 +51,9 @@ def refresh(
     """Write the documents anew that were enriched with a look-up's answers for these keys.
 
     Every process of the pipeline drops these answers from its cache first. Then the rows with these keys are looked for
-    in the source, which reads each table that asks this look-up unless the column has an index, and dumped by their
-    keys: nothing newer is overwritten.
+    in the source, which reads each table that asks this look-up unless the column has an index, or, for a look-up with
+    keys="kept", in the state store; and dumped by their keys: nothing newer is overwritten. Where the state store does
+    not know the keys of every row yet, the whole table is dumped.
 
     \b
     Examples:
@@ -69,7 +70,7 @@ def refresh(
         raise UsageError(f"{len(texts):,} keys are more than {KEYS_MOST:,}; give fewer at once, or dump the tables.")
     spec = app.load(name)
     pipeline = load_processor(app.home(name), spec)
-    columns_by_table(pipeline, lookup)  # or say now that nobody asks it
+    asked_by(pipeline, lookup)  # or say now that nobody asks it
     state = StateStore.open(spec.state, app.home(name), create=False)
     if state is None:
         raise UsageError(f"Pipeline {name} never ran; its first run asks for everything anyway.")
@@ -79,23 +80,23 @@ def refresh(
             tables = read_tables(spec, reader)
             check_columns(pipeline, tables)
             wanted = wanted_of(pipeline, tables, lookup, texts)
-            found: Mapping[str, list[Key]] = {}
+            finder = RowFinder(reader, state, pipeline)
+            found: Mapping[str, list[Key] | None] = {}
             ids: dict[str, int] = {}
             if dry_run:
-                found = _rows(reader, tables, wanted)
+                found = finder.find(tables, lookup, wanted)
             else:
                 NoticeStore(state, name).add(lookup, keys_of(wanted))
                 time.sleep(NOTICED_S)  # until no process answers with what it has cached
-                found = _rows(reader, tables, wanted)
+                found = finder.find(tables, lookup, wanted)
         finally:
             reader.close()
         dumps = DumpStore(state, name)
         if not dry_run:
-            reason = f"look-up {lookup} answers otherwise"
             ids = {
-                table: dumps.add(Dump(table=table, kind="keys", reason=reason), some)
+                table: dumps.add(dump, some or ())
                 for table, some in found.items()
-                if some
+                if (dump := dump_of(lookup, table, some)) is not None
             }
             if ids and spec.transport != "kafka" and not app.is_running(name):
                 warn(f"Pipeline {name} is not running; the documents are written when it is.")
@@ -106,17 +107,10 @@ def refresh(
         raise DumpEnded(f"Dump {bad[0].id} of {bad[0].table} is {bad[0].state}: {bad[0].waits}")
 
 
-def _rows(
-    reader: SourceReader, tables: dict[str, Table], wanted: dict[tuple[str, str], list[Any]]
-) -> dict[str, list[Key]]:
-    """Return the keys of the rows that have one of these values, by table, however many they are."""
-    return {table: some for table, some in rows_having(reader, tables, wanted).items() if some is not None}
-
-
 def _show(
     app: App,
     lookup: str,
-    found: Mapping[str, list[Key]],
+    found: Mapping[str, list[Key] | None],
     ids: dict[str, int],
     ended: Sequence[Dump],
     *,
@@ -126,13 +120,19 @@ def _show(
         shown: dict[str, Any] = {
             "lookup": lookup,
             "refreshed": not dry_run,
-            "rows": {table: len(some) for table, some in found.items()},
+            "rows": {table: None if some is None else len(some) for table, some in found.items()},
             "dumps": ids,
         }
         print_json(shown | ({"ended": [as_json(one) for one in ended]} if ended else {}))
         return
     for table, some in found.items():
-        if dry_run:
+        if some is None:
+            what = f"are enriched again, by dump {ids[table]}" if table in ids else "would be enriched again"
+            say(
+                f"{table}: all rows {what}, because more than {ROWS_MOST:,} used these keys, or not every row has been"
+                " enriched since they are kept."
+            )
+        elif dry_run:
             say(f"{table}: {len(some):,} rows would be enriched again.")
         elif table in ids:
             say(f"{table}: {len(some):,} rows are enriched again, by dump {ids[table]}.")

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 # What a batch goes through. `poll`: until the next one is there, also while too much is in flight for one to be taken;
 # `lookup`: for the services' answers; `reread`: for rows that are read by key; `apply`: until a sink acknowledged its
 # part, with repetitions; `commit`: until the source or Kafka was told.
-Stage = Literal["poll", "decode", "reread", "lookup", "process", "apply", "commit"]
+Stage = Literal["poll", "decode", "reread", "note", "lookup", "process", "apply", "commit"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 # From what takes no time worth mentioning to what is stuck; two or three per power of ten, as Prometheus' own.

@@ -19,7 +19,7 @@ import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 from delta_sync.documents import DEBOUNCE, DocumentSpec, PartSpec, check_documents
 from delta_sync.errors import DeltaError, UsageError
@@ -31,6 +31,8 @@ from delta_sync.values import Document
 
 ProcessorFunction = Callable[..., Document | None]
 LookupFunction = Callable[[list[Any]], "Mapping[Any, Any] | Awaitable[Mapping[Any, Any]]"]
+Keys = Literal["derived", "kept"]
+KeyFunction = Callable[[Document], "str | int | None"]
 DEADLINE = "2s"  # of a look-up that is not required: what readers of a document would wait for it, too
 REFRESH_LEAST_S = 2.0  # a round of dumps is begun and ended by looks a second apart
 HandlerT = TypeVar("HandlerT", bound=Callable[[Any], object])
@@ -56,6 +58,7 @@ class Lookup:
         pause_s: float,
         complete: bool,
         refresh_after_s: float | None = None,
+        keys: Keys = "derived",
     ) -> None:
         self.function = function
         self.name = function.__name__
@@ -71,15 +74,19 @@ class Lookup:
         self.timeout_s = timeout_s
         self.concurrency = concurrency
         self.refresh_after_s = refresh_after_s
+        self.keys = keys
 
     @property
     def rounds_s(self) -> float | None:
         """How old an answer may be in a document before it is asked for again, without what the cache adds to it."""
         return None if self.refresh_after_s is None else self.refresh_after_s - max(self.ttl_s, self.missing_ttl_s)
 
-    def by(self, column: str) -> Enrichment:
-        """Return the enrichment that asks this look-up with the value of `column` (not asked when that is None)."""
-        return Enrichment(self, column)
+    def by(self, key: str | KeyFunction) -> Enrichment:
+        """Return the enrichment that asks this look-up with a key of the row: the value of a column, not if it is None.
+
+        Or what a function of the row returns: a text, a whole number, or None. It must depend on nothing else.
+        """
+        return Enrichment(self, key)
 
     def __call__(self, keys: list[Any]) -> Mapping[Any, Any] | Awaitable[Mapping[Any, Any]]:
         """Call the function itself, as a test of it would."""
@@ -87,10 +94,10 @@ class Lookup:
 
 
 class Enrichment(NamedTuple):
-    """An argument of a processor that a look-up fills: its answer for the row's `column`, or None."""
+    """An argument of a processor that a look-up fills: its answer for the row's `key` (a column, or a function)."""
 
     lookup: Lookup
-    column: str
+    key: str | KeyFunction
 
 
 class TableProcessor(NamedTuple):
@@ -216,6 +223,11 @@ class Pipeline:
             for name, enrichment in enrichments.items():
                 if not isinstance(enrichment, Enrichment):  # pyright: ignore[reportUnnecessaryIsInstance] -- users need not type-check
                     raise UsageError(f'{where}: enrich={{"{name}": …}} takes `lookup.by("column")`.')
+                by = enrichment.key
+                if callable(by) and (not _is_plain(by) or len(_positional(by)) != 1):
+                    raise UsageError(
+                        f"{where}: {name} is looked up by a plain function that takes one argument, the row."
+                    )
             _check_signature(function, where, enrichments)
             spec = _spec_beside(function)
             if spec is not None:
@@ -307,6 +319,7 @@ class Pipeline:
         pause: str | float = "10s",
         complete: bool = False,
         refresh_after: str | float | None = None,
+        keys: Keys = "derived",
     ) -> Callable[[LookupFunction], Lookup]:
         """Declare a batched call to a service: a list of distinct keys in, a mapping from key to answer out.
 
@@ -323,6 +336,9 @@ class Pipeline:
         repeated. `refresh_after`: so old, and no older, an answer becomes in a document while the pipeline runs; the
         tables that ask are read over and over, at a rate that suffices for it. At least twice `ttl`.
 
+        `keys`: how the rows are found whose answers are said to have changed. `derived`: in the source, by the columns
+        that they were asked by. `kept`: by a note in the state store for each row, written with every change of it.
+
         Raises UsageError: a look-up of that name exists, a wrong signature, a limit that is not above 0.
         """
 
@@ -338,6 +354,8 @@ class Pipeline:
                     raise UsageError(f"{where}: {option} takes a whole number, not {number!r}.")
             if name in self.lookups:
                 raise UsageError(f"{where}: look-up {name} is declared twice.")
+            if keys not in get_args(Keys):
+                raise UsageError(f"{where}: keys are {' or '.join(get_args(Keys))}, not {keys!r}.")
             if not _is_plain(function) and not inspect.iscoroutinefunction(function):
                 raise UsageError(f"{where}: a look-up is no generator; it returns a mapping from key to answer.")
             if required and deadline is not None:
@@ -374,6 +392,7 @@ class Pipeline:
                 pause_s=pause_s,
                 complete=complete,
                 refresh_after_s=refresh_after_s,
+                keys=keys,
             )
             self.lookups[name] = declared
             return declared
@@ -486,6 +505,8 @@ def check_columns(pipeline: Pipeline, tables: Mapping[str, Table]) -> None:
         name = processor.table
         columns = {column.name: column for column in tables[name].columns} if name in tables else {}
         for argument, (lookup, column_name) in processor.enrich.items():
+            if not isinstance(column_name, str):
+                continue
             where = f"{_where(processor.function)}: {argument}={lookup.name}.by({column_name!r})"
             column = columns.get(column_name)
             if columns and column is None:

@@ -12,7 +12,7 @@ from delta_sync.changes import Change, Key, Write, newest_per_key
 from delta_sync.errors import ProcessorError
 from delta_sync.events import RowEvent
 from delta_sync.lookups import Answers, LookupCaller
-from delta_sync.pipeline import TableProcessor
+from delta_sync.pipeline import KeyFunction, TableProcessor
 from delta_sync.tables import Kind, Table
 from delta_sync.values import Document, Row
 from delta_sync.watchdog import AtHand, ProcessorTimeout
@@ -32,6 +32,19 @@ class Failure(NamedTuple):
     event: RowEvent | None = None  # of a handler
 
 
+class Asked(NamedTuple):
+    """Which keys the look-ups of a table's changes are asked with: `keys[i]` are those of `changes[i]`.
+
+    In the order of the processor's arguments; None: it is not asked, as for a row that is gone. `failures` are the
+    changes of which nobody knows.
+    """
+
+    processor: TableProcessor
+    changes: list[Change]
+    keys: list[tuple[Any, ...]]
+    failures: list[Failure]
+
+
 class Processed(NamedTuple):
     """What became of a table's changes: a write for each, but for the failures. `changes[i]` led to `writes[i]`."""
 
@@ -47,16 +60,18 @@ def process(
     changes: Sequence[Change],
     lookups: Mapping[str, LookupCaller],
     at_hand: AtHand | None = None,
+    asked: Asked | None = None,
 ) -> Processed:
     """Return the writes of a table's changes. Raises LookupBusy when a look-up did not answer before Delta stopped.
 
-    `at_hand` is told which change the function is called with, and no other.
+    `at_hand` is told which change the function is called with, and no other. `asked` is what `asked_of` returned of
+    these changes, if it was called already.
     """
     at_hand = at_hand or AtHand()
     failures: list[Failure] = []
     left: dict[str, list[Key]] = {}
     if processor.enrich:
-        changes, arguments = _enrich(processor, changes, lookups, failures, left)
+        changes, arguments = _enrich(asked or asked_of(processor, changes, at_hand), lookups, failures, left)
     else:
         arguments = None
     function, shape = processor.function, processor.shape
@@ -115,29 +130,68 @@ def failure(change: Change, stage: Stage, error: BaseException, sink: str | None
     return Failure(change, stage, f"{type(error).__name__}: {error}", trace, sink)
 
 
+def asked_of(processor: TableProcessor, changes: Sequence[Change], at_hand: AtHand | None = None) -> Asked:
+    """Return with which keys the look-ups of a table's changes are to be asked.
+
+    `at_hand` is told which change a function that returns a key is called with, and no other.
+    """
+    ways = [by for _, by in processor.enrich.values()]
+    if not ways:
+        return Asked(processor, [], [], [])  # nothing is asked, and `process` does not look at it
+    none = (None,) * len(ways)
+    columns = [by for by in ways if isinstance(by, str)]
+    if len(columns) == len(ways):
+        keys = [none if row is None else tuple(map(row.get, columns)) for _, _, _, row in changes]
+        return Asked(processor, list(changes), keys, [])
+    at_hand = at_hand or AtHand()
+    asked = Asked(processor, [], [], [])
+    for change in changes:
+        found = none
+        if change.row is not None:
+            try:
+                at_hand.change = change
+                found = tuple(_key_of(by, change.row) for by in ways)
+                at_hand.change = None  # within: as for the processor's function
+            except (Exception, ProcessorTimeout) as error:  # noqa: BLE001 -- it is the user's function, too
+                at_hand.change = None
+                asked.failures.append(failure(change, "lookup", error))
+                continue
+        asked.changes.append(change)
+        asked.keys.append(found)
+    return asked
+
+
+def _key_of(by: str | KeyFunction, row: Row) -> Any:
+    """Return a row's key for a look-up. Raises what a function raises, and ProcessorError for what is no key."""
+    if isinstance(by, str):
+        return row.get(by)
+    key = by(row.copy())  # the row itself must stay as it was
+    if key is not None and type(key) not in (str, int):
+        raise ProcessorError(f"It returned a {type(key).__name__}; a key is a text or a whole number, or None.")
+    return key
+
+
 def _enrich(
-    processor: TableProcessor,
-    changes: Sequence[Change],
+    asked: Asked,
     lookups: Mapping[str, LookupCaller],
     failures: list[Failure],
     left: dict[str, list[Key]],
 ) -> tuple[list[Change], list[dict[str, Any]]]:
     """Return the changes whose look-ups have answers, with the arguments for each; note in `left` which lack some."""
+    enrich = asked.processor.enrich
+    failures += asked.failures
     keys: dict[str, list[Any]] = {}  # by look-up: two columns may ask one
-    for lookup, column in processor.enrich.values():
-        keys.setdefault(lookup.name, []).extend(
-            change.row[column] for change in changes if change.row is not None and change.row.get(column) is not None
-        )
+    for place, (lookup, _) in enumerate(enrich.values()):
+        keys.setdefault(lookup.name, []).extend(some[place] for some in asked.keys if some[place] is not None)
     answers = _ask(keys, lookups)
     kept: list[Change] = []
     arguments: list[dict[str, Any]] = []
-    for change in changes:
+    for change, own in zip(asked.changes, asked.keys, strict=True):
         values: dict[str, Any] = {}
         error: Exception | None = None
         lacks: set[str] = set()
         if change.row is not None:
-            for name, (lookup, column) in processor.enrich.items():
-                key = change.row.get(column)
+            for (name, (lookup, _)), key in zip(enrich.items(), own, strict=True):
                 found, failed, left_out = answers[lookup.name]
                 error = error or failed.get(key)
                 values[name] = found.get(key)

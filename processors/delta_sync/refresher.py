@@ -22,11 +22,12 @@ from delta_sync.dumps import Dump
 from delta_sync.errors import Transient, UsageError
 from delta_sync.leases import LeaseKeeper
 from delta_sync.pipeline import Pipeline
-from delta_sync.refreshing import ROWS_MOST, Notice, NoticeStore, rows_having, wanted_of
+from delta_sync.refreshing import ROWS_MOST, Notice, NoticeStore, RowFinder, dump_of, wanted_of
 from delta_sync.sources.reader import SourceReader
 from delta_sync.state import StateStore, TableLoad, now_of
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
+from delta_sync.used_keys import UsedKeyStore, kept_of
 from delta_sync.values import scalar_text
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -125,6 +126,8 @@ class Refresher(threading.Thread):
         self._stopping = stopping
         self._keeper = keeper
         self._rounds = rounds_of(pipeline)
+        self._used = UsedKeyStore(state, pipeline.name)
+        self._incomplete = bool(kept_of(pipeline))  # dumps that complete them are forgotten in time
         self._late: set[int] = set()  # rounds of which that was said
 
     def run(self) -> None:
@@ -151,23 +154,25 @@ class Refresher(threading.Thread):
             self._heed(lookup, [notice for notice in due if notice.lookup == lookup])
         if self._rounds:
             self._turn()
+        if self._incomplete:
+            self._used.settle(self._dumps.all())
+            self._incomplete = not all(one.complete for one in self._used.keepings().values())
 
     def _heed(self, lookup: str, notices: list[Notice]) -> None:
         """Have the rows of one look-up's notices dumped. One that died before it recorded that is done once more."""
         tables = self._tables()
         texts = [scalar_text(key) for key in dict.fromkeys(key for notice in notices for key in notice.keys)]
         try:
-            found = rows_having(self._reader, tables, wanted_of(self._pipeline, tables, lookup, texts), ROWS_MOST)
+            wanted = wanted_of(self._pipeline, tables, lookup, texts)
+            found = RowFinder(self._reader, self._state, self._pipeline).find(tables, lookup, wanted, ROWS_MOST)
         except UsageError as error:  # processor or table have become others since they were taken
             log.warning("notices_dropped", lookup=lookup, reason=str(error))
             found = {}
         ids: list[int] = []
         for table, keys in found.items():
-            reason = f"look-up {lookup} answers otherwise"
-            if keys is None:
-                ids.append(self._dumps.add(Dump(table=table, kind="refresh", reason=reason)))
-            elif keys:
-                ids.append(self._dumps.add(Dump(table=table, kind="keys", reason=reason), keys))
+            dump = dump_of(lookup, table, keys)
+            if dump is not None:
+                ids.append(self._dumps.add(dump, keys or ()))
         self._notices.settle([notice.id for notice in notices])
         log.info("notices_heeded", lookup=lookup, notices=len(notices), keys=len(texts), dumps=ids)
 

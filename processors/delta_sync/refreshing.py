@@ -4,7 +4,8 @@ Whoever says so (`deltactl refresh`, or a notice that `notices` has taken) leave
 keys. Every process that asks look-ups sees it within
 LOOK_S and drops these keys from its cache; one that has not been able to look for TRUSTED_S uses no cached answer. So,
 NOTICED_S after a notice is there, no process answers with what was cached before it, however many there are. Only then
-the rows with these keys are looked for in the source, and read anew by a dump of their keys:
+the rows with these keys are looked for, in the source or among the keys that are kept (`used_keys`), and read anew by a
+dump of their keys:
 
 - a row that had such a key by then is in the dump, whose versions beat all that was written with an older answer;
 - one that gets such a key later comes through the log later, and is enriched with an answer that was asked for later.
@@ -13,6 +14,7 @@ the rows with these keys are looked for in the source, and read anew by a dump o
 from __future__ import annotations
 
 import datetime as dt
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -23,14 +25,16 @@ import structlog
 
 from delta_sync.changes import Key
 from delta_sync.delta_event import decode_key, encode_key
-from delta_sync.dumps import value_from_text
+from delta_sync.dumps import Dump, value_from_text
 from delta_sync.errors import NoticesWait, Transient, UsageError
 from delta_sync.lookups import LookupCaller
-from delta_sync.pipeline import Pipeline
+from delta_sync.pipeline import KeyFunction, Pipeline
 from delta_sync.sources.reader import SourceReader
 from delta_sync.state import StateStore, now_of
+from delta_sync.state_dumps import DumpStore
 from delta_sync.state_tables import NOTICES
 from delta_sync.tables import Kind, Table
+from delta_sync.used_keys import UsedKeyStore
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -40,7 +44,10 @@ NOTICED_S = TRUSTED_S + 0.5  # clocks of two machines do not run equally fast
 KEPT_S = 3600.0  # a notice; a process that did not look for half of that drops all that it has
 KEYS_MOST = 100_000  # in one notice, which every process reads as a whole; as many as a cache has by default
 ROWS_MOST = 100_000  # found for one notice: above, their keys cost more than reading the whole table does
+_NUMBER = re.compile(r"0|-?[1-9]\d{0,30}")  # as Python writes it: another spelling is a text
 PENDING_MOST = 1000  # notices whose rows were not looked for yet: then whoever sends them has to wait
+
+Wanted = Mapping[tuple[str, "str | KeyFunction"], Sequence[Any]]  # values, by table and by the column or function
 
 
 class Notice(NamedTuple):
@@ -181,72 +188,115 @@ class NoticeReader(threading.Thread):
 # ── whose documents they are ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def columns_by_table(pipeline: Pipeline, lookup: str) -> dict[str, list[str]]:
-    """Return by which columns tables ask a look-up. Raises UsageError: it is not there, or nobody asks it."""
+def asked_by(pipeline: Pipeline, lookup: str) -> dict[str, list[str | KeyFunction]]:
+    """Return by which columns, and functions of their rows, tables ask a look-up.
+
+    Raises UsageError: it is not there, nobody asks it, or rows cannot be found by its keys.
+    """
     if lookup not in pipeline.lookups:
         are = f"it has {', '.join(pipeline.lookups)}" if pipeline.lookups else "it has none"
         raise UsageError(f"--lookup: pipeline {pipeline.name} has no look-up {lookup!r}; {are}.")
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str | KeyFunction]] = {}
     for processor in pipeline.functions():
-        name = processor.table
-        columns = [column for asked, column in processor.enrich.values() if asked.name == lookup]
-        if columns:
-            found[name] = list(dict.fromkeys(columns))
+        ways = [way for asked, way in processor.enrich.values() if asked.name == lookup]
+        if ways:
+            found[processor.table] = list(dict.fromkeys(ways))
     if not found:
         raise UsageError(f"No table is enriched by look-up {lookup}, so there is nothing to refresh.")
+    for table, ways in found.items():
+        if pipeline.lookups[lookup].keys == "derived" and not all(isinstance(way, str) for way in ways):
+            raise UsageError(
+                f"{table} asks look-up {lookup} by a function of its rows, so the source cannot find them by its keys;"
+                f' declare it with keys="kept", or use `deltactl dump`.'
+            )
     return found
 
 
-def typed(table: Table, column: str, texts: Iterable[str]) -> list[Any]:
-    """Return keys of a look-up as the rows of a table have them, each once. Raises UsageError."""
-    of = table.column(column)
+def typed(table: Table, way: str | KeyFunction, texts: Iterable[str]) -> list[Any]:
+    """Return keys of a look-up as the rows of a table have them, each once. Raises UsageError.
+
+    A function of a row may return a number, or the text itself.
+    """
+    if not isinstance(way, str):
+        numbers = [(text, int(text)) if _NUMBER.fullmatch(text) else (text,) for text in texts]
+        return list(dict.fromkeys(key for some in numbers for key in some))
+    of = table.column(way)
     if of.mask is not None:
         raise UsageError(
-            f"Look-up keys of {table.id}.{column} are masked, so its rows cannot be found by them; use `deltactl dump`."
+            f"Look-up keys of {table.id}.{way} are masked, so its rows cannot be found by them; use `deltactl dump`."
         )
     if of.kind is Kind.INTERVAL:  # lists and JSON values ask no look-up at all
         raise UsageError(
-            f"Rows cannot be found by {table.id}.{column}, of type {of.type}; refresh them with `deltactl dump`."
+            f"Rows cannot be found by {table.id}.{way}, of type {of.type}; refresh them with `deltactl dump`."
         )
     found: dict[Any, None] = {}
     for text in texts:
         try:
             found[value_from_text(of, text)] = None
         except (ValueError, ArithmeticError) as error:
-            raise UsageError(f"{text!r} is no value of {table.id}.{column} ({of.type}).") from error
+            raise UsageError(f"{text!r} is no value of {table.id}.{way} ({of.type}).") from error
     return list(found)
 
 
-def wanted_of(
-    pipeline: Pipeline, tables: Mapping[str, Table], lookup: str, texts: Sequence[str]
-) -> dict[tuple[str, str], list[Any]]:
-    """Return which values of which table's column a look-up's keys are, by table and column. Raises UsageError."""
+def wanted_of(pipeline: Pipeline, tables: Mapping[str, Table], lookup: str, texts: Sequence[str]) -> Wanted:
+    """Return which values a look-up's keys are in a table's rows, by table and by what asks it. Raises UsageError."""
     return {
-        (table, column): typed(tables[table], column, texts)
-        for table, some in columns_by_table(pipeline, lookup).items()
+        (table, way): typed(tables[table], way, texts)
+        for table, some in asked_by(pipeline, lookup).items()
         if table in tables
-        for column in some
+        for way in some
     }
 
 
-def keys_of(wanted: Mapping[tuple[str, str], Sequence[Any]]) -> list[Any]:
+def keys_of(wanted: Wanted) -> list[Any]:
     """Return the keys of a look-up, each once."""
     return list(dict.fromkeys(key for some in wanted.values() for key in some))
 
 
-def rows_having(
-    reader: SourceReader,
-    tables: Mapping[str, Table],
-    wanted: Mapping[tuple[str, str], Sequence[Any]],
-    most: int | None = None,
-) -> dict[str, list[Key] | None]:
-    """Return the keys of the rows that have one of these values, by table, each once; None: more than `most` have."""
-    found: dict[str, dict[Key, None] | None] = {}
-    for (table, column), values in wanted.items():
-        before = found.setdefault(table, {})
-        if before is None:
-            continue
-        before.update(dict.fromkeys(reader.keys_having(tables[table], column, values, most)))
-        if most is not None and len(before) > most:
-            found[table] = None
-    return {table: None if some is None else list(some) for table, some in found.items()}
+class RowFinder(NamedTuple):
+    """Finds the rows that used a look-up's keys: in the source, or by what is kept of them."""
+
+    reader: SourceReader
+    state: StateStore
+    pipeline: Pipeline
+
+    def find(
+        self, tables: Mapping[str, Table], lookup: str, wanted: Wanted, most: int | None = None
+    ) -> dict[str, list[Key] | None]:
+        """Return the keys of these rows, by table, each once; None: more than `most` have, or nobody knows which.
+
+        Of those that are kept there are never more than ROWS_MOST, so that memory is bounded.
+        """
+        if self.pipeline.lookups[lookup].keys == "derived":
+            return self._rows_having(tables, wanted, most)
+        used = UsedKeyStore(self.state, self.pipeline.name)
+        keepings = used.settle(DumpStore(self.state, self.pipeline.name).all())
+        found: dict[str, list[Key] | None] = {}
+        for name in dict.fromkeys(name for name, _ in wanted):
+            keeping = keepings.get((name, lookup))
+            keys = dict.fromkeys(key for (of, _), some in wanted.items() if of == name for key in some)
+            known = keeping is not None and keeping.complete
+            found[name] = used.rows(tables[name], lookup, keys, most or ROWS_MOST) if known else None
+        return found
+
+    def _rows_having(
+        self, tables: Mapping[str, Table], wanted: Wanted, most: int | None
+    ) -> dict[str, list[Key] | None]:
+        found: dict[str, dict[Key, None] | None] = {}
+        for (table, column), values in wanted.items():
+            before = found.setdefault(table, {})
+            if before is None:
+                continue
+            assert isinstance(column, str), "who asks by a function was refused"
+            before.update(dict.fromkeys(self.reader.keys_having(tables[table], column, values, most)))
+            if most is not None and len(before) > most:
+                found[table] = None
+        return {table: None if some is None else list(some) for table, some in found.items()}
+
+
+def dump_of(lookup: str, table: str, keys: Sequence[Key] | None) -> Dump | None:
+    """Return the dump that enriches these rows of a table again (None: all); None when there are none. Pure."""
+    reason = f"look-up {lookup} answers otherwise"
+    if keys is None:
+        return Dump(table=table, kind="refresh", reason=reason)
+    return Dump(table=table, kind="keys", reason=reason) if keys else None

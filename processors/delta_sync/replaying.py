@@ -18,7 +18,7 @@ from delta_sync.events import RowEvent
 from delta_sync.generations import GenerationStore, meant, open_generations
 from delta_sync.lookups import LookupCaller, asked_by_a_person
 from delta_sync.pipeline import Pipeline, load_processor
-from delta_sync.processing import Stage, process
+from delta_sync.processing import Stage, asked_of, process
 from delta_sync.shaping import masked_again
 from delta_sync.sinks import AnySink, target_for
 from delta_sync.sources import open_reader
@@ -26,6 +26,7 @@ from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore
 from delta_sync.tables import Table
+from delta_sync.used_keys import UsedKeyStore, uses_of
 
 UNDECODED = "The event could not be decoded, so there is nothing to replay; load the table again, then discard it."
 
@@ -74,6 +75,7 @@ def replay(folder: Path, spec: PipelineSpec, state: StateStore, letters: Iterabl
     sinks = open_generations(spec, GenerationStore(state, spec.name).all())
     reader = open_reader(spec, f"delta {spec.name} replay", documents=pipeline.documents)
     known = state.pipeline(spec.name)
+    used_keys = UsedKeyStore(state, spec.name)
     done: list[Replayed] = []
     try:
         tables = reader.tables(list(spec.tables))
@@ -81,7 +83,7 @@ def replay(folder: Path, spec: PipelineSpec, state: StateStore, letters: Iterabl
             for letter in letters:
                 try:
                     now = _Now(reader, known.epoch if known is not None else 1)
-                    failed = _replay(letter, pipeline, spec, sinks, tables, lookups, now)
+                    failed = _replay(letter, pipeline, spec, sinks, tables, lookups, now, used_keys)
                 except (Transient, SinkRefused) as error:
                     return Replay(done, str(error))
                 if failed is None:
@@ -105,6 +107,7 @@ def _replay(
     tables: Mapping[str, Table],
     lookups: Mapping[str, LookupCaller],
     now: _Now,
+    used_keys: UsedKeyStore,
 ) -> Failed | None:
     event = decode_event(letter.event)
     change = event.change
@@ -124,7 +127,9 @@ def _replay(
         if not any(meant([name], sink) for sink in sinks):
             raise UsageError(f"There is no sink {name} any more; discard dead letter {letter.id}.")
     for processor, names in pipeline.made_by(letter.table, [name for name in sinks if meant(wanted, name)]):
-        processed = process(table, processor, [change], lookups)
+        asked = asked_of(processor, [change])
+        used_keys.note(uses_of(asked))
+        processed = process(table, processor, [change], lookups, asked=asked)
         if processed.failures:
             first = processed.failures[0]
             return Failed(first.stage, first.error, first.trace)

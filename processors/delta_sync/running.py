@@ -52,6 +52,7 @@ from delta_sync.state import StateStore, TableLoad
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.transport import Transport
+from delta_sync.used_keys import UsedKeyStore, kept_of
 from delta_sync.verified import VerifiedStore
 from delta_sync.versions import dump_version
 from delta_sync.watch import ANSWER_S, Watch
@@ -175,6 +176,7 @@ class Running:
         }
         self.progress.lookups = {name: caller.numbers for name, caller in lookups.items()}
         notices = NoticeReader(NoticeStore(state, spec.name), lookups, self._stopping)
+        used_keys = UsedKeyStore(state, spec.name)
         mender = Mender(DumpStore(state, spec.name), lookups, self._stopping)
         handlers = [
             HandlerRunner(handler, self._giving_up, spec.processor.timeout) for handler in pipeline.handlers.values()
@@ -263,6 +265,7 @@ class Running:
                 columns_changed=reload,
                 gone=lambda name: columns[name] == GONE,
                 remember=mender.remember,
+                note=used_keys.note,
                 builder=builder,
                 codec_of=key_reader.table_codec,
                 check_slot=lambda: transport.check(key_reader, state),
@@ -301,7 +304,7 @@ class Running:
                 fingerprint=fingerprint_of,
                 fills=lambda dump: dump.sinks is None or all(any(meant([n], s) for s in sinks) for n in dump.sinks),
                 hand_over=worker.hand_over,
-                finished=lambda dump: self._remove_unmet(dump, sinks, worker, state),
+                finished=lambda dump: self._remove_unmet(dump, sinks, worker, state, used_keys),
                 failed=worker.fail,
                 stopping=self._stopping,
                 keeper=keeper,
@@ -326,6 +329,9 @@ class Running:
             for name in spec.tables:
                 for sink, target in worker.targets(name).items():
                     writers[sink].sweep([target])
+            begun = self._until_reached(lambda: used_keys.begin(kept_of(pipeline)))
+            if begun is None:
+                return
             led = self._until_reached(lambda: self._lead_readers(generations, rows, pipeline, sinks, source.tables))
             if led is None:
                 return
@@ -425,7 +431,14 @@ class Running:
                 self.progress.waits("start", None)
                 return found
 
-    def _remove_unmet(self, dump: Dump, sinks: Mapping[str, AnySink], worker: Worker, state: StateStore) -> None:
+    def _remove_unmet(
+        self,
+        dump: Dump,
+        sinks: Mapping[str, AnySink],
+        worker: Worker,
+        state: StateStore,
+        used_keys: UsedKeyStore,
+    ) -> None:
         """Remove documents that a dump did not meet: their rows went without a change event.
 
         That happens in an epoch that is over, to a table that was replaced by another, and to a store that somebody
@@ -450,6 +463,8 @@ class Running:
             if meant(dump.sinks, sink):
                 removed = sinks[sink].truncate(target, beginning)
                 log.info("unmet_removed", table=dump.table, sink=sink, documents=removed)
+        if dump.sinks is None:
+            used_keys.remove(dump.table, beginning)
 
     def _lead_readers(
         self,
@@ -536,6 +551,7 @@ class Running:
                 continue
             try:
                 oldest = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=self._spec.dead_letter_ttl)
+                UsedKeyStore(state, self._spec.name).sweep()
                 pruned = state.prune(self._spec.name, oldest)
                 if pruned:
                     log.warning("dead_letters_expired", letters=pruned)

@@ -43,6 +43,7 @@ from delta_sync.state_tables import (
     DEAD_LETTERS,
     DUMPS,
     GENERATIONS,
+    KEEPINGS,
     LEASES,
     LOADS,
     MEMBERS,
@@ -247,10 +248,10 @@ class StateStore:
             connection.execute(sa.update(PIPELINES).where(PIPELINES.c.name == name, lower).values(confirmed_most=lsn))
 
     def forget(self, name: str) -> None:
-        """Delete all that is stored of a pipeline."""
+        """Delete all that is stored of a pipeline; but which keys its rows used is left to `UsedKeyStore.sweep`."""
         with self._transaction(write=True) as connection:
             # Leases first, as in a write with a lease: in another order the two could wait for each other.
-            others = (DEAD_LETTERS, STATUSES, MEMBERS, GENERATIONS, NOTICES, VERIFIED, TOPICS)
+            others = (DEAD_LETTERS, STATUSES, MEMBERS, GENERATIONS, NOTICES, VERIFIED, TOPICS, KEEPINGS)
             for table in (LEASES, DUMPS, CHUNKS, LOADS, *others):
                 connection.execute(sa.delete(table).where(table.c.pipeline == name))
             connection.execute(sa.delete(PIPELINES).where(PIPELINES.c.name == name))
@@ -336,7 +337,8 @@ class StateStore:
         """
         with self._transaction(write=True) as connection:
             fence(connection, name, lease)
-            connection.execute(sa.delete(LOADS).where(LOADS.c.pipeline == name, LOADS.c.table_name == table))
+            for each in (LOADS, KEEPINGS):
+                connection.execute(sa.delete(each).where(each.c.pipeline == name, each.c.table_name == table))
             end_dumps(connection, name, table, "the table was taken out of the pipeline, or its load forgotten")
 
     # ── dead letters ──

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0011"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0012"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -45,6 +45,11 @@ def _text() -> sa.types.TypeEngine[str]:
 def _blob() -> sa.types.TypeEngine[bytes]:
     """Return a type for bytes of any number."""
     return sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+
+
+def _digest() -> sa.types.TypeEngine[bytes]:
+    """Return a type for 16 bytes, which every database has an index of."""
+    return sa.LargeBinary().with_variant(mysql.BINARY(16), "mysql", "mariadb")
 
 
 METADATA = sa.MetaData()
@@ -244,5 +249,35 @@ TOPICS = sa.Table(
     sa.Column("number", sa.Integer, autoincrement=False),  # of the partition
     sa.Column("topic_id", _name(64), nullable=False),  # of the topic that the committed position is of
     sa.PrimaryKeyConstraint("pipeline", "topic", "number", name="pk_delta_topic"),
+    **_OPTIONS,
+)
+
+KEEPINGS = sa.Table(  # of which table and look-up it is kept by which keys rows were enriched
+    "delta_keeping",
+    METADATA,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True),
+    sa.Column("pipeline", _name(64), nullable=False),
+    sa.Column("table_name", _name(255), nullable=False),
+    sa.Column("lookup", _name(255), nullable=False),
+    sa.Column("made_of", _name(16), nullable=False),  # what versions are: positions, or clocks of snapshots
+    sa.Column("since", Instant, nullable=False),  # by the database's clock
+    sa.Column("complete", sa.Integer, nullable=False),  # 1: every row has been enriched since then
+    sa.PrimaryKeyConstraint("id", name="pk_delta_keeping"),
+    sa.UniqueConstraint("pipeline", "table_name", "lookup", name="uq_delta_keeping"),
+    sqlite_autoincrement=True,  # an id is never given twice: rows of one that is gone are deleted later
+    **_OPTIONS,
+)
+
+USED_KEYS = sa.Table(
+    "delta_used_key",
+    METADATA,
+    sa.Column("keeping", sa.BigInteger, autoincrement=False),
+    sa.Column("row_digest", _digest()),
+    sa.Column("slot", sa.BigInteger, autoincrement=False),  # of the processor's argument: a row may use several keys
+    sa.Column("key_digest", sa.BigInteger, nullable=False),  # of the look-up's key
+    sa.Column("version", sa.BigInteger, nullable=False),  # of the change that used it
+    sa.Column("row_key", _blob(), nullable=False),
+    sa.PrimaryKeyConstraint("keeping", "row_digest", "slot", name="pk_delta_used_key"),
+    sa.Index("ix_delta_used_key", "keeping", "key_digest"),
     **_OPTIONS,
 )

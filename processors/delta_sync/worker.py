@@ -42,7 +42,7 @@ from delta_sync.load import Slice
 from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Left
 from delta_sync.pipeline import Pipeline
-from delta_sync.processing import Failure, failure, process
+from delta_sync.processing import Asked, Failure, asked_of, failure, process
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.rereads import AheadOfLog
 from delta_sync.secrets import redact
@@ -52,6 +52,7 @@ from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore, identity_of
 from delta_sync.tables import Table, key_text
 from delta_sync.turns import Turns
+from delta_sync.used_keys import Uses, kept_of, uses_of
 from delta_sync.values import Row
 from delta_sync.versions import version_of
 from delta_sync.watchdog import AtHand
@@ -106,7 +107,8 @@ class Worker:
     `stretches` makes Debezium's events of what the capture delivers. `reread` reads rows by key (`rereads.Rereader`),
     and notes in `ahead` which these were. `refresh` is asked about tables whose columns may have changed and returns
     those of which that is so, with their new codecs and targets; `columns_changed` is called with them once they are
-    in use. `remember` keeps, durably, which documents were written without an optional look-up's answer. `gone`
+    in use. `remember` keeps, durably, which documents were written without an optional look-up's answer, and `note`
+    which keys of look-ups rows are about to use, and which tables were emptied by which version. `gone`
     tells whether a table was not there when `refresh` was asked last. `check_slot` is called before each start of
     the capture, because a connector that finds no slot creates one, and the changes between the two are lost.
     """
@@ -133,6 +135,7 @@ class Worker:
         giving_up: threading.Event,
         gone: Callable[[str], bool] = lambda _: False,
         remember: Callable[[Sequence[Left]], None] = lambda _: None,
+        note: Callable[[Sequence[Uses], Mapping[str, int]], None] = lambda _uses, _emptied: None,
         handlers: Sequence[HandlerRunner] = (),
         at_hand: AtHand | None = None,
         builder: DocumentBuilder | None = None,
@@ -159,6 +162,8 @@ class Worker:
         self._giving_up = giving_up
         self._gone = gone
         self._remember = remember
+        self._note = note
+        self._kept_tables = frozenset(table for table, _ in kept_of(pipeline))
         self._handlers = handlers
         self._at_hand = at_hand
         self._builder = builder
@@ -527,13 +532,23 @@ class Worker:
         left: list[Left] = []
         began, looked_up_s = self._clock(), 0.0
         only = None if slice_ is None else slice_.sinks
+        enriching: dict[str, list[tuple[Asked, list[str]]]] = {}
         for name in {**changes, **truncates}:
+            meant_ones = [sink for sink in self._tables[name].targets if meant(only, sink)]
+            enriching[name] = [
+                (asked_of(processor, changes.get(name, ()), self._at_hand), sinks)
+                for processor, sinks in self._pipeline.made_by(name, meant_ones)
+            ]
+        noted_s = self._note_first([asked for some in enriching.values() for asked, _ in some], truncates)
+        for name, some in enriching.items():
             runtime = self._tables[name]
             before_s = {lookup: caller.spent_s for lookup, caller in self._lookups.items()}
-            targets = {sink: target for sink, target in runtime.targets.items() if meant(only, sink)}
+            targets = runtime.targets
             written = 0
-            for processor, sinks in self._pipeline.made_by(name, targets):
-                processed = process(runtime.codec.table, processor, changes.get(name, ()), self._lookups, self._at_hand)
+            for asked, sinks in some:
+                processed = process(
+                    runtime.codec.table, asked.processor, changes.get(name, ()), self._lookups, self._at_hand, asked
+                )
                 whole = len(sinks) == len(runtime.targets)
                 failures += processed.failures if whole else _for_each(processed.failures, sinks)
                 left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]
@@ -547,7 +562,7 @@ class Worker:
             looked_up_s += max(spent, default=0.0)
             self._progress.writes += written
         if changes:
-            self._progress.stages["process"].add(max(0.0, self._clock() - began - looked_up_s))
+            self._progress.stages["process"].add(max(0.0, self._clock() - began - looked_up_s - noted_s))
             if self._lookups:
                 self._progress.stages["lookup"].add(looked_up_s)
         if left:
@@ -559,15 +574,35 @@ class Worker:
             results.append(result)
         return results
 
+    def _note_first(self, asked: Sequence[Asked], truncates: Mapping[str, int]) -> float:
+        """Store which keys rows are enriched by, in one crossing; return the seconds. Raises SourceBusy as below.
+
+        Before any look-up is asked, and its cache looked at: what is answered later is as new as a notice that did not
+        find the note.
+        """
+        uses = [use for one in asked for use in uses_of(one)]
+        kept = {table: version for table, version in truncates.items() if table in self._kept_tables}
+        if not uses and not kept:
+            return 0.0
+        began = self._clock()
+        self._until_stored(lambda: self._note(uses, kept))
+        took_s = max(0.0, self._clock() - began)
+        self._progress.stages["note"].add(took_s)
+        return took_s
+
     def _remember_first(self, left: Sequence[Left]) -> None:
         """Store which documents will lack an optional answer. Raises SourceBusy when Delta stops before.
 
         Before any sink has them: however late such a document is written, and whatever becomes of this process,
         somebody then knows of it.
         """
+        self._until_stored(lambda: self._remember(left))
+
+    def _until_stored(self, store: Callable[[], None]) -> None:
+        """Repeat a call until the state store answers. Raises SourceBusy when Delta stops before."""
         while True:
             try:
-                self._remember(left)
+                store()
             except StateBusy as error:
                 log.warning("state_waits", reason=redact(str(error)))
                 if self._stopping.wait(EVENTS_RETRY_S):

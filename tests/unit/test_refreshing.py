@@ -13,7 +13,7 @@ from delta_sync.errors import StateBusy, UsageError
 from delta_sync.lookups import LookupCaller
 from delta_sync.masking import Mask
 from delta_sync.pipeline import Pipeline
-from delta_sync.refreshing import KEPT_S, TRUSTED_S, NoticeReader, NoticeStore, columns_by_table, typed
+from delta_sync.refreshing import KEPT_S, TRUSTED_S, NoticeReader, NoticeStore, asked_by, typed
 from delta_sync.state import StateStore
 from delta_sync.tables import Column, Kind, Table
 
@@ -157,11 +157,11 @@ def test_tables_that_ask_a_lookup(bench: Bench) -> None:
     enrich = {"rating": ratings.by("id"), "other": ratings.by("sequel"), "same": ratings.by("id")}
     pipeline.table("public.movie", enrich=enrich)(lambda row, rating, other, same: row)
     pipeline.table("public.studio")(lambda row: row)
-    assert columns_by_table(pipeline, "ratings") == {"public.movie": ["id", "sequel"]}
+    assert asked_by(pipeline, "ratings") == {"public.movie": ["id", "sequel"]}
     with pytest.raises(UsageError, match="no look-up 'rating'; it has ratings, unused"):
-        columns_by_table(pipeline, "rating")
+        asked_by(pipeline, "rating")
     with pytest.raises(UsageError, match="No table is enriched by look-up unused"):
-        columns_by_table(pipeline, "unused")
+        asked_by(pipeline, "unused")
 
 
 def named(name: str) -> Callable[[list[Any]], Mapping[Any, Any]]:

@@ -28,6 +28,7 @@ from delta_sync.spec import MaskSpec, PipelineSpec, ShapeSpec, dump_spec, load_s
 from delta_sync.state import DeadLetter
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.harness import Harness
+from delta_sync.used_keys import UsedKeyStore
 from delta_sync.values import Interval
 
 SECRET = "0123456789abcdef-secret"
@@ -224,6 +225,7 @@ def test_a_replay_masks_what_was_kept_in_the_clear(tmp_path: Path) -> None:
         {table.id: table},
         {},
         Now(cast("Any", None), 1),
+        UsedKeyStore(cast("Any", None), "people"),
     )
     assert failed is None
     (document,) = sink.documents(target_for(sink, table, people)).values()
