@@ -110,7 +110,11 @@ def test_indexes_that_hold_some_rows_only_do_not_count(library: Library) -> None
     library.admin.execute("CREATE INDEX ON reply (place) WHERE n = 1; CREATE INDEX ON reply (lower(n::text))")
     library.admin.execute("CREATE INDEX ON reply (n, place)")
     found = library.reader().first_columns(["public.review", "public.reply", "public.stu%dio"])
-    assert found == {"public.review": {"id", "movie_id"}, "public.reply": {"review_id", "n"}, "public.stu%dio": {"the id"}}
+    assert found == {
+        "public.review": {"id", "movie_id"},
+        "public.reply": {"review_id", "n"},
+        "public.stu%dio": {"the id"},
+    }
 
 
 def movie_of(reader: PostgresReader) -> Table:
