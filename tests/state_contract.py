@@ -846,7 +846,7 @@ class StateContract:
         moment = dt.timedelta(microseconds=1)
 
         def complete(kind: str, state: str, after: dt.timedelta = moment, **more: Any) -> bool:
-            dump = Dump(table="a.b", kind=kind, state=state, created_at=since + after, **more)  # type: ignore[arg-type]
+            dump = Dump(table="a.b", kind=kind, state=state, created_at=since + after, **more)  # type: ignore[arg-type]  # as a case has them
             return used.settle([dump])[asking].complete
 
         assert not complete("table", "done", -moment)
