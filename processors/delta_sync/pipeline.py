@@ -224,6 +224,8 @@ class Pipeline:
                 if not isinstance(enrichment, Enrichment):  # pyright: ignore[reportUnnecessaryIsInstance] -- users need not type-check
                     raise UsageError(f'{where}: enrich={{"{name}": …}} takes `lookup.by("column")`.')
                 by = enrichment.key
+                if not callable(by) and not (isinstance(by, str) and by):  # pyright: ignore[reportUnnecessaryIsInstance] -- likewise
+                    raise UsageError(f"{where}: {name} is looked up by a column's name or a function, not by {by!r}.")
                 if callable(by) and (not _is_plain(by) or len(_positional(by)) != 1):
                     raise UsageError(
                         f"{where}: {name} is looked up by a plain function that takes one argument, the row."

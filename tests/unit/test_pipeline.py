@@ -82,6 +82,13 @@ MISTAKES = [
     ("def genre(row)", "async def genre(row)", [GENRE + "a processor is a plain function"]),
     ("genre(row):\n    return", "genre(row):\n    yield", [GENRE + "a processor is a plain function"]),
     ('ratings.by("id")', "ratings", [MOVIE + 'enrich={"rating": …} takes `lookup.by("column")`']),
+    ('ratings.by("id")', "ratings.by(3)", [MOVIE + "rating is looked up by a column's name or a function, not by 3"]),
+    ('ratings.by("id")', 'ratings.by("")', [MOVIE + "rating is looked up by a column's name or a function, not by ''"]),
+    (
+        'ratings.by("id")',
+        "ratings.by(lambda: 1)",
+        [MOVIE + "rating is looked up by a plain function that takes one arg"],
+    ),
     ("def ratings(ids)", "def ratings()", [RATINGS + "a look-up takes one argument, the list of keys"]),
     ("def ratings(ids)", "def ratings(ids, more)", [RATINGS + "a look-up takes one argument, the list of keys"]),
     ('ttl="10m"', 'ttl="soon"', [RATINGS, "'soon'"]),
