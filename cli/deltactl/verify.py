@@ -150,7 +150,7 @@ def verify(
             raise click.exceptions.Exit(INTERRUPTED) from None
     left = total.differences - total.repaired
     shown.end(name, total, log_rests=opened.verifier.log_rests)
-    if left or total.failed:
+    if left or total.failed or total.unsettled:
         raise click.exceptions.Exit(1)
 
 
@@ -276,7 +276,8 @@ class _Shown:
         self.stop()
         elapsed_s = time.monotonic() - self._started
         rate = round(total.rows / max(elapsed_s, 1e-3))
-        equal = total.differences == total.repaired and not total.failed
+        told = not total.failed and not total.unsettled
+        equal = told and total.differences == total.repaired
         if self._json:
             self._line(
                 {
@@ -316,6 +317,8 @@ class _Shown:
             say("Equal." if not total.repaired else "Everything that differed was repaired.")
         elif total.differences > total.repaired:
             say(f"{total.differences - total.repaired} differences.")
+        if not told:
+            say(f"{total.failed + total.unsettled} keys could not be verified: they failed, or changed at every look.")
 
     def _line(self, value: dict[str, Any]) -> None:
         say(to_json_text(value))
