@@ -77,13 +77,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command that a test calls in this process configures logging, and loggers keep what they see first."""
+def _logs_as_they_were() -> Iterator[None]:
+    """A command that a test calls in this process configures logging, and loggers keep what they see first.
+
+    Without the fixture `monkeypatch`, which would then outlive all fixtures of the tests that use it.
+    """
 
     def configure(**options: object) -> None:
         structlog_configure(**{**options, "cache_logger_on_first_use": False})  # type: ignore[arg-type]  # as given
 
     structlog_configure = structlog.configure
-    monkeypatch.setattr(structlog, "configure", configure)
-    yield
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(structlog, "configure", configure)
+        yield
     structlog.reset_defaults()
