@@ -45,7 +45,7 @@ class MariaDB(NativeServer):
 
     def url_of(self, database: str) -> str:
         """Return the URL of one of its databases."""
-        return f"mariadb://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{quote(database, safe='')}"
+        return f"{self.name}://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{quote(database, safe='')}"
 
     def _user(self) -> str | None:
         return UNPRIVILEGED if os.geteuid() == 0 else None
@@ -62,12 +62,11 @@ class MariaDB(NativeServer):
                 raise ServerError(f"the user {user} cannot reach {self.directory}; choose a folder that all may enter")
             account = pwd.getpwnam(user)
             os.chown(self._data, account.pw_uid, account.pw_gid)
-        options = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-log-bin"]
-        install = [_program("mariadb-install-db"), "--no-defaults", f"--datadir={self._data}", *options]
+        install = self._install_command()
         process = ServerProcess.start(install, log=self.log, cwd=self.directory, env=dict(os.environ), user=user)
         if not process.terminate(0, START_TIMEOUT_S) or process.exit_status != 0:
             process.kill()
-            raise ServerError(f"mariadb-install-db failed; its output ends:\n{self.tail()}")
+            raise ServerError(f"{self.name} cannot make its folder; its output ends:\n{self.tail()}")
         first = self.directory / "first.sql"
         first.write_text(
             f"CREATE USER IF NOT EXISTS {USER}@'%' IDENTIFIED BY '{PASSWORD}';"
@@ -77,14 +76,22 @@ class MariaDB(NativeServer):
         )
         first.chmod(0o644)
 
+    def _install_command(self) -> list[str]:
+        """Return the command that makes the data's folder ready."""
+        options = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-log-bin"]
+        return [_program("mariadb-install-db"), "--no-defaults", f"--datadir={self._data}", *options]
+
+    def _server(self) -> list[str]:
+        """Return the program, with the options that are its own."""
+        return [_program("mariadbd"), "--no-defaults"]
+
     def _command(self) -> list[str]:
         options = [
             f"--{name.replace('_', '-')}={int(value) if isinstance(value, bool) else value}"
             for name, value in self.settings.items()
         ]
         return [
-            _program("mariadbd"),
-            "--no-defaults",
+            *self._server(),
             f"--datadir={self._data}",
             f"--init-file={self.directory / 'first.sql'}",
             f"--socket={self._data / 'socket'}",
