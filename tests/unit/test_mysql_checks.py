@@ -82,7 +82,8 @@ def test_nothing_to_find() -> None:
 FINDINGS: list[tuple[dict[str, Any], str, str, bool]] = [
     ({"version": (10, 4)}, "this is MariaDB", "", True),
     ({"mariadb": False, "version": (5, 7)}, "this is MySQL", "", True),
-    ({"mariadb": False, "version": (8, 0), "snapshot_position": False}, "a snapshot of this server", "Percona", True),
+    ({"mariadb": False, "version": (9, 7)}, "this is MySQL 10.11.19-MariaDB, not mariadb", "as mysql://…", True),
+    ({"snapshot_position": False}, "a snapshot of this server", "use MariaDB 10.5", True),
     ({"log_bin": False}, "log_bin is off", "log_bin = binlog", True),
     ({"binlog_format": "STATEMENT"}, "binlog_format is STATEMENT", "SET GLOBAL binlog_format = 'ROW'", True),
     ({"session_format": "MIXED"}, "binlog_format is MIXED in a new session", "init_connect", True),

@@ -43,6 +43,16 @@ def open_reader(
             from delta_sync.sources.mysql.reader import MariaReader
 
             reader = MariaReader(spec.source, application_name, answer_s)
+        case "mysql":
+            need_package()
+            from delta_sync.sources.mysql.gtid_reader import MySQLReader
+
+            if documents:
+                raise UsageError(
+                    f"Documents of several tables ({', '.join(documents)}) cannot be built from MySQL: no number there"
+                    " rises exactly with what snapshots show. Pipelines of rows run on it."
+                )
+            reader = MySQLReader(spec.source, application_name, answer_s)
         case kind:
             raise UsageError(unknown(kind))
     reader.shapes, reader.documents = spec.shapes, documents
@@ -56,7 +66,7 @@ def open_inspector(source: SourceSpec) -> Inspector:
             from delta_sync.sources.postgresql.inspection import PostgresInspector
 
             return PostgresInspector(source)
-        case "mariadb":
+        case "mariadb" | "mysql":
             need_package()
             from delta_sync.sources.mysql.inspection import MariaInspector
 
@@ -67,7 +77,7 @@ def open_inspector(source: SourceSpec) -> Inspector:
 
 def position_text(kind: str, position: int) -> str:
     """Return a position of a kind of source for people."""
-    return format_position(position) if kind == "mariadb" else format_lsn(position)
+    return format_position(position) if kind in ("mariadb", "mysql") else format_lsn(position)
 
 
 def check_supported(spec: PipelineSpec) -> None:
@@ -75,13 +85,17 @@ def check_supported(spec: PipelineSpec) -> None:
     match spec.source.kind:
         case "postgresql":
             return
-        case "mariadb":
+        case "mariadb" | "mysql" as kind:
             need_package()
             if spec.transport != "kafka":
+                why = (
+                    "the embedded engine has no connector for MariaDB (only Debezium Server has)"
+                    if kind == "mariadb"
+                    else "Delta keeps the position of a connector for MySQL in Kafka only"
+                )
                 raise UsageError(
-                    "source.url begins with mariadb://, and the embedded engine has no connector for MariaDB (only"
-                    " Debezium Server has): use transport: kafka (`deltactl pipeline create` with --kafka and"
-                    " --registry)."
+                    f"source.url begins with {kind}://, and {why}: use transport: kafka (`deltactl pipeline create`"
+                    " with --kafka and --registry)."
                 )
         case kind:
             raise UsageError(unknown(kind))
@@ -89,18 +103,12 @@ def check_supported(spec: PipelineSpec) -> None:
 
 def unknown(kind: str) -> str:
     """Return why no pipeline runs on a kind of source."""
-    if kind == "mysql":
-        return (
-            "source.url begins with mysql://, and pipelines do not run on MySQL: a snapshot there does not say where in"
-            " the log it is (no status variable Binlog_snapshot_file), so rows that are there already could not be"
-            " ordered among the changes. MariaDB can: write mariadb:// if it is one."
-        )
     if not kind:
-        return "source.url has no scheme; write it as postgresql://user@host:port/database, or mariadb://…."
-    return f"source.url: {kind}:// is not a source that Delta knows; it can be postgresql:// or mariadb://."
+        return "source.url has no scheme; write it as postgresql://user@host:port/database, mariadb://… or mysql://…."
+    return f"source.url: {kind}:// is not a source that Delta knows; it can be postgresql://, mariadb:// or mysql://."
 
 
 def need_package() -> None:
-    """Raise UsageError unless the client of MariaDB is installed."""
+    """Raise UsageError unless the client of MariaDB and MySQL is installed."""
     if importlib.util.find_spec("pymysql") is None:
-        raise UsageError("A MariaDB source needs a package; type: pip install 'delta-sync[mariadb]'.")
+        raise UsageError("A source of this kind needs a package; type: pip install 'delta-sync[mariadb]'.")

@@ -1,5 +1,5 @@
-"""MySQL as a server for tests: the programs of Debian's package `mysql-server-core`, as `tests/servers/mysql.sh` unpacks
-them. They run with the C library that was fetched with them, because this machine's may be older."""
+"""MySQL as a server for tests: the programs of Debian's package `mysql-server-core`, which `tests/servers/mysql.sh`
+unpacks. They run with the C library that was fetched with them, because this machine's may be older."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from delta_sync.sources.mysql.connection import Session, code_of, is_mariadb
 from delta_sync.spec import PipelineSpec, format_duration
 
 MINIMUM_MARIADB = (10, 5)  # the first with the privilege BINLOG MONITOR, which suffices to see where the log is
-MINIMUM_MYSQL = (8, 0)
+MINIMUM_MYSQL = (8, 4)  # the first with SHOW BINARY LOG STATUS that is still supported
 RETENTION_S = 3 * 86400.0  # a weekend, and a day to notice: less is a warning
 SHORT_RETENTION_S = 3600.0  # less than a night's outage, or one slow load: refused
 MAX_CANDIDATES = 10_000  # names among which a misspelt table is looked for
@@ -31,6 +31,7 @@ READABLE_CHARSETS = frozenset(
 
 SELECT_DENIED, NO_SUCH_TABLE, NO_SUCH_DATABASE, DATABASE_DENIED = 1142, 1146, 1049, 1044
 ACCESS_DENIED = 1227
+XA_RECOVER_DENIED = 1401  # of all errors, MySQL chose the one that says that data may be damaged
 SYSTEM_DATABASES = frozenset({"mysql", "information_schema", "performance_schema", "sys"})
 
 
@@ -99,6 +100,9 @@ class Facts(NamedTuple):
     tables: tuple[TableFacts, ...] = ()
     hidden: frozenset[str] = frozenset()  # tables of which the server does not even say whether they are there
     candidates: tuple[str, ...] = ()  # existing tables, when one of the pipeline's is missing
+    gtid_mode: str = ""  # MySQL's
+    may_list_xa: bool = True  # XA RECOVER is allowed
+    cascades_logged: bool = False  # what foreign keys change by themselves is in the log: MySQL since 9.6
     visible_as_logged: bool = True  # binlog_optimize_thread_scheduling: a snapshot's position is not ahead of it
 
 
@@ -138,9 +142,12 @@ def read_facts(session: Session, spec: PipelineSpec) -> Facts:
         snapshot_position=bool(_rows(session, "SHOW STATUS LIKE 'binlog\\_snapshot\\_file'")),
         logged_databases=_names(status.get("Binlog_Do_DB")),
         ignored_databases=_names(status.get("Binlog_Ignore_DB")),
-        replicates=bool(variables.get("gtid_slave_pos")),
+        replicates=bool(variables.get("gtid_slave_pos")) or _is_replica(session, variables),
         log_slave_updates=variables.get("log_slave_updates", variables.get("log_replica_updates")) == "ON",
         galera=variables.get("wsrep_on") == "ON",
+        gtid_mode=variables.get("gtid_mode", ""),
+        may_list_xa=_may_list_xa(session),
+        cascades_logged=variables.get("innodb_native_foreign_keys") == "OFF",
         gtid_strict=variables["gtid_strict_mode"] == "ON" if "gtid_strict_mode" in variables else None,
         tables=tables,
         hidden=frozenset(name for name in missing if _selecting(session, name) in (SELECT_DENIED, DATABASE_DENIED)),
@@ -180,6 +187,28 @@ def _log_status(session: Session) -> tuple[Mapping[str, str], bool]:
             continue  # it does not know the statement
         return (found[0] if found else {}), True
     return {}, False
+
+
+def _is_replica(session: Session, variables: Mapping[str, str]) -> bool:
+    """Whether a MySQL server applies another one's log; False where we may not ask, which is a finding by itself."""
+    if "gtid_mode" not in variables:
+        return False
+    try:
+        return bool(_rows(session, "SHOW REPLICA STATUS"))
+    except pymysql.OperationalError as error:
+        if code_of(error) != ACCESS_DENIED:
+            raise
+        return False
+
+
+def _may_list_xa(session: Session) -> bool:
+    try:
+        _rows(session, "XA RECOVER")
+    except pymysql.Error as error:
+        if code_of(error) != XA_RECOVER_DENIED:
+            raise
+        return False
+    return True
 
 
 def _selecting(session: Session, name: str) -> int | None:
@@ -320,6 +349,9 @@ def problems(facts: Facts, spec: PipelineSpec) -> list[Problem]:
     if facts.version < minimum:
         needed = ".".join(map(str, minimum))
         return [Problem("source", f"this is {product} {facts.version_text}, and Delta needs {needed} or later", "")]
+    if facts.mariadb != (spec.source.kind == "mariadb"):
+        fix = f"write source.url as {product.lower()}://…"
+        return [Problem("source", f"this is {product} {facts.version_text}, not {spec.source.kind}", fix)]
     found = _log_problems(facts) + _session_problems(facts) + _retention_problems(facts)
     found += _server_problems(facts, spec) + _privilege_problems(facts)
     tables = {table.id: table for table in facts.tables}
@@ -390,13 +422,23 @@ def _log_problems(facts: Facts) -> list[Problem]:
                 "take it out of the server's configuration, and restart it",
             )
         )
-    if not facts.snapshot_position:
+    if facts.mariadb and not facts.snapshot_position:
         found.append(
             Problem(
                 "source",
                 "a snapshot of this server does not say where in the log it is (there is no status variable"
                 " Binlog_snapshot_file), so rows that are there already cannot be read without locks",
-                "use MariaDB, or Percona Server for MySQL",
+                "use MariaDB 10.5 or later",
+            )
+        )
+    if not facts.mariadb and facts.gtid_mode != "ON":
+        found.append(
+            Problem(
+                "source",
+                f"gtid_mode is {facts.gtid_mode}, and without GTIDs nothing tells which changes a snapshot shows",
+                "type, each when its predecessor is done: SET GLOBAL enforce_gtid_consistency = ON; SET GLOBAL"
+                " gtid_mode = OFF_PERMISSIVE; SET GLOBAL gtid_mode = ON_PERMISSIVE; SET GLOBAL gtid_mode = ON (and"
+                " write both into the server's configuration)",
             )
         )
     return found
@@ -514,6 +556,8 @@ def _privilege_problems(facts: Facts) -> list[Problem]:
         lacking.append("REPLICATION SLAVE")
     if not facts.may_see_log and not facts.privileges & _SEES_LOG:
         lacking.append("BINLOG MONITOR" if facts.mariadb else "REPLICATION CLIENT")
+    if not facts.may_list_xa:
+        lacking.append("XA_RECOVER_ADMIN")
     if not lacking:
         return []
     return [
@@ -611,6 +655,7 @@ def _table_problems(table: TableFacts, facts: Facts) -> list[Problem]:
             " RESTRICT",
         )
         for name, references, rules in table.cascades
+        if not facts.cascades_logged
     ]
     found += [
         Problem(

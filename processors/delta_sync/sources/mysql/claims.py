@@ -13,6 +13,12 @@ XA transactions are the exception: XA PREPARE writes their changes to the log, a
 much later. So one that was prepared when the snapshot was taken bounds the claim: by the samples from before it was
 listed as prepared (XA RECOVER).
 
+MySQL tells no P. There a sample is the log's end L, and then which transactions own their GTID (`gtid_owned`): each
+takes it before it is written to the log, and gives it up when the engine has committed it, and so shows it. So all
+transactions below L are visible, but for some of these owners; and when a later sample lacks all of them, a snapshot
+that begins after that one sees everything below L. So a row may claim **the newest L whose owners were gone** by the
+newest sample from before its snapshot (`OwnedSamples`). XA PREPARE gives its GTID up a moment before it is listed.
+
 Documents of several tables need more: a number that rises exactly with what snapshots show. That is P itself, of
 snapshots of which it is sure what they show (`shown_to`); `docs/design/documents.md` says why.
 """
@@ -67,11 +73,15 @@ class Snapshot(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A position that a snapshot had, and from after that was known what was prepared, and then our clock (s)."""
+    """A position that a snapshot had, and from after that was known what was prepared, and then our clock (s).
+
+    Of MySQL it is the log's end, and `owned` what was known next: the GTIDs of transactions that were being committed.
+    """
 
     position: int
     taken_s: float  # monotonic
     prepared: frozenset[str] = frozenset()  # XA transactions
+    owned: frozenset[str] = frozenset()
 
 
 class Head(NamedTuple):
@@ -170,8 +180,7 @@ class Samples:
 
     def add(self, sample: Sample) -> None:
         """Keep a sample that was taken after all those before it."""
-        self._unlisted_s = {xid: self._unlisted_s.get(xid, self._listed_s) for xid in sample.prepared}
-        self._listed_s = sample.taken_s
+        self._list(sample)
         if self._positions and sample.position <= self._positions[-1]:
             return  # it says nothing new: positions do not go back
         self._positions.append(sample.position)
@@ -186,13 +195,74 @@ class Samples:
 
         `covered_from` is the position from which the log is known to deliver the table's changes.
         """
-        known_s = min(
-            (self._unlisted_s.get(xid, self._listed_s) for xid in snapshot.prepared), default=snapshot.taken_s
-        )
-        usable = bisect.bisect_right(self._times_s, min(known_s, snapshot.taken_s) - self._listing_takes_s)
+        usable = bisect.bisect_right(self._times_s, self._usable_to_s(snapshot))
         place = bisect.bisect_left(self._positions, snapshot.position, 0, usable)
         claim = self._positions[place - 1] if place else None
         stands = place < usable and self._positions[place] == snapshot.position
         if stands and snapshot.taken_s - self._times_s[place] >= STOOD_S:
             claim = snapshot.position
         return claim if claim is not None and claim >= covered_from else None
+
+    def _list(self, sample: Sample) -> None:
+        """Note what is prepared."""
+        self._unlisted_s = {xid: self._unlisted_s.get(xid, self._listed_s) for xid in sample.prepared}
+        self._listed_s = sample.taken_s
+
+    def _usable_to_s(self, snapshot: Snapshot) -> float:
+        """Return until when samples were taken of which it is known that nothing prepared is below them."""
+        known_s = min(
+            (self._unlisted_s.get(xid, self._listed_s) for xid in snapshot.prepared), default=snapshot.taken_s
+        )
+        return min(known_s, snapshot.taken_s) - self._listing_takes_s
+
+
+class OwnedSamples(Samples):
+    """MySQL's: ends of the log, each with who owned a GTID then, oldest first. Bounded in the same way."""
+
+    def __init__(self, limit: int = 4096, listed_s: float = LISTED_S) -> None:
+        super().__init__(limit, listed_s)
+        self._samples: list[Sample] = []  # positions strictly rising
+
+    def add(self, sample: Sample) -> None:
+        """Keep a sample that was taken after all those before it."""
+        self._list(sample)
+        last = self._samples[-1] if self._samples else None
+        if last is not None and sample.position <= last.position:
+            if sample.position == last.position and sample.owned < last.owned:
+                self._samples[-1] = sample  # the log rests, and some have ended
+            return
+        self._samples.append(sample)
+        if len(self._samples) > self._limit:
+            half = self._limit // 2
+            self._samples[:half] = self._samples[:half:2]
+
+    def claim(self, snapshot: Snapshot, covered_from: int) -> int | None:
+        """Return the claim of rows read in `snapshot`: a position at or above `covered_from`, or None for not yet."""
+        usable = bisect.bisect_right(self._samples, self._usable_to_s(snapshot), key=lambda sample: sample.taken_s)
+        if not usable:
+            return None
+        owned = self._samples[usable - 1].owned
+        for sample in reversed(self._samples[:usable]):
+            if sample.position < covered_from:
+                return None
+            if sample.owned.isdisjoint(owned):
+                return sample.position
+        return None
+
+
+def owned_gtids(text: str) -> frozenset[str]:
+    """Return the GTIDs of `gtid_owned`, as `uuid:number`, or `uuid:tag:number`.
+
+    The server writes `uuid:5#12:6#13,\n…`: each number with the thread that owns it, tags among them.
+    """
+    found: set[str] = set()
+    for of_server in filter(None, (part.strip() for part in text.split(","))):
+        source, *parts = of_server.split(":")
+        prefix = source
+        for part in parts:
+            number, is_owned, _ = part.partition("#")
+            if is_owned:
+                found.add(f"{prefix}:{number}")
+            else:
+                prefix = f"{source}:{part}"
+    return frozenset(found)

@@ -88,6 +88,7 @@ class MariaReader(SourceReader):
     also does so when the source has said nothing for so long; without it long queries take as long as they need.
     """
 
+    log_status: ClassVar[str] = "SHOW MASTER STATUS"
     claim_wait_s: ClassVar[float] = 0.0  # it would take LISTED_S at least, and the snapshot shows the change at once
 
     def __init__(
@@ -190,12 +191,7 @@ class MariaReader(SourceReader):
     def log_end(self) -> int:
         """Return the position at which the next event of the log will be written."""
         with self._connected() as session:
-            for statement in ("SHOW MASTER STATUS", "SHOW BINARY LOG STATUS"):
-                with contextlib.suppress(pymysql.ProgrammingError):  # newer MySQL has the second one only
-                    rows = fetch(session, statement)
-                    if rows:
-                        return position_of(str(rows[0][0]), int(rows[0][1]))
-        raise CheckFailed([Problem("source", "it has no binary log", "see `deltactl pipeline check`")])
+            return end_of_log(session, self.log_status)
 
     def bytes_between(self, start: int, end: int) -> int | None:
         """Return how much log lies between two positions; None when they are in different files."""
@@ -233,15 +229,18 @@ class MariaReader(SourceReader):
             file, offset = position & ~MAX_OFFSET, position & MAX_OFFSET
             if offset > sizes.get(file, 0):
                 return "the source's log lacks it: the end of a file went with a crash, or the source was restored"
-            here = str(fetch(session, "SELECT @@global.gtid_binlog_state")[0][0] or "") if gtids else ""
-        if gtids and behind(here, gtids):
-            return "the source's log begins anew: it was reset (RESET MASTER), or the source was restored"
+            if gtids and self._lacks(session, gtids):
+                return "the source's log begins anew: it was reset (RESET MASTER), or the source was restored"
         return None
+
+    def _lacks(self, session: Session, gtids: str) -> bool:
+        """Tell whether the log lacks some of these transactions, all of which were in it once."""
+        return behind(str(fetch(session, "SELECT @@global.gtid_binlog_state")[0][0] or ""), gtids)
 
     def blockers(self) -> Sequence[object]:
         """Return for what claims wait: transactions that are prepared (XA); else it is time or the next commit."""
         with self._connected() as session:
-            prepared = sorted(_prepared(session))
+            prepared = sorted(prepared_in(session))
         return [Prepared(xid) for xid in prepared] or [Resting()]
 
     def new_samples(self) -> Samples:
@@ -251,7 +250,7 @@ class MariaReader(SourceReader):
     def sample(self) -> Sample:
         """Take a sample for claims: the position of a snapshot of its own."""
         with self._connected() as session, self._snapshot(session) as snapshot:
-            prepared = _prepared(session)
+            prepared = prepared_in(session)
             return Sample(snapshot.position, self._clock(), prepared)
 
     def identity(self) -> SourceIdentity:
@@ -461,7 +460,7 @@ class MariaReader(SourceReader):
         for _ in range(SNAPSHOTS_MOST):
             with _asking:
                 taken_s = self._clock()
-                prepared = _prepared(session)
+                prepared = prepared_in(session)
                 fetch(session, "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
                 read = {_snapshot_position(session) for _ in range(READS)}
             if len(read) == 1:
@@ -499,6 +498,14 @@ class MariaReader(SourceReader):
                 self._drop()
                 return True
         return size >= bytes_most
+
+
+def end_of_log(session: Session, statement: str) -> int:
+    """Return the position at which the next event of the log will be written. Raises CheckFailed without a log."""
+    rows = fetch(session, statement)
+    if not rows:
+        raise CheckFailed([Problem("source", "it has no binary log", "see `deltactl pipeline check`")])
+    return position_of(str(rows[0][0]), int(rows[0][1]))
 
 
 def behind(here: str, gtids: str) -> bool:
@@ -540,7 +547,7 @@ def _with_parts(session: Session, table: Table, chunk: Chunk, snapshot: Snapshot
     return Chunk(snapshot.clock + 1, found, last_key, snapshot.clock)
 
 
-def _prepared(session: Session) -> frozenset[str]:
+def prepared_in(session: Session) -> frozenset[str]:
     """Return the XA transactions that are prepared and not yet committed: format, lengths, name."""
     return frozenset(" ".join(map(str, row)) for row in fetch(session, "XA RECOVER"))
 
