@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -37,20 +37,23 @@ ROWS_MOST, BYTES_MOST = 100_000, 1 << 30  # of a table: all that there are
 class MariaSource(Source):
     """A database of its own within a server, and a user for the pipeline with as few privileges as will do."""
 
+    reader_class: ClassVar[type[MariaReader]] = MariaReader
+    privileges: ClassVar[str] = "REPLICATION SLAVE, BINLOG MONITOR"
+
     def __init__(self, server: MariaDB, name: str, folder: Path) -> None:
-        password = folder / "mariadb-password"
+        scheme, password = server.name, folder / "mariadb-password"
         password.write_text(PASSWORD + "\n")
         where = f"127.0.0.1:{server.port}"
-        self._source = SourceSpec(url=f"mariadb://{USER}@{where}/{name}", password=f"${{file:{password}}}")
-        super().__init__(f"mariadb://{name}:${{file:{password}}}@{where}/{name}", name)
-        self.reader = MariaReader(self._source, "the test")
-        with closing(connect(self._source.model_copy(update={"url": f"mariadb://{USER}@{where}/"}))) as session:
+        self._source = SourceSpec(url=f"{scheme}://{USER}@{where}/{name}", password=f"${{file:{password}}}")
+        super().__init__(f"{scheme}://{name}:${{file:{password}}}@{where}/{name}", name)
+        self.reader = self.reader_class(self._source, "the test")
+        with closing(connect(self._source.model_copy(update={"url": f"{scheme}://{USER}@{where}/"}))) as session:
             execute(
                 session,
                 f"CREATE DATABASE {name}",
                 f"CREATE USER {name}@'%' IDENTIFIED BY '{PASSWORD}'",
                 f"GRANT SELECT ON {name}.* TO {name}@'%'",
-                f"GRANT REPLICATION SLAVE, BINLOG MONITOR ON *.* TO {name}@'%'",
+                f"GRANT {self.privileges} ON *.* TO {name}@'%'",
             )
 
     def session(self) -> Session:
@@ -206,9 +209,10 @@ def maria_pipeline(
     folder: Path,
     tables: dict[str, str],
     kind: type[T],
+    source_class: type[MariaSource] = MariaSource,
 ) -> Iterator[T]:
     """Make a database with tables, by the statement that makes each, and a pipeline of all of them."""
-    source = MariaSource(server, f"maria_{uuid.uuid4().hex[:8]}", folder)
+    source = source_class(server, f"maria_{uuid.uuid4().hex[:8]}", folder)
     source.execute(*tables.values())
     pipeline = kind(source, folder, cache, kafka, registry, list(tables))
     try:

@@ -6,7 +6,6 @@ wrong ones must be seen to be wrong, or the test shows nothing: they are tried a
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import itertools
 import os
@@ -30,8 +29,8 @@ from delta_sync.sources.mysql.reader import MariaReader
 from delta_sync.spec import SourceSpec
 from delta_sync.tables import Table
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
+from integration.binlog_history import IDS, STATEMENT, Clock, History, Logged, Read, execute, rows_of
 
-IDS = 20
 WRITERS = 4
 READERS = 2
 MONITORS = 2
@@ -49,65 +48,6 @@ BARE_EACH = 8  # snapshots for each sure one
 DUMPS_AT_ONCE = 1_000
 ROUNDS_AT_MOST = 20  # by when the wrong way has been seen to be wrong
 ANSWERS_AT_MOST = 100_000  # by when one has been another session's: it is one of fifty
-
-
-class Clock:
-    """Moves when it is told to."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-class Logged(NamedTuple):
-    """A change in the log; `rev` is None for a delete."""
-
-    position: int
-    id: int
-    rev: int | None
-
-
-_STATEMENT = re.compile(r"(UPDATE|INSERT|DELETE) /\* id=(\d+) rev=(\d+) \*/")
-
-
-class History:
-    """The log, by key. `rev` is different in every change, so it tells which change made a row."""
-
-    def __init__(self, changes: Sequence[Logged]) -> None:
-        self._changes: dict[int, list[Logged]] = {}
-        self._made_at: dict[int, int] = {}
-        for change in changes:
-            of_key = self._changes.setdefault(change.id, [])
-            assert not of_key or of_key[-1].position < change.position, "positions of a key rise"
-            of_key.append(change)
-            if change.rev is not None:
-                self._made_at[change.rev] = change.position
-
-    def newest_below(self, id_: int, position: int) -> Logged | None:
-        changes = self._changes.get(id_, [])
-        place = bisect.bisect_left(changes, position, key=lambda change: change.position)
-        return changes[place - 1] if place else None
-
-    def is_outdated(self, id_: int, rev: int | None, claim: int) -> bool:
-        """Whether a row read as `rev` (None: as absent) lacks a change that it outranks."""
-        newest = self.newest_below(id_, claim)
-        if newest is None:
-            return False
-        if rev is None:
-            deleted_later = any(
-                change.rev is None and change.position > newest.position for change in self._changes[id_]
-            )
-            return newest.rev is not None and not deleted_later
-        return self._made_at.get(rev, 0) < newest.position
-
-
-class Read(NamedTuple):
-    """Rows as a reader saw them (None: absent), and what they would claim, by way."""
-
-    rows: dict[int, int | None]
-    claims: dict[str, int | None]
 
 
 class Source:
@@ -157,18 +97,13 @@ class Source:
                 statement: re.Match[str] | None = None
                 for _, offset, kind, _, _, info in cursor.fetchall():
                     if kind == "Annotate_rows":
-                        statement = _STATEMENT.match(info)
+                        statement = STATEMENT.match(info)
                     elif kind.endswith("_rows_v1") and statement is not None:
                         id_, rev = int(statement[2]), int(statement[3])
                         position = position_of(file, int(offset))
                         if position >= self.began_at:
                             found.append(Logged(position, id_, None if statement[1] == "DELETE" else rev))
         return History(found)
-
-
-def execute(session: Session, statement: str) -> None:
-    with session.cursor() as cursor:
-        cursor.execute(statement)
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +117,6 @@ def source(server: MariaDB, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]
     monkeypatch.setenv("DELTA_TEST_P", PASSWORD)
     with ExitStack() as exits:
         yield Source(server, exits)
-
-
-def rows_of(rows: Sequence[tuple[object, dict[str, int]]]) -> dict[int, int | None]:
-    found: dict[int, int | None] = dict.fromkeys(range(IDS))
-    found.update({row["id"]: row["rev"] for _, row in rows})
-    return found
 
 
 # ── at once: writers, samples, readers, and monitors ─────────────────────────────────────────────────────────────

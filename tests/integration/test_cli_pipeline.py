@@ -122,7 +122,7 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
     ("no scheme", {"source": "db/studio"}, 2, "has no scheme"),
     ("empty source", {"source": ""}, 2, "has no scheme"),
     ("other database", {"source": "oracle://u@h/db"}, 2, "oracle:// is not a source"),
-    ("mysql", {"source": "mysql://u@h/db"}, 2, "Binlog_snapshot_file"),
+    ("MySQL without Kafka", {"source": "mysql://u@h/db"}, 2, "use transport: kafka"),
     ("mariadb without Kafka", {"source": "mariadb://u@h/db"}, 2, "use transport: kafka"),
     ("port no number", {"source": "postgresql://u@h:port/db"}, 2, "port"),
     ("two hosts", {"source": "postgresql://u@a,b/db"}, 2, "several hosts"),

@@ -62,11 +62,11 @@ SOUND = Facts(
 )
 
 
-def spec(*tables: str, **connector: str) -> PipelineSpec:
+def spec(*tables: str, scheme: str = "mariadb", **connector: str) -> PipelineSpec:
     return spec_from(
         {
             "name": "movies",
-            "source": {"url": "mariadb://delta@db/"},
+            "source": {"url": f"{scheme}://delta@db/"},
             "tables": dict.fromkeys(tables or ("studio.movie",)),
             "sinks": {"cache": {"url": "redis://h"}},
             "connector": connector,
@@ -133,6 +133,34 @@ def test_each_finding(changed: dict[str, Any], what: str, fix: str, fatal: bool)
     assert found.what.startswith(what)
     assert fix in found.fix
     assert found.fatal is fatal
+
+
+MYSQL = SOUND._replace(
+    mariadb=False, version=(9, 7), version_text="9.7.4", snapshot_position=False, gtid_strict=None, gtid_mode="ON"
+)
+CASCADING = MOVIE._replace(cascades=(CascadeFacts("of_studio", "studio", "ON DELETE CASCADE"),))
+MYSQL_FINDINGS: list[tuple[dict[str, Any], str, str]] = [
+    ({"version": (8, 0)}, "this is MySQL", ""),
+    ({"mariadb": True, "version": (11, 4)}, "this is MariaDB 9.7.4, not mysql", "as mariadb://…"),
+    ({"gtid_mode": "ON_PERMISSIVE"}, "gtid_mode is ON_PERMISSIVE", "SET GLOBAL gtid_mode = ON "),
+    ({"may_list_xa": False}, "user `delta`@`%` may not read the log (XA_RECOVER_ADMIN)", "GRANT XA_RECOVER_ADMIN ON"),
+    ({"row_value_options": "PARTIAL_JSON"}, "binlog_row_value_options", "SET GLOBAL"),
+    ({"compression": True}, "binlog_transaction_compression is on", "SET GLOBAL"),
+    ({"tables": (CASCADING,)}, "its foreign key of_studio says ON DELETE CASCADE", "ON DELETE RESTRICT"),
+]
+
+
+@pytest.mark.parametrize(("changed", "what", "fix"), MYSQL_FINDINGS)
+def test_each_finding_of_mysql(changed: dict[str, Any], what: str, fix: str) -> None:
+    assert problems(MYSQL, spec(scheme="mysql")) == []
+    [found] = problems(MYSQL._replace(**changed), spec(scheme="mysql"))
+    assert found.what.startswith(what)
+    assert fix in found.fix
+    assert found.fatal
+
+
+def test_cascades_that_are_logged_are_no_matter() -> None:
+    assert problems(MYSQL._replace(tables=(CASCADING,), cascades_logged=True), spec(scheme="mysql")) == []
 
 
 def test_the_connectors_own_server_id() -> None:

@@ -11,12 +11,15 @@ from delta_sync.sources.mysql.claims import (
     LISTED_S,
     MAX_FILE,
     STOOD_S,
+    XA_LISTED_S,
     Head,
+    OwnedSamples,
     Sample,
     Samples,
     Snapshot,
     event_position,
     format_position,
+    owned_gtids,
     position_of,
     shown_to,
 )
@@ -125,3 +128,69 @@ def test_a_snapshot_shows_what_lies_before() -> None:
     assert snapshot.clock == at(699)
     assert not Snapshot(at(900), 0.0).shows(at(4), 0)
     assert snapshot.horizon == snapshot.position
+
+
+# ── MySQL: who owns a GTID ───────────────────────────────────────────────────────────────────────────────────────────
+
+A, B = frozenset({"a"}), frozenset({"a", "b"})
+NOBODY: frozenset[str] = frozenset()
+
+
+def owned_samples(
+    *samples: tuple[int, float, frozenset[str]], uses_xa: bool = False, limit: int = 4096
+) -> OwnedSamples:
+    found = OwnedSamples(limit)
+    for position, taken_s, owned in samples:
+        found.add(Sample(position, taken_s, NOBODY, owned, uses_xa))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("samples", "taken_s", "expected"),
+    [
+        ([(10, 0.0, NOBODY)], 0.0, 10),  # on a server that rests, too
+        ([(10, 0.0, NOBODY)], -1.0, None),  # it was taken later
+        ([(10, 0.0, A)], 9.0, None),  # a may be below 10, and nobody saw its end
+        ([(10, 0.0, NOBODY), (20, 1.0, A)], 9.0, 10),
+        ([(10, 0.0, NOBODY), (20, 1.0, A), (30, 2.0, A)], 9.0, 10),
+        ([(10, 0.0, NOBODY), (20, 1.0, A), (30, 2.0, frozenset({"b"}))], 9.0, 20),  # a has ended
+        ([(10, 0.0, NOBODY), (20, 1.0, A), (30, 2.0, frozenset({"b"}))], 1.5, 10),  # not before this snapshot
+        ([(10, 0.0, B), (10, 1.0, A)], 9.0, None),
+        ([(10, 0.0, B), (10, 1.0, A), (10, 2.0, NOBODY)], 9.0, 10),  # the log rests, and they end
+        ([(10, 0.0, NOBODY), (10, 1.0, A)], 9.0, 10),  # a is not in the log yet
+        ([(20, 0.0, NOBODY), (10, 1.0, A)], 9.0, 20),  # positions do not go back
+    ],
+)
+def test_an_end_of_the_log_is_claimed_when_its_owners_are_gone(
+    samples: list[tuple[int, float, frozenset[str]]], taken_s: float, expected: int | None
+) -> None:
+    found = owned_samples(*samples)
+    assert found.claim(Snapshot(99, taken_s), 0) == expected
+    assert found.claim(Snapshot(99, taken_s), 21) is None  # the log may not deliver what is before 21
+
+
+def test_where_xa_is_used_samples_have_to_be_old() -> None:
+    samples = owned_samples((10, 0.0, NOBODY), (20, 1.0, NOBODY), uses_xa=True)
+    assert samples.claim(Snapshot(99, XA_LISTED_S - 0.1), 0) is None
+    assert samples.claim(Snapshot(99, XA_LISTED_S), 0) == 10
+    assert samples.claim(Snapshot(99, XA_LISTED_S + 1.0), 0) == 20
+    samples.add(Sample(30, 2.0, XA, NOBODY, True))
+    assert samples.claim(Snapshot(99, 20.0, XA), 0) is None  # unlisted a second after it was, and nothing is older
+    old = OwnedSamples(listed_s=0.5)
+    for sample in (Sample(10, 0.0), Sample(20, 1.0), Sample(30, 2.0, XA)):
+        old.add(sample)
+    assert old.claim(Snapshot(99, 20.0, XA), 0) == 10
+    assert old.claim(Snapshot(99, 20.0), 0) == 30
+
+
+def test_many_samples_are_thinned_out() -> None:
+    samples = owned_samples(*((number, float(number), NOBODY) for number in range(1, 1000)), limit=10)
+    assert samples.claim(Snapshot(2000, 1000.0), 0) == 999
+    assert samples.claim(Snapshot(2000, 996.5), 0) in range(980, 997)
+
+
+def test_owned_gtids_are_read() -> None:
+    text = "3e11fa47-71ca-11e1-9e33-c80aa9429562:5#12:6#13:odd_tag:7#14,\n4e11fa47-71ca-11e1-9e33-c80aa9429562:5#9"
+    one, other = "3e11fa47-71ca-11e1-9e33-c80aa9429562", "4e11fa47-71ca-11e1-9e33-c80aa9429562"
+    assert owned_gtids(text) == {f"{one}:5", f"{one}:6", f"{one}:odd_tag:7", f"{other}:5"}
+    assert owned_gtids("") == frozenset()

@@ -6,9 +6,11 @@ from typing import Any, cast
 
 import pytest
 
+from delta_sync.documents import DocumentSpec
 from delta_sync.errors import UsageError
 from delta_sync.kafka.connector import ConnectorStore, StoredOffset
 from delta_sync.sources import check_supported, open_reader, position_text
+from delta_sync.sources.mysql.gtid_reader import MySQLReader
 from delta_sync.sources.mysql.position import BinlogPosition
 from delta_sync.sources.mysql.reader import behind
 from delta_sync.spec import PipelineSpec, spec_from
@@ -104,12 +106,13 @@ def test_what_no_pipeline_runs_on_is_refused_with_its_reason() -> None:
     check_supported(spec())
     with pytest.raises(UsageError, match=r"embedded engine has no connector for MariaDB .* use transport: kafka"):
         check_supported(spec(kafka=False))
-    for refuse in (
-        lambda: check_supported(spec("mysql://delta@db/studio")),
-        lambda: open_reader(spec("mysql://delta@db/studio"), "test"),
-    ):
-        with pytest.raises(UsageError, match="Binlog_snapshot_file"):
-            refuse()
+    with pytest.raises(UsageError, match=r"mysql://, and Delta keeps .* use transport: kafka"):
+        check_supported(spec("mysql://delta@db/studio", kafka=False))
+    documents = {"studio.movie": DocumentSpec("studio.movie", {})}
+    with pytest.raises(UsageError, match=r"several tables \(studio.movie\) cannot be built from MySQL"):
+        open_reader(spec("mysql://delta@db/studio"), "test", documents=documents)
+    check_supported(spec("mysql://delta@db/studio"))
+    assert isinstance(open_reader(spec("mysql://delta@db/studio"), "test"), MySQLReader)
 
 
 def test_how_much_log_lies_between_is_told_within_a_file_only() -> None:
@@ -118,4 +121,5 @@ def test_how_much_log_lies_between_is_told_within_a_file_only() -> None:
     assert reader.bytes_between(12 << 32 | 400, 12 << 32 | 345) == 0
     assert reader.bytes_between(12 << 32 | 345, 13 << 32 | 4) is None
     assert position_text("mariadb", 12 << 32 | 345) == "000012:345"
+    assert position_text("mysql", 12 << 32 | 345) == "000012:345"
     assert position_text("postgresql", 0x16_0000_0010) == "16/10"

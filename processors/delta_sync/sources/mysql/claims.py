@@ -17,7 +17,8 @@ MySQL tells no P. There a sample is the log's end L, and then which transactions
 takes it before it is written to the log, and gives it up when the engine has committed it, and so shows it. So all
 transactions below L are visible, but for some of these owners; and when a later sample lacks all of them, a snapshot
 that begins after that one sees everything below L. So a row may claim **the newest L whose owners were gone** by the
-newest sample from before its snapshot (`OwnedSamples`). XA PREPARE gives its GTID up a moment before it is listed.
+newest sample from before its snapshot (`OwnedSamples`). No clock is asked, but where XA transactions are used: XA
+PREPARE gives its GTID up a moment before it is listed, so samples have to be older than any such moment there.
 
 Documents of several tables need more: a number that rises exactly with what snapshots show. That is P itself, of
 snapshots of which it is sure what they show (`shown_to`); `docs/design/documents.md` says why.
@@ -45,6 +46,9 @@ STOOD_S = 5.0
 # XA PREPARE writes to the log a moment before XA RECOVER lists it: some milliseconds, if it waits for the disk. A
 # listing says nothing of what was written within that time before it.
 LISTED_S = 0.25
+
+# On MySQL it does so for as long as a busy machine keeps a process from going on: 0.25 s were seen to be too little.
+XA_LISTED_S = 10.0
 
 
 class Snapshot(NamedTuple):
@@ -82,6 +86,7 @@ class Sample(NamedTuple):
     taken_s: float  # monotonic
     prepared: frozenset[str] = frozenset()  # XA transactions
     owned: frozenset[str] = frozenset()
+    uses_xa: bool = True  # there may be XA transactions before the position
 
 
 class Head(NamedTuple):
@@ -219,13 +224,15 @@ class Samples:
 class OwnedSamples(Samples):
     """MySQL's: ends of the log, each with who owned a GTID then, oldest first. Bounded in the same way."""
 
-    def __init__(self, limit: int = 4096, listed_s: float = LISTED_S) -> None:
+    def __init__(self, limit: int = 4096, listed_s: float = XA_LISTED_S) -> None:
         super().__init__(limit, listed_s)
+        self._xa_listed_s = listed_s
         self._samples: list[Sample] = []  # positions strictly rising
 
     def add(self, sample: Sample) -> None:
         """Keep a sample that was taken after all those before it."""
         self._list(sample)
+        self._listing_takes_s = self._xa_listed_s if sample.uses_xa else 0.0
         last = self._samples[-1] if self._samples else None
         if last is not None and sample.position <= last.position:
             if sample.position == last.position and sample.owned < last.owned:

@@ -14,14 +14,15 @@ import pymysql
 
 from delta_sync.errors import CheckFailed, Problem
 from delta_sync.sources.mysql.checks import XA_RECOVER_DENIED
-from delta_sync.sources.mysql.claims import LISTED_S, OwnedSamples, Sample, Snapshot, owned_gtids
+from delta_sync.sources.mysql.claims import XA_LISTED_S, OwnedSamples, Sample, Snapshot, owned_gtids
 from delta_sync.sources.mysql.connection import Session, code_of
 from delta_sync.sources.mysql.reader import SURE_POLL_S, MariaReader, Prepared, end_of_log, prepared_in
 from delta_sync.sources.mysql.statements import fetch
 from delta_sync.tables import Table
 
 GONE_S = 0.25  # how long a snapshot waits for commits: each takes milliseconds, but on a replica
-XA_RESTS_S = 5.0  # without XA PREPARE, by when the last one is listed: it may wait a second for others in the log
+
+_FOREIGN = "SELECT GTID_SUBTRACT(@@GLOBAL.gtid_executed, CONCAT(@@GLOBAL.server_uuid, ':1-9223372036854775806')) <> ''"
 
 
 class Owner(NamedTuple):
@@ -38,7 +39,7 @@ class Listing(NamedTuple):
     """For what a claim waits when nothing hinders it."""
 
     def __str__(self) -> str:
-        return f"{LISTED_S:g} s, by when XA transactions would be listed (nothing has to be done)"
+        return f"{XA_LISTED_S:g} s, by when XA transactions would be listed (nothing has to be done)"
 
 
 class MySQLReader(MariaReader):
@@ -60,7 +61,8 @@ class MySQLReader(MariaReader):
             end = end_of_log(session, self.log_status)
             owned = _owned(session)
             prepared = _prepared(session)
-            return Sample(end, self._clock(), prepared, owned)
+            uses_xa = _uses_xa(session)
+            return Sample(end, self._clock(), prepared, owned, uses_xa)
 
     def blockers(self) -> Sequence[object]:
         """Return for what claims wait: XA transactions, and those that are being committed; else it is time."""
@@ -89,16 +91,9 @@ class MySQLReader(MariaReader):
             owned = _owned(session)
         taken_s = self._clock()
         prepared = _prepared(session)
-        shown = 0 if owners & owned or self._may_be_prepared(session, prepared) else end
+        shown = 0 if owners & owned or prepared or _uses_xa(session) else end
         fetch(session, "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
         return Snapshot(end_of_log(session, self.log_status), taken_s, prepared, shown)
-
-    def _may_be_prepared(self, session: Session, prepared: frozenset[str]) -> bool:
-        """Tell whether changes of an XA transaction that is not committed may be in the log."""
-        ((_, count),) = fetch(session, "SHOW GLOBAL STATUS LIKE 'Com_xa_prepare'")
-        if str(count) != self._xa[0]:
-            self._xa = str(count), self._clock()
-        return bool(prepared) or (str(count) != "0" and self._clock() - self._xa[1] < XA_RESTS_S)
 
     def _lacks(self, session: Session, gtids: str) -> bool:
         return str(fetch(session, "SELECT GTID_SUBSET(%s, @@GLOBAL.gtid_executed)", (gtids,))[0][0]) != "1"
@@ -110,6 +105,13 @@ def _owned(session: Session) -> frozenset[str]:
     if mode != "ON":
         raise CheckFailed([Problem("source", f"gtid_mode is {mode}", "see `deltactl pipeline check`")])
     return owned_gtids(owned)
+
+
+def _uses_xa(session: Session) -> bool:
+    """Tell whether XA PREPARE was ever called, or other servers' transactions applied, which that status leaves out."""
+    ((_, prepares),) = fetch(session, "SHOW GLOBAL STATUS LIKE 'Com_xa_prepare'")
+    ((foreign,),) = fetch(session, _FOREIGN)
+    return str(prepares) != "0" or str(foreign) != "0" or bool(fetch(session, "SHOW REPLICA STATUS"))
 
 
 def _prepared(session: Session) -> frozenset[str]:

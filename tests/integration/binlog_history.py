@@ -1,0 +1,82 @@
+"""What a binary log says of a table `item (id, rev)`, and whether a row with a claim is older than it may be."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from delta_sync.sources.mysql.connection import Session
+
+IDS = 20
+
+
+class Clock:
+    """Moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Logged(NamedTuple):
+    """A change in the log; `rev` is None for a delete."""
+
+    position: int
+    id: int
+    rev: int | None
+
+
+STATEMENT = re.compile(r"(UPDATE|INSERT|DELETE) /\* id=(\d+) rev=(\d+) \*/")
+
+
+class History:
+    """The log, by key. `rev` is different in every change, so it tells which change made a row."""
+
+    def __init__(self, changes: Sequence[Logged]) -> None:
+        self._changes: dict[int, list[Logged]] = {}
+        self._made_at: dict[int, int] = {}
+        for change in changes:
+            of_key = self._changes.setdefault(change.id, [])
+            assert not of_key or of_key[-1].position < change.position, "positions of a key rise"
+            of_key.append(change)
+            if change.rev is not None:
+                self._made_at[change.rev] = change.position
+
+    def newest_below(self, id_: int, position: int) -> Logged | None:
+        changes = self._changes.get(id_, [])
+        place = bisect.bisect_left(changes, position, key=lambda change: change.position)
+        return changes[place - 1] if place else None
+
+    def is_outdated(self, id_: int, rev: int | None, claim: int) -> bool:
+        """Whether a row read as `rev` (None: as absent) lacks a change that it outranks."""
+        newest = self.newest_below(id_, claim)
+        if newest is None:
+            return False
+        if rev is None:
+            deleted_later = any(
+                change.rev is None and change.position > newest.position for change in self._changes[id_]
+            )
+            return newest.rev is not None and not deleted_later
+        return self._made_at.get(rev, 0) < newest.position
+
+
+class Read(NamedTuple):
+    """Rows as a reader saw them (None: absent), and what they would claim, by way."""
+
+    rows: dict[int, int | None]
+    claims: dict[str, int | None]
+
+
+def execute(session: Session, statement: str) -> None:
+    with session.cursor() as cursor:
+        cursor.execute(statement)
+
+
+def rows_of(rows: Sequence[tuple[object, dict[str, int]]]) -> dict[int, int | None]:
+    found: dict[int, int | None] = dict.fromkeys(range(IDS))
+    found.update({row["id"]: row["rev"] for _, row in rows})
+    return found
