@@ -76,7 +76,7 @@ class _Plan(NamedTuple):
 @click.command()
 @click.argument("name")
 @click.option(
-    "--source", "source_url", required=True, metavar="URL", help="postgresql:// or mariadb://user@host:port/database"
+    "--source", "source_url", required=True, metavar="URL", help="postgresql://, mariadb:// or mysql://user@host:port/database"
 )
 @click.option(
     "--table",
@@ -84,7 +84,7 @@ class _Plan(NamedTuple):
     required=True,
     multiple=True,
     metavar="T",
-    help="schema.table (MariaDB: database.table); repeat it for several.",
+    help="schema.table (MariaDB, MySQL: database.table); repeat it for several.",
 )
 @click.option(
     "--sink", "sinks", required=True, multiple=True, metavar="[NAME=]URL", help="A store; repeat it for several."

@@ -1,4 +1,4 @@
-"""The connectors for MariaDB, and for MySQL, on which no pipeline runs: rendered and validated only.
+"""The connectors for MariaDB and MySQL.
 
 Unlike PostgreSQL's slot, the server keeps no position for a client: positions and the history of the schema are topics
 in Kafka, or files where the transport is another. `connect.keep.alive` must stay on, because the client of the binary

@@ -1,8 +1,8 @@
 """Claims on a real MySQL, held against its log: a row that outranks a change in the log must not be older than it.
 
-A commit is in the log before it is visible, for as long as the log waits for the disk; one test makes that a second,
-the others take what comes. The wrong way must be seen to be wrong, or the test shows nothing: it is tried a bounded
-number of times.
+A commit is in the log before it is visible, for as long as the log waits for the disk, or for a replica; one test has it
+wait for one that never comes, the others take what comes. The wrong way must be seen to be wrong, or the test shows
+nothing: it is tried a bounded number of times.
 """
 
 from __future__ import annotations
@@ -268,6 +268,18 @@ def read_all(source: Source, samples: OwnedSamples, reader: MySQLReader) -> tupl
     return rows_of(chunk.rows), claim
 
 
+@contextlib.contextmanager
+def a_replica_that_never_answers(source: Source) -> Iterator[None]:
+    """Have commits wait between the log and the engine, until the plugin is switched off."""
+    execute(source.admin, "INSTALL PLUGIN rpl_semi_sync_source SONAME 'semisync_source.so'")
+    try:
+        for name, value in (("timeout", 1_000_000_000), ("enabled", "ON")):
+            execute(source.admin, f"SET GLOBAL rpl_semi_sync_source_{name} = {value}")
+        yield
+    finally:
+        execute(source.admin, "UNINSTALL PLUGIN rpl_semi_sync_source")
+
+
 def test_a_commit_that_is_in_the_log_and_not_visible_yet(source: Source) -> None:
     clock, samples, careless = Clock(), OwnedSamples(), OwnedSamples()
 
@@ -283,13 +295,17 @@ def test_a_commit_that_is_in_the_log_and_not_visible_yet(source: Source) -> None
     sample()
     before = reader.log_end()
     writer = source.connect()
-    with setting(source, binlog_group_commit_sync_delay=1_000_000), ThreadPoolExecutor(1) as pool:
+    with a_replica_that_never_answers(source), ThreadPoolExecutor(1) as pool:
         commit = pool.submit(source.put, writer, 1)
-        wait_until(lambda: reader.log_end() > before, PATIENCE_S, "the change in the log")
-        sample()
-        rows, claim = read_all(source, samples, reader)
-        wrong = careless.claim(Snapshot(0, clock.now_s), 0)
-        assert not commit.done()  # or it was visible already, and this shows nothing
+        try:
+            wait_until(lambda: reader.log_end() > before, PATIENCE_S, "the change in the log")
+            sample()
+            rows, claim = read_all(source, samples, reader)
+            wrong = careless.claim(Snapshot(0, clock.now_s), 0)
+            assert not commit.done()
+            assert "SELECT @@GLOBAL.gtid_owned" in str(reader.blockers()[0])
+        finally:
+            execute(source.admin, "SET GLOBAL rpl_semi_sync_source_enabled = OFF")
         commit.result()
     assert wrong is not None
     assert claim == before

@@ -443,9 +443,9 @@ def test_an_authority_is_for_the_converter_that_can_read_it() -> None:
         server_options(registry={"url": "https://registry:8081", "ca_file": "/ca.pem"})
 
 
-def test_the_server_is_for_what_pipelines_run_on() -> None:
-    with pytest.raises(UsageError, match="MySQL: a snapshot there does not say where in the log it is"):
-        server_options("mysql://delta@db/studio")
+def test_the_server_has_a_connector_for_mysql() -> None:
+    options = server_options("mysql://delta@db/studio")
+    assert options["debezium.source.connector.class"] == "io.debezium.connector.mysql.MySqlConnector"
 
 
 def test_an_expression_literal_keeps_other_characters() -> None:

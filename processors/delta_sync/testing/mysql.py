@@ -33,6 +33,7 @@ class MySQL(MariaDB):
             "--no-defaults",
             f"--basedir={place / 'usr'}",
             "--secure-file-priv=NULL",  # or it looks for a folder of the system's
+            f"--plugin-dir={place / 'usr/lib/mysql/plugin'}",
             f"--lc-messages-dir={place / 'usr/share/mysql'}",
         ]
 
