@@ -1,7 +1,7 @@
 """Claims on a real MySQL, held against its log: a row that outranks a change in the log must not be older than it.
 
-A commit is in the log before it is visible, for as long as the log waits for the disk, or for a replica; one test has it
-wait for one that never comes, the others take what comes. The wrong way must be seen to be wrong, or the test shows
+A commit is in the log before it is visible, for as long as the log waits for the disk, or for a replica; one test has
+it wait for one that never comes, the others take what comes. The wrong way must be seen to be wrong, or the test shows
 nothing: it is tried a bounded number of times.
 """
 

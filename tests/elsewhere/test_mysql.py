@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -35,6 +36,7 @@ VALUES: list[tuple[str, str, Any, bool]] = [
     ("json", "'null'", None, True),
     ("varchar(20) collate utf8mb4_0900_ai_ci", "'Straße '", "Straße ", True),
     ("geometry srid 4326", "st_srid(point(10, 50), 4326)", "POINT(50 10)", False),  # latitude first, as ST_AsText
+    ("vector(2)", "to_vector('[1, -2.5]')", struct.pack("<ff", 1, -2.5), False),
     ("linestring", "st_linefromtext('linestring(0 0,1 2)')", "LINESTRING(0 0,1 2)", False),
     ("int invisible default 7", "default", 7, True),
     ("varchar(40) default (upper('x'))", "default", "X", True),
@@ -147,6 +149,8 @@ def test_a_pipeline_from_mysql(pipeline: MariaPipeline) -> None:
             execute(session, "ALTER TABLE account ADD COLUMN extra varchar(20) DEFAULT 'none'")
             execute(session, "TRUNCATE TABLE item", "INSERT INTO item VALUES ('after', 1, '[2]', POINT(1, 1))")
             wait_until(lambda: writer.transactions > SOME, LOADS_S, "some transactions")
+        pipeline.in_step(sidecar, worker)
+        with WritingMySQL(pipeline):
             check_repair(pipeline)
         pipeline.in_step(sidecar, worker)
         assert pipeline.epoch() == 1

@@ -193,6 +193,13 @@ SERVER = Server("delta", "db.example", 3306, "studio")
         (pymysql.OperationalError(1040, "Too many connections"), "the server on db.example:3306 has no", True),
         (pymysql.OperationalError(1053, "Server shutdown"), "the server on db.example:3306 is shutting", True),
         (
+            RuntimeError(
+                "'cryptography' package is required for sha256_password or caching_sha2_password auth methods"
+            ),
+            "user delta logs in by MySQL's method caching_sha2_password",
+            False,
+        ),
+        (
             pymysql.OperationalError(9999, "Odd. See mysql://a:hunter2@b"),
             "cannot connect to db.example:3306: Odd",
             True,

@@ -33,6 +33,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "blob": Kind.BYTES,
     "mediumblob": Kind.BYTES,
     "longblob": Kind.BYTES,
+    "vector": Kind.BYTES,  # MariaDB and MySQL have other functions that would make text of it
     "date": Kind.DATE,
     "time": Kind.TIME,
     "datetime": Kind.TIMESTAMP,
@@ -186,7 +187,7 @@ WHERE constraint_schema = %s AND table_name = %s
 """
 _FIRST_COLUMNS: Final = """
 SELECT column_name AS column_name FROM information_schema.statistics
-WHERE table_schema = %s AND table_name = %s AND seq_in_index = 1
+WHERE table_schema = %s AND table_name = %s AND seq_in_index = 1 AND column_name IS NOT NULL
 """
 _FOREIGN_KEYS: Final = """
 SELECT constraint_name AS name, column_name AS column_name, referenced_column_name AS referenced_column,

@@ -255,7 +255,7 @@ def _meaning(error: BaseException) -> tuple[str, str, bool]:
         case OSError():
             return _SILENT
         case RuntimeError():
-            return _PLUGIN  # PyMySQL lacks a package for it
+            return _NO_RSA if "cryptography" in str(cause) else _PLUGIN  # PyMySQL lacks a package for it
         case _:
             return _UNKNOWN
 
@@ -297,6 +297,11 @@ _CERTIFICATE: _Meaning = (
 _PLUGIN: _Meaning = (
     "user {user} logs in by a method that this client does not have ({said})",
     "give the user a password: ALTER USER {user} IDENTIFIED BY '…'",
+    False,
+)
+_NO_RSA: _Meaning = (
+    "user {user} logs in by MySQL's method caching_sha2_password, and the connection has no TLS to carry a password",
+    "switch TLS on there, and take ssl-mode=disabled out of source.url; or type here: pip install cryptography",
     False,
 )
 _UNKNOWN: _Meaning = ("cannot connect to {host}:{port}: {said}", "correct source.url if it stays so", True)
@@ -341,7 +346,7 @@ _BY_CODE: Mapping[int, _Meaning] = {
     3118: ("the account of user {user} is locked", "type: ALTER USER {user} ACCOUNT UNLOCK", False),
     3159: (
         "{host}:{port} lets nobody in without TLS",
-        "put ?ssl-mode=… into source.url (MariaDB: trust or verify-full)",
+        "put ?ssl-mode=… into source.url (MariaDB: trust or verify-full; MySQL: required or verify_identity)",
         False,
     ),
     1053: ("the server on {host}:{port} is shutting down", "wait until it accepts connections", True),
