@@ -20,7 +20,7 @@ from delta_sync.sources.mysql.reader import SURE_POLL_S, MariaReader, Prepared, 
 from delta_sync.sources.mysql.statements import fetch
 from delta_sync.tables import Table
 
-GONE_S = 0.25  # how long a snapshot waits for commits: each takes milliseconds, but on a replica
+GONE_POLLS = 50  # so often a snapshot looks whether commits have ended: each takes milliseconds, but on a replica
 
 _FOREIGN = "SELECT GTID_SUBTRACT(@@GLOBAL.gtid_executed, CONCAT(@@GLOBAL.server_uuid, ':1-9223372036854775806')) <> ''"
 
@@ -83,10 +83,11 @@ class MySQLReader(MariaReader):
 
     def _begin(self, session: Session) -> Snapshot:
         """Begin a snapshot, which surely shows what the log held by now when nobody was committing it any more."""
-        deadline_s = self._clock() + GONE_S
         end = end_of_log(session, self.log_status)
         owners = owned = _owned(session)
-        while owners & owned and self._clock() < deadline_s:
+        for _ in range(GONE_POLLS):
+            if not owners & owned:
+                break
             time.sleep(SURE_POLL_S)
             owned = _owned(session)
         taken_s = self._clock()
