@@ -12,17 +12,20 @@ import itertools
 import random
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
 
 from delta_sync.errors import CheckFailed
+from delta_sync.sources.mysql import gtid_reader as module
 from delta_sync.sources.mysql.claims import XA_LISTED_S, OwnedSamples, Snapshot, position_of
 from delta_sync.sources.mysql.connection import Session, connect
 from delta_sync.sources.mysql.gtid_reader import MySQLReader
+from delta_sync.sources.mysql.reader import end_of_log, prepared_in
 from delta_sync.spec import SourceSpec
 from delta_sync.tables import Table
 from delta_sync.testing.mariadb import PASSWORD, USER
@@ -128,7 +131,10 @@ def setting(source: Source, **variables: object) -> Iterator[None]:
 
 
 class Contest:
-    """Writers that never rest, one who samples, readers who claim as Delta does, and one who claims the log's end."""
+    """Writers that never rest, one who samples, readers who claim as Delta does, and one with a bare snapshot.
+
+    The last claims by the samples, by the same without who owned a GTID, and the log's end.
+    """
 
     def __init__(self, source: Source, seed: str, *, xa: bool) -> None:
         self.source = source
@@ -136,7 +142,7 @@ class Contest:
         self.xa = xa
         self.stopping = threading.Event()
         self.lock = threading.Lock()
-        self.ours = OwnedSamples()
+        self.ours, self.careless = OwnedSamples(), OwnedSamples()
         self.reads: list[Read] = []
 
     def write(self, number: int) -> None:
@@ -174,6 +180,7 @@ class Contest:
             sample = reader.sample()
             with self.lock:
                 self.ours.add(sample)
+                self.careless.add(sample._replace(owned=frozenset()))
         reader.close()
 
     def dump(self) -> None:
@@ -192,9 +199,10 @@ class Contest:
             self._keep(Read(rows_of(chunk.rows), claims))
         reader.close()
 
-    def dump_naively(self) -> None:
-        reader, session = MySQLReader(self.source.spec, "naive"), self.source.connect()
+    def dump_bare(self) -> None:
+        reader, session = MySQLReader(self.source.spec, "bare"), self.source.connect()
         while not self.stopping.is_set():
+            snapshot = Snapshot(0, time.monotonic(), prepared_in(session))
             end = reader.log_end()
             execute(session, "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
             rows: dict[int, int | None] = dict.fromkeys(range(IDS))
@@ -202,7 +210,9 @@ class Contest:
                 cursor.execute("SELECT id, rev FROM item")
                 rows |= {int(id_): int(rev) for id_, rev in cursor.fetchall()}
             session.rollback()
-            self._keep(Read(rows, {"end": end}))
+            with self.lock:
+                bare, careless = self.ours.claim(snapshot, 0), self.careless.claim(snapshot, 0)
+            self._keep(Read(rows, {"bare": bare, "careless": careless, "end": end}))
         reader.close()
 
     def _keep(self, read: Read) -> None:
@@ -214,7 +224,7 @@ class Contest:
     def run(self) -> Counter[str]:
         """Return how many dumps of each way were wrong, and how many claimed."""
         writers = [lambda n=n: self.write(n) for n in range(WRITERS)]
-        tasks = [*writers, self.sample, self.dump_naively, *[self.dump] * READERS]
+        tasks = [*writers, self.sample, self.dump_bare, *[self.dump] * READERS]
         with ThreadPoolExecutor(len(tasks)) as pool:
             futures = [pool.submit(self._unless_stopped, task) for task in tasks]
         for future in futures:
@@ -244,7 +254,7 @@ def test_no_row_outranks_what_it_lacks(source: Source, ordered: str, xa: bool) -
         for round_ in range(ROUNDS_AT_MOST):
             result += Contest(source, f"{ordered} {round_}", xa=xa).run()
             print(f"binlog_order_commits {ordered}, XA {xa}: {dict(result)}")
-            assert (result["ours"], result["shown"]) == (0, 0), result
+            assert (result["ours"], result["shown"], result["bare"]) == (0, 0, 0), result
             if result["end"]:
                 break
         else:
@@ -315,6 +325,33 @@ def test_a_commit_that_is_in_the_log_and_not_visible_yet(source: Source) -> None
     sample()
     rows, claim = read_all(source, samples, reader)
     assert claim == reader.log_end()  # at once, though the server rests
+    assert not source.history().is_outdated(1, rows[1], claim)
+
+
+def test_who_owns_a_gtid_is_asked_after_where_the_log_ends(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or one that comes to the log between the two is below the end, and in no list."""
+    reader, samples = source.new_reader(clock := Clock()), OwnedSamples()
+    source.put(source.admin, 1)
+    before, writer, real = reader.log_end(), source.connect(), module._owned
+    with a_replica_that_never_answers(source), ThreadPoolExecutor(1) as pool:
+        commits: list[Future[int]] = []
+
+        def owned(session: Session) -> frozenset[str]:
+            found = real(session)
+            if not commits:
+                commits.append(pool.submit(source.put, writer, 1))
+                wait_until(lambda: end_of_log(session, reader.log_status) > before, PATIENCE_S, "the change")
+            return found
+
+        monkeypatch.setattr(module, "_owned", owned)
+        try:
+            samples.add(reader.sample())
+            clock.now_s += XA_LISTED_S
+            rows, claim = read_all(source, samples, reader)
+        finally:
+            execute(source.admin, "SET GLOBAL rpl_semi_sync_source_enabled = OFF")
+        commits[0].result()
+    assert claim is not None
     assert not source.history().is_outdated(1, rows[1], claim)
 
 
