@@ -6,6 +6,7 @@ import psycopg
 import pytest
 
 from delta_sync.errors import SourceBusy, UsageError
+from delta_sync.sources.postgresql import reader as module
 from delta_sync.sources.postgresql.connection import KEEP_ALIVE, connect
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import SourceSpec
@@ -61,6 +62,31 @@ def test_keys_are_walked_in_their_order(postgresql: PostgreSQL) -> None:
             assert [reader.key_behind(table, key, 3) for key in keys] == [*keys[3:], None, None, None]
         finally:
             connection.execute("DROP TABLE walked")
+            reader.close()
+
+
+@pytest.mark.parametrize(("size", "most", "left_out"), [(1, 10, 0), (1_000_000, 2, 2), (1_000_000, 10, 0)])
+def test_rows_of_more_keys_than_a_statement_takes(
+    size: int, most: int, left_out: int, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with long values, until these have so many bytes (`most` rows); with short ones all of them."""
+    monkeypatch.setattr(module, "KEYS_AT_ONCE", 2)
+    monkeypatch.setattr(module, "KEYS_BYTES", (most - 1) * 1_000_000 + 1)
+    reader = PostgresReader(source_of(postgresql), "test")
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE sized (id int PRIMARY KEY, body text)")
+        connection.execute("ALTER TABLE sized ALTER body SET STORAGE EXTERNAL")
+        connection.execute(f"INSERT INTO sized SELECT id, repeat('x', {size}) FROM generate_series(1, 9) id")
+        try:
+            table = reader.tables(["public.sized"])["public.sized"]
+            chunk = reader.read_keys(table, [(9,), (77,), (5,), (1,), (3,)], lambda _: True)
+            assert chunk is not None
+            assert (chunk.last_key is None) == (not left_out)
+            found = [key for key, _ in chunk.rows]
+            assert len(found) == len(set(found)) == 4 - left_out
+            assert set(found) <= {(9,), (5,), (1,), (3,)}
+        finally:
+            connection.execute("DROP TABLE sized")
             reader.close()
 
 

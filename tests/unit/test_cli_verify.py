@@ -22,7 +22,7 @@ source: {url: postgresql://delta@db/studio}
 tables: {public.movie: {}}
 sinks: {cache: {url: redis://cache/0}}
 """
-MISSING = dict.fromkeys(KINDS, 0) | {"missing": 1}
+MISSING: dict[str, int] = {kind: int(kind == "missing") for kind in KINDS}
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 ROWS_AT_ONCE = 4  # of a table with long values: what may be in memory beyond the chunk's byte limit
 FETCHED_AT_ONCE = 500  # of other tables: no other thread runs while psycopg makes objects of them
 KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
+KEYS_AT_ONCE = 1000  # keys in a statement: far more would make the server leave its index
 LOCK_NOTICE_AGE_S = 1.0
 FLUSHING_MESSAGES = 170000
 TIMELINE_DIGITS = 8  # hexadecimal, at the beginning of the name of a file of the log
@@ -377,14 +378,13 @@ class PostgresReader(SourceReader):
             if not usable(snapshot):
                 return None
             to_row = row_maker(own)
+            left = bytes_most
             with _condition(where):
-                if not self._has_long_values(connection, table):
-                    rows = _all(connection.execute(query, parameters), to_row)
-                    chunk = Chunk(seen_to, rows, rows[-1][0] if len(rows) == rows_most else None)
+                if self._has_long_values(connection, table):
+                    left = _limited(connection, query, parameters, to_row, rows, bytes_most)
                 else:
-                    chunk = _limited(connection, query, parameters, to_row, seen_to, bytes_most)
-                    if chunk.last_key is None and len(chunk.rows) == rows_most:
-                        chunk = chunk._replace(last_key=chunk.rows[-1][0])
+                    rows = _all(connection.execute(query, parameters), to_row)
+            chunk = Chunk(seen_to, rows, rows[-1][0] if not left or len(rows) == rows_most else None)
             return _with_parts(connection, table, chunk, snapshot)
 
     def key_behind(self, table: Table, after: Key | None, rows: int) -> Key | None:
@@ -436,11 +436,18 @@ class PostgresReader(SourceReader):
             if not usable(snapshot):
                 return None
             to_row = row_maker(own)
-            columns = [list(column) for column in zip(*keys, strict=True)]
-            if not self._has_long_values(connection, table):
-                chunk = Chunk(seen_to, _all(connection.execute(query, columns), to_row), None)
-            else:
-                chunk = _limited(connection, query, columns, to_row, seen_to, KEYS_BYTES)
+            has_long_values = self._has_long_values(connection, table)
+            rows: list[tuple[Key, Row]] = []
+            left = KEYS_BYTES
+            for start in range(0, len(keys), KEYS_AT_ONCE):
+                columns = [list(column) for column in zip(*keys[start : start + KEYS_AT_ONCE], strict=True)]
+                if has_long_values:
+                    left = _limited(connection, query, columns, to_row, rows, left)
+                else:
+                    rows += _all(connection.execute(query, columns), to_row)
+                if not left:
+                    break
+            chunk = Chunk(seen_to, rows, None if left else rows[-1][0])
             return _with_parts(connection, table, chunk, snapshot)
 
     def clock(self) -> int:
@@ -552,19 +559,18 @@ def _limited(
     query: sql.Composed,
     parameters: Sequence[object] | None,
     to_row: Callable[[Sequence[Any]], tuple[Key, Row]],
-    seen_to: int,
+    rows: list[tuple[Key, Row]],
     bytes_most: int,
-) -> Chunk:
-    """Return what a query has until its values have so many bytes; `last_key` is None when that was all."""
-    rows: list[tuple[Key, Row]] = []
-    size = 0
+) -> int:
+    """Add to `rows` what a query has until its values have so many bytes; return how many there still may be."""
+    left = bytes_most
     with connection.cursor() as cursor:
         for values in cursor.stream(query, parameters, size=ROWS_AT_ONCE):
             rows.append(to_row(values))
-            size += sum(len(value) for value in values if isinstance(value, str | bytes))
-            if size >= bytes_most:
-                return Chunk(seen_to, rows, rows[-1][0])
-    return Chunk(seen_to, rows, None)
+            left -= sum(len(value) for value in values if isinstance(value, str | bytes))
+            if left <= 0:
+                return 0
+    return left
 
 
 def _with_parts(connection: psycopg.Connection, table: Table, chunk: Chunk, snapshot: Snapshot) -> Chunk:
