@@ -76,7 +76,11 @@ class _Plan(NamedTuple):
 @click.command()
 @click.argument("name")
 @click.option(
-    "--source", "source_url", required=True, metavar="URL", help="postgresql://, mariadb:// or mysql://user@host:port/database"
+    "--source",
+    "source_url",
+    required=True,
+    metavar="URL",
+    help="postgresql://, mariadb:// or mysql://user@host:port/database",
 )
 @click.option(
     "--table",

@@ -8,6 +8,7 @@ from pathlib import Path
 from delta_sync.maven import cache_dir
 from delta_sync.testing.mariadb import MariaDB
 from delta_sync.testing.processes import ServerError
+from delta_sync.testing.servers import others_reach
 
 
 class MySQL(MariaDB):
@@ -24,6 +25,8 @@ class MySQL(MariaDB):
 
     def _server(self) -> list[str]:
         place = _place()
+        if self._user() is not None and not others_reach(place):
+            raise ServerError(f"the user {self._user()} cannot reach {place}; choose another folder by DELTA_JARS")
         libraries = place / "usr/lib/x86_64-linux-gnu"
         return [
             str(libraries / "ld-linux-x86-64.so.2"),

@@ -84,6 +84,8 @@ def _selected(column: Column, alias: str) -> str:
         return f"{name} + 0e0"  # as text, a float has six digits only
     if bare in GEOMETRIES:
         return f"ST_AsText({name})"
+    if bare == "vector":
+        return f"CAST({name} AS BINARY)"  # the client takes MySQL's own type for text
     return name
 
 
