@@ -508,7 +508,7 @@ class Loader(threading.Thread):
         assert lease.keys is not None
         found = {key for key, _ in rows}
         others = [key for key in lease.keys if key not in found]
-        if chunk.last_key is None:
+        if chunk.last_key is None or not others:  # it may tell of more, and there is none
             rows += [(key, None) for key in others]
             return lease
         return self._dumps.split(lease, keys=([key for key in lease.keys if key in found], others))

@@ -141,7 +141,7 @@ def owned_samples(
 ) -> OwnedSamples:
     found = OwnedSamples(limit)
     for position, taken_s, owned in samples:
-        found.add(Sample(position, taken_s, NOBODY, owned, uses_xa))
+        found.add(Sample(position, taken_s, owned=owned, uses_xa=uses_xa))
     return found
 
 
@@ -174,7 +174,7 @@ def test_where_xa_is_used_samples_have_to_be_old() -> None:
     assert samples.claim(Snapshot(99, XA_LISTED_S - 0.1), 0) is None
     assert samples.claim(Snapshot(99, XA_LISTED_S), 0) == 10
     assert samples.claim(Snapshot(99, XA_LISTED_S + 1.0), 0) == 20
-    samples.add(Sample(30, 2.0, XA, NOBODY, True))
+    samples.add(Sample(30, 2.0, XA))
     assert samples.claim(Snapshot(99, 20.0, XA), 0) is None  # unlisted a second after it was, and nothing is older
     old = OwnedSamples(listed_s=0.5)
     for sample in (Sample(10, 0.0), Sample(20, 1.0), Sample(30, 2.0, XA)):

@@ -62,7 +62,7 @@ class MySQLReader(MariaReader):
             owned = _owned(session)
             prepared = _prepared(session)
             uses_xa = _uses_xa(session)
-            return Sample(end, self._clock(), prepared, owned, uses_xa)
+            return Sample(end, self._clock(), prepared, owned=owned, uses_xa=uses_xa)
 
     def blockers(self) -> Sequence[object]:
         """Return for what claims wait: XA transactions, and those that are being committed; else it is time."""
