@@ -84,6 +84,7 @@ CHANGES, BUCKETS, FIELDS, FLOORS = "changes", "bucket=", "fields", "floors"
 SCAN_BATCH = 5000  # ids and versions are some 60 bytes each
 READ_ATTEMPTS = 10  # at a listing whose files a compaction removes meanwhile: each is a new one, seconds later
 COMPACT_FILES = 8  # fewer files of changes than that are not worth writing every bucket again
+ANSWER_S = 300  # for one file to be listed, read or written: some are large, and lines slow
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}  # what fsspec needs beside it
 # s3fs tries five times, and botocore five times each: of a store that hangs nobody would hear for six minutes.
 STORAGE = {"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}
@@ -351,8 +352,9 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         ids = [key_text(key) for key in keys]
         found: dict[str, Stored] = {}
         with self._typed_errors():
-            floor, kinds = self._floor(target), self._all_kinds(target)
+            floor = self._floor(target)
             rows: list[dict[str, Any]] = self._newest(target, None, ids=set(ids)).to_pylist() if ids else []
+            kinds = self._all_kinds(target)  # after the files: others add fields, each before its file
             for row in rows:
                 version, deleted = row[VERSION_FIELD], row[DELETED_COLUMN]
                 if deleted:
@@ -403,7 +405,11 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
                 if self._fs is None:
                     storage = {"use_listings_cache": False, **STORAGE.get(self._protocol, {}), **self.options.storage}
                     self._fs = fsspec.filesystem(self._protocol, **storage)
+            if self._fs.async_impl:  # fsspec's own limit: botocore's and aiohttp's begin once a body has been sent
+                options["timeout"] = ANSWER_S
             return getattr(self._fs, method)(*args, **options)
+        except TimeoutError as error:  # fsspec's has no text
+            raise TimeoutError(f"no answer in time ({method})") from error
         except (OSError, DeltaError):
             raise
         except (TypeError, ValueError, KeyError) as error:
