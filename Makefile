@@ -10,7 +10,11 @@ export DELTA_JARS ?= $(CURDIR)/.cache/jars
 # Each of some 300 processes would compile our modules anew, and each of pytest's workers all tests.
 unexport PYTHONDONTWRITEBYTECODE
 
+<<<<<<< HEAD
 .PHONY: bench help setup jars test test-containers test-elsewhere checked lint types mypy pyright unit format clean
+=======
+.PHONY: bench help setup jars test test-containers test-long checked lint types mypy pyright unit format clean
+>>>>>>> main
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,9 +39,14 @@ jars: $(READY) ## the servers that come from neither Python packages nor this ma
 
 # Tests wait for servers and disks half of the time, so three at once suit two cores. Which stay together is in
 # tests/conftest.py; they come in their order, the slow acceptance tests first.
+TOGETHER := --numprocesses 3 --no-loadscope-reorder --maxfail 25
+
 test: setup ## everything that must be clean before a commit
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target checked
-	$(BIN)/pytest --numprocesses 3 --no-loadscope-reorder
+	$(BIN)/pytest $(TOGETHER) -m "not long"
+
+test-long: setup jars ## variations of scenes that `make test` has: before a release, and after a change of what they are about
+	$(BIN)/pytest $(TOGETHER) -m long
 
 checked: jars lint types # side by side: fetching waits for the network, mypy and pyright use one core each
 

@@ -1,12 +1,12 @@
 """Documents with ten children each, from PostgreSQL into OpenSearch, beside pgsync.
 
-    python benchmarks/documents.py [--pgsync DIR --postgresql BIN] [--rounds 3]
+    python benchmarks/documents.py [--pgsync DIR --postgresql BIN] [--movies 20000] [--rounds 3]
 
-Both build 20,000 movies with ten castings each, from databases of their own in one server, into indexes of one
-OpenSearch, one after the other: first the load; then, in each round, one casting of every movie is updated, in 200
-transactions of 100, until the index shows all of them. DIR is a virtual environment with pgsync (`pip install pgsync`),
-which needs a Redis for its queue, and a PostgreSQL with `test_decoding`, whose programs are in BIN (Debian's, such as
-/usr/lib/postgresql/15/bin); without it Delta runs alone.
+Both build movies with ten castings each, from databases of their own in one server, into indexes of one OpenSearch, one
+after the other: first the load, with the program's start, which counts less the more movies there are; then, in each
+round, one casting of 20,000 movies is updated, in 200 transactions of 100, until the index shows all of them. DIR is a
+virtual environment with pgsync (`pip install pgsync`), which needs a Redis for its queue, and a PostgreSQL with
+`test_decoding`, whose programs are in BIN (Debian's, such as /usr/lib/postgresql/15/bin); without it Delta runs alone.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from common import report, scratch
 from delta_sync.spec import dump_spec, spec_from
 from delta_sync.testing.servers import OpenSearch, PostgreSQL, Redis
 
-MOVIES, CHILDREN = 20_000, 10
+UPDATED, CHILDREN = 20_000, 10
 DEADLINE_S = 900.0
 LOOK_S = 0.2
-SETUP = f"""
+SETUP = """
 CREATE TABLE movie (id bigint PRIMARY KEY, title text, year int, rating numeric(3,1), studio_id bigint,
                     updated_at timestamptz);
 CREATE TABLE casting (id bigint PRIMARY KEY, movie_id bigint NOT NULL REFERENCES movie (id), person text, role text,
                       rev int NOT NULL DEFAULT 0);
 INSERT INTO movie SELECT i, 'Movie title number ' || i, 1950 + (i % 75),
-    round((1 + (i * 7919 % 90) / 10.0)::numeric, 1), i % 500, now() FROM generate_series(1, {MOVIES}) i;
-INSERT INTO casting SELECT i, 1 + (i - 1) / {CHILDREN}, 'Person ' || md5(i::text), 'role ' || (i % 37), 0
-    FROM generate_series(1, {MOVIES * CHILDREN}) i;
+    round((1 + (i * 7919 % 90) / 10.0)::numeric, 1), i % 500, now() FROM generate_series(1, {movies}) i;
+INSERT INTO casting SELECT i, 1 + (i - 1) / {children}, 'Person ' || md5(i::text), 'role ' || (i % 37), 0
+    FROM generate_series(1, {movies} * {children}) i;
 CREATE INDEX ON casting (movie_id);
 ANALYZE;
 """
@@ -112,14 +112,15 @@ class Spent(threading.Thread):
 class Bench:
     """A server, an index, and what is measured of whoever brings the one into the other."""
 
-    def __init__(self, source: PostgreSQL, search: OpenSearch, database: str, index: str) -> None:
+    def __init__(self, source: PostgreSQL, search: OpenSearch, database: str, index: str, movies: int) -> None:
         self._url = source.url_of(database)
-        self._search, self._index = search, index
+        self._search, self._index, self._movies = search, index, movies
+        self._updated = min(movies, UPDATED)
         self._spent = {"postgresql": Spent(source.pid), "opensearch": Spent(search.pid)}
         with psycopg.connect(source.url, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {database}")
         with psycopg.connect(self._url, autocommit=True) as connection:
-            connection.execute(SETUP)
+            connection.execute(SETUP.format(movies=movies, children=CHILDREN))
 
     def close(self) -> None:
         for one in self._spent.values():
@@ -129,25 +130,25 @@ class Bench:
         reply = requests.post(f"{self._search.url.rstrip('/')}/{self._index}/_count", json={"query": query}, timeout=30)
         return int(reply.json().get("count", 0)) if reply.ok else 0
 
-    def measure(self, process: Spent, write: Callable[[], None], query: dict[str, Any]) -> dict[str, float]:
-        """Write, wait until the index shows every movie, and return what it took."""
+    def measure(self, process: Spent, write: Callable[[], None], query: dict[str, Any], most: int) -> dict[str, float]:
+        """Write, wait until the index shows so many movies, and return what it took."""
         spent = {**self._spent, "itself": process}
         before = {name: one.look() for name, one in spent.items()}
         began = time.perf_counter()
         write()
-        while self.count(query) < MOVIES:
+        while self.count(query) < most:
             assert time.perf_counter() < began + DEADLINE_S, "it does not come"
             time.sleep(LOOK_S)
         took = time.perf_counter() - began
-        cpu = {f"{name}_cpu_us_per_document": 1e6 * (one.look() - before[name]) / MOVIES for name, one in spent.items()}
-        return {"documents_per_s": MOVIES / took, **cpu}
+        cpu = {f"{name}_cpu_us_per_document": 1e6 * (one.look() - before[name]) / most for name, one in spent.items()}
+        return {"documents_per_s": most / took, **cpu}
 
     def update(self, number: int) -> None:
-        """Update one casting of every movie."""
-        ids = list(range(number, MOVIES * CHILDREN + 1, CHILDREN))
+        """Update one casting of each of some movies."""
+        ids = list(range(number, self._updated * CHILDREN + 1, CHILDREN))
         random.Random(number).shuffle(ids)
         with psycopg.connect(self._url) as connection:
-            for start in range(0, MOVIES, 100):
+            for start in range(0, self._updated, 100):
                 some = ids[start : start + 100]
                 connection.execute("UPDATE casting SET rev = %s, role = role || 'x' WHERE id = ANY(%s)", [number, some])
                 connection.commit()
@@ -156,9 +157,14 @@ class Bench:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=log.open("wb"), cwd=log.parent)
         spent = Spent(process.pid)
         try:
-            figures: dict[str, Any] = {"load": self.measure(spent, lambda: None, {"match_all": {}})}
+            figures: dict[str, Any] = {"load": self.measure(spent, lambda: None, {"match_all": {}}, self._movies)}
             streaming = [
-                self.measure(spent, lambda number=number: self.update(number), {"term": {"castings.rev": number}})  # type: ignore[misc]  # a default binds it now
+                self.measure(
+                    spent,
+                    lambda number=number: self.update(number),  # type: ignore[misc]  # a default binds it now
+                    {"term": {"castings.rev": number}},
+                    self._updated,
+                )
                 for number in range(1, rounds + 1)
             ]
             figures["streaming"] = {name: statistics.median(one[name] for one in streaming) for name in streaming[0]}
@@ -172,8 +178,8 @@ class Bench:
         return figures
 
 
-def delta(source: PostgreSQL, search: OpenSearch, folder: Path, rounds: int) -> dict[str, Any]:
-    bench = Bench(source, search, "bench", "movie")
+def delta(source: PostgreSQL, search: OpenSearch, folder: Path, movies: int, rounds: int) -> dict[str, Any]:
+    bench = Bench(source, search, "bench", "movie", movies)
     parts = urlsplit(source.url_of("bench"))
     with psycopg.connect(source.url_of("bench"), autocommit=True) as connection:
         connection.execute("ALTER TABLE casting REPLICA IDENTITY FULL")
@@ -200,8 +206,10 @@ def delta(source: PostgreSQL, search: OpenSearch, folder: Path, rounds: int) -> 
         bench.close()
 
 
-def pgsync(source: PostgreSQL, search: OpenSearch, bin_: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    bench = Bench(source, search, "pgs", "pgs_movie")
+def pgsync(
+    source: PostgreSQL, search: OpenSearch, bin_: Path, folder: Path, movies: int, rounds: int
+) -> dict[str, Any]:
+    bench = Bench(source, search, "pgs", "pgs_movie", movies)
     home = folder / "pgsync"
     home.mkdir()
     (home / "schema.json").write_text(json.dumps(PGSYNC_SCHEMA))
@@ -240,13 +248,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pgsync", type=Path)
     parser.add_argument("--postgresql", type=Path)
+    parser.add_argument("--movies", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    with scratch() as name, PostgreSQL(bin_dir=options.postgresql) as source, OpenSearch() as search:
-        figures: dict[str, Any] = {"documents": MOVIES, "children": CHILDREN}
+    with scratch() as name, PostgreSQL(bin_dir=options.postgresql) as source, OpenSearch(lasts=True) as search:
+        figures: dict[str, Any] = {"documents": options.movies, "children": CHILDREN}
         if options.pgsync is not None:
-            figures["pgsync"] = pgsync(source, search, options.pgsync.resolve() / "bin", Path(name), options.rounds)
-        figures["delta"] = delta(source, search, Path(name), options.rounds)
+            bin_ = options.pgsync.resolve() / "bin"
+            figures["pgsync"] = pgsync(source, search, bin_, Path(name), options.movies, options.rounds)
+        figures["delta"] = delta(source, search, Path(name), options.movies, options.rounds)
         if options.pgsync is not None:
             figures["ratios"] = {
                 stage: {what: figures["delta"][stage][what] / found for what, found in figures["pgsync"][stage].items()}

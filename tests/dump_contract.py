@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -31,8 +32,8 @@ class DumpContract:
         return dumps, begun
 
     @staticmethod
-    def taken(dumps: DumpStore, owner: str, ttl_s: float = FOR_EVER_S) -> ChunkLease | None:
-        return dumps.lease(owner, ttl_s, 10, lambda _: True)
+    def taken(dumps: DumpStore, owner: str, ttl_s: float = FOR_EVER_S, rows: int = 10_000) -> ChunkLease | None:
+        return dumps.lease(owner, ttl_s, rows, lambda _: True)
 
     def test_a_dump_comes_back_as_it_was_asked_for(self, store: StateStore) -> None:
         wish = Dump(
@@ -156,14 +157,33 @@ class DumpContract:
 
     def test_a_limited_rate_makes_a_dump_rest_after_each_chunk(self, store: StateStore) -> None:
         dumps = DumpStore(store, "movies")
-        id_ = dumps.add(Dump(table="a.b", kind="keys", rows_per_s=1), [(number,) for number in range(3000)])
+        keys = tuple((number,) for number in range(5))
+        id_ = dumps.add(Dump(table="a.b", kind="keys", rows_per_s=2), keys)
         dump = dumps.get(id_)
         assert dump is not None
         assert dumps.begin(dataclasses.replace(dump, epoch=1, fingerprint="f", covered_from=9))
-        assert self.taken(dumps, "me") is not None
-        assert self.taken(dumps, "me") is None, "it rests for a thousand seconds"
+        began_s = time.monotonic()
+        taken = [self.taken(dumps, "me"), self.taken(dumps, "me")]
+        assert taken[1] is None or time.monotonic() - began_s > 1, "it rests for a second"
         dumps.order(id_, "throttle", rows_per_s=None)
-        assert self.taken(dumps, "me") is not None
+        taken.append(self.taken(dumps, "me"))
+        chunks = [chunk.keys for chunk in taken if chunk is not None]
+        assert chunks in ([keys[:2], keys[2:]], [keys[:2], keys[2:4], keys[4:]])
+        assert [self.taken(dumps, "me"), dumps.counts()] == [None, {id_: ChunkCounts(0, len(chunks))}]
+
+    def test_a_chunk_of_more_keys_than_may_be_read_at_once_is_parted(self, store: StateStore) -> None:
+        dumps = DumpStore(store, "movies")
+        keys = tuple((number,) for number in range(7))
+        id_ = dumps.add(Dump(table="a.b", kind="keys"), keys)
+        dump = dumps.get(id_)
+        assert dump is not None
+        assert dumps.begin(dataclasses.replace(dump, epoch=1, fingerprint="f", covered_from=9))
+        found: list[Any] = []
+        while chunk := self.taken(dumps, "me", rows=3):
+            found.append(chunk.keys)
+            dumps.finish_chunk(chunk, 3)
+        assert found == [keys[:3], keys[3:6], keys[6:]]
+        assert dumps.counts() == {}
 
     def test_a_load_that_is_to_begin_anew_cannot_be_done(self, store: StateStore) -> None:
         dumps = DumpStore(store, "movies")

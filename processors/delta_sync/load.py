@@ -43,10 +43,9 @@ WAIT_NOTICE_S = 2.0  # then one wants to know for whom a dump waits
 FIRST_LOAD = "first load"
 LOOK_S = 1.0  # between looks whether there is something to do: anybody may ask for a dump, or pause one
 RETRY_S = 1.0  # after the source or the state store did not answer
-HELD_CHUNKS = (
-    4  # read and not yet written, in units of a chunk's limits of bytes and rows. They wait for the log to pass,
-)
-# so a dump brings no more than these in each round trip through it: the slower the log, the slower the dump
+# Read and not yet written, in units of a chunk's limits of bytes and rows. They wait for the log to pass, so a dump
+# brings no more than these in each round trip through it: the slower the log, the slower the dump.
+HELD_CHUNKS = 4
 LEASE_S = 30.0  # a chunk of a process that died is read by another after that
 RENEW_S = LEASE_S / 3
 KEPT = 100  # dumps that have ended, for `deltactl dump list`
@@ -509,7 +508,7 @@ class Loader(threading.Thread):
         assert lease.keys is not None
         found = {key for key, _ in rows}
         others = [key for key in lease.keys if key not in found]
-        if chunk.last_key is None:
+        if chunk.last_key is None or not others:  # it may tell of more, and there is none
             rows += [(key, None) for key in others]
             return lease
         return self._dumps.split(lease, keys=([key for key in lease.keys if key in found], others))

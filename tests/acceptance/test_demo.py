@@ -100,7 +100,7 @@ def test_its_comparison_can_fail(place: Place) -> None:
     place.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_it_cleans_up_when_it_is_interrupted(place: Place, signum: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "examples.demo", "--rows", "500"],

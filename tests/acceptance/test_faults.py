@@ -235,7 +235,7 @@ def stays_unconfirmed(it: Scene, end: int) -> None:
     wait_until(enough_replies, WAIT_S, "replies of the connector")
 
 
-@pytest.mark.parametrize("deleted", ["while it runs", "while it is stopped"])
+@pytest.mark.parametrize("deleted", ["while it runs", pytest.param("while it is stopped", marks=pytest.mark.long)])
 def test_a_lost_state_store_when_no_document_is_left(stage: Callable[..., Stage], deleted: str) -> None:
     """What is left then are tombstones and the load's floor, or the floor alone, and both are of a higher epoch."""
     it = stage("CREATE TABLE movie (id int PRIMARY KEY, title text)", ["movie"])

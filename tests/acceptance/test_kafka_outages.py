@@ -275,6 +275,7 @@ def test_the_leader_is_cut_off_from_the_state_store(scene: Scene) -> None:
     assert len(scene.standby.events("connector_started")) == starts, "it did not start another one"
 
 
+@pytest.mark.long
 def test_the_connector_freezes(scene: Scene) -> None:
     """It holds the slot and answers nothing: that no heartbeat is confirmed is all that there is to see."""
     stage = scene.stage
@@ -292,6 +293,7 @@ def test_the_connector_freezes(scene: Scene) -> None:
     check(scene, *scene.runs)
 
 
+@pytest.mark.long
 def test_workers_come_and_go(scene: Scene) -> None:
     stage = scene.stage
     rng = random.Random(SEED + 3)

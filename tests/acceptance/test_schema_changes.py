@@ -133,7 +133,10 @@ def test_columns_change_while_a_table_is_loaded(stage: Callable[..., Stage]) -> 
     assert run.stop() == 0
 
 
-@pytest.mark.parametrize(("most", "stops"), [(1000, False), (100, True)], ids=["dead letters", "too many"])
+@pytest.mark.parametrize(
+    ("most", "stops"),
+    [pytest.param(1000, False, id="dead letters"), pytest.param(100, True, id="too many", marks=pytest.mark.long)],
+)
 def test_a_column_that_the_processor_uses_is_dropped(most: int, stops: bool, stage: Callable[..., Stage]) -> None:
     it = stage(
         SETUP,
@@ -171,7 +174,9 @@ def test_a_column_that_the_processor_uses_is_dropped(most: int, stops: bool, sta
     assert run.stop() == 0
 
 
-@pytest.mark.parametrize(("dropped", "other"), [("thing", "keyed"), ("keyed", "thing")])
+@pytest.mark.parametrize(
+    ("dropped", "other"), [("thing", "keyed"), pytest.param("keyed", "thing", marks=pytest.mark.long)]
+)
 def test_a_table_is_dropped(dropped: str, other: str, stage: Callable[..., Stage]) -> None:
     """The others go on, also when rows of it were still to be read. At the next start it is the user's to decide."""
     it = stage(SETUP, TABLES)
@@ -200,7 +205,9 @@ def test_a_table_is_dropped(dropped: str, other: str, stage: Callable[..., Stage
     assert run.stop() == 0
 
 
-@pytest.mark.parametrize("restarted", [False, True], ids=["in one run", "over a restart"])
+@pytest.mark.parametrize(
+    "restarted", [pytest.param(False, id="in one run", marks=pytest.mark.long), pytest.param(True, id="over a restart")]
+)
 def test_a_table_that_is_away_for_a_while_is_loaded_again(restarted: bool, stage: Callable[..., Stage]) -> None:
     """What happens to it under another name is in the log under that name, and so it is not seen."""
     it = stage(SETUP, TABLES)

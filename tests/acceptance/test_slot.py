@@ -80,6 +80,7 @@ def test_a_new_epoch_begins_by_itself_unless_that_is_not_wanted(stage: Callable[
     assert run.stop() == 0
 
 
+@pytest.mark.long
 def test_no_kill_makes_it_believe_that_the_slot_was_moved(stage: Callable[..., Stage]) -> None:
     it = stage(SETUP, ["movie"])
     _in_step(it).stop()

@@ -19,11 +19,11 @@ from pymongo.database import Database
 
 from delta_sync.changes import APPLIED, STALE, Write
 from delta_sync.errors import SinkBusy, SinkRefused, UsageError
+from delta_sync.sinks import mongodb as module
 from delta_sync.sinks.base import Stored, Target
 from delta_sync.sinks.mongodb import (
     CODEC,
     FLOOR_ID,
-    SCAN_BATCH,
     TOMBSTONES,
     MongoOptions,
     MongoSink,
@@ -115,7 +115,8 @@ def as_bson(value: object) -> Any:
 class TestMongo(SinkContract):
     second_step = SECOND_STEP
     reads_never_go_back = False
-    storm_seeds = range(6)
+    large_batch = 1500  # five seconds of the stand-in's time, and it takes the square of more
+    storm_seeds = range(4)
 
     @pytest.fixture
     def sink(self, mongodb: MongoStandIn) -> Iterator[AnySink]:
@@ -289,8 +290,11 @@ def test_all_documents_are_looked_at_until_a_floor_has_settled(
     assert clocked.sweep(target) == 1
 
 
-def test_a_sweep_looks_at_everything_in_parts(clocked: MongoSink, target: Target) -> None:
-    count = SCAN_BATCH + 10
+def test_a_sweep_looks_at_everything_in_parts(
+    clocked: MongoSink, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SCAN_BATCH", 40)
+    count = 50
     writes = [Write((n,), 5, {"n": n}) for n in range(count)]
 
     def overtake() -> None:

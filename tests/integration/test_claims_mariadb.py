@@ -30,6 +30,7 @@ from delta_sync.sources.mysql.reader import MariaReader
 from delta_sync.spec import SourceSpec
 from delta_sync.tables import Table
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
+from delta_sync.testing.processes import wait_until
 
 IDS = 20
 WRITERS = 4
@@ -48,6 +49,7 @@ BURST, REST_S = 40, 0.1  # transactions, and then a rest: or no file of 4 KiB la
 BARE_EACH = 8  # snapshots for each sure one
 DUMPS_AT_ONCE = 1_000
 ROUNDS_AT_MOST = 20  # by when the wrong way has been seen to be wrong
+WAIT_S = 60.0
 ANSWERS_AT_MOST = 100_000  # by when one has been another session's: it is one of fifty
 
 
@@ -458,6 +460,42 @@ def test_a_server_at_rest_is_claimed_after_a_while(source: Source) -> None:
         samples.add(reader.sample())
         assert read_all(source, samples, clock, reader)[1] is None
     clock.now_s = STOOD_S
+    rows, claim = read_all(source, samples, clock, reader)
+    assert claim == reader.log_end()
+    assert not any(source.history().is_outdated(id_, rev, claim) for id_, rev in rows.items())
+
+
+def test_a_server_that_waits_for_a_replica_is_not_at_rest(source: Source) -> None:
+    """Its log has a transaction that nobody sees, and may go on to a new file meanwhile."""
+    clock, samples, careless = Clock(), Samples(), Samples()
+    reader = source.new_reader(clock)
+    source.put(source.admin, 1)
+    before = reader.sample()
+    samples.add(before)
+    for value in ("timeout = 3600000", "wait_point = 'AFTER_SYNC'", "enabled = ON"):
+        execute(source.admin, f"SET GLOBAL rpl_semi_sync_master_{value}")
+    rev = next(source.revs)
+    large = (
+        f"UPDATE /* id=1 rev={rev} */ item SET rev = {rev} WHERE id = 1 /* {'x' * 5000} */"  # the log's file is full
+    )
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            waiting = pool.submit(execute, source.connect(), large)
+            wait_until(lambda: reader.sample().waits, WAIT_S, "a commit that waits for a replica")
+            for now_s in (1.0, 3.0, 1.0 + STOOD_S, 3 * STOOD_S):
+                clock.now_s = now_s
+                samples.add(reader.sample())
+                careless.add(reader.sample()._replace(waits=False))
+            clock.now_s += STOOD_S
+            assert read_all(source, samples, clock, reader)[1] == before.position
+            rows, claim = read_all(source, careless, clock, reader)
+            assert claim is not None
+        finally:
+            execute(source.admin, "SET GLOBAL rpl_semi_sync_master_enabled = OFF")
+        waiting.result()
+    assert any(source.history().is_outdated(id_, rev, claim) for id_, rev in rows.items()), "it claims what it lacks"
+    samples.add(reader.sample())
+    clock.now_s += STOOD_S
     rows, claim = read_all(source, samples, clock, reader)
     assert claim == reader.log_end()
     assert not any(source.history().is_outdated(id_, rev, claim) for id_, rev in rows.items())

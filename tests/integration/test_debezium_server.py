@@ -274,7 +274,7 @@ def has_all_of(written: list[tuple[int, int]]) -> Callable[[list[Record]], bool]
 @pytest.mark.parametrize(
     "registry_options",
     [
-        pytest.param({"username": "me", "password": "${env:REGISTRY}"}, id="apicurio"),
+        pytest.param({"username": "me", "password": "${env:REGISTRY}"}, id="apicurio", marks=pytest.mark.long),
         pytest.param({"token": "${env:REGISTRY}"}, id="confluent"),
     ],
 )
@@ -365,7 +365,7 @@ def check_that_secrets_are_in_no_file(chain: Chain) -> None:
     assert "re\\$ist" in environment
 
 
-@pytest.mark.parametrize("end", ["kill", "stop"])
+@pytest.mark.parametrize("end", ["kill", pytest.param("stop", marks=pytest.mark.long)])
 def test_what_is_confirmed_is_in_kafka(chain: Chain, postgresql: PostgreSQL, end: str) -> None:
     chain.start()
     with Writer(chain, postgresql.url) as writer:
@@ -389,6 +389,7 @@ def test_what_is_confirmed_is_in_kafka(chain: Chain, postgresql: PostgreSQL, end
     assert [version for version, lsn in positions.items() if lsn < confirmed and version not in in_topics] == []
 
 
+@pytest.mark.long
 def test_a_running_server_goes_on_when_kafka_is_back(chain: Chain, postgresql: PostgreSQL) -> None:
     chain.start()
     with Writer(chain, postgresql.url) as writer:

@@ -166,6 +166,7 @@ def probe(request: pytest.FixtureRequest, server: Server) -> Probe:
     return PROBES[request.node.callspec.params["server"]](server)
 
 
+@pytest.mark.long
 def test_what_was_acknowledged_survives_a_kill(server: Server, probe: Probe) -> None:
     url = server.url
     probe.write(1)
@@ -180,6 +181,7 @@ def test_what_was_acknowledged_survives_a_kill(server: Server, probe: Probe) -> 
         assert probe.read(GONE_TIMEOUT_S) == number
 
 
+@pytest.mark.long
 def test_what_was_acknowledged_survives_a_restart(server: Server, probe: Probe) -> None:
     probe.write(4)
     server.restart()

@@ -104,7 +104,7 @@ class FakeReader:
             return None
         self.read_keys_of.append(list(keys))
         rows: list[tuple[Key, Row]] = [(key, {"id": key[0]}) for key in keys if key[0] in range(self.rows)]
-        if len(rows) > self.rows_at_once:
+        if len(rows) >= self.rows_at_once:  # also when there are no more: a reader does not know
             return Chunk(0, rows[: self.rows_at_once], rows[self.rows_at_once - 1][0])
         return Chunk(0, rows, None)
 
@@ -609,6 +609,14 @@ def test_keys_whose_rows_are_too_large_to_be_read_at_once_are_not_taken_for_gone
         ((7,), False),
         ((99,), True),
     ]
+
+
+def test_the_last_of_some_keys_may_be_as_large_as_all_may_be(loaded: Bench) -> None:
+    """The reader has stopped behind it, and cannot tell that there was no more."""
+    loaded.reader.rows_at_once = 2
+    loaded.dumps.add(Dump(table=MOVIE, kind="keys"), [(1,), (7,)])
+    loaded.loader().run()
+    assert [change.key for change in loaded.changes] == [(1,), (7,)]
 
 
 def test_a_chunk_that_is_too_large_is_split(loaded: Bench) -> None:

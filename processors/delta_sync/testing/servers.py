@@ -499,7 +499,8 @@ class Redis(NativeServer):
 # ── on the JVM ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 # A test server lives for minutes: quick to start, small, and no second core for its garbage.
-JVM_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "--enable-native-access=ALL-UNNAMED")
+QUICK = "-XX:TieredStopAtLevel=1"  # Java's second compiler takes as long as a start does
+JVM_OPTIONS = ("-XX:+UseSerialGC", QUICK, "--enable-native-access=ALL-UNNAMED")
 
 
 class MongoStandIn(NativeServer):
@@ -533,13 +534,16 @@ class MongoStandIn(NativeServer):
 
 
 class OpenSearch(NativeServer):
-    """OpenSearch, one node without security."""
+    """OpenSearch, one node without security. With `lasts` Java compiles as well as it can, which pays after minutes."""
 
     name = "opensearch"
 
-    def __init__(self, directory: Path | None = None, *, port: int | None = None, heap_mb: int = 512) -> None:
+    def __init__(
+        self, directory: Path | None = None, *, port: int | None = None, heap_mb: int = 512, lasts: bool = False
+    ) -> None:
         super().__init__(directory, port=port or free_port(1))
         self._heap_mb = heap_mb
+        self._jvm_options = [option for option in JVM_OPTIONS if not lasts or option != QUICK]
 
     @property
     def url(self) -> str:
@@ -550,7 +554,7 @@ class OpenSearch(NativeServer):
 
     def _command(self) -> list[str]:
         thai = "-Djava.locale.providers=CLDR,SPI"  # see opensearch.xml
-        command = jars.java_command(self.name, f"-Xmx{self._heap_mb}m", *JVM_OPTIONS, thai)
+        command = jars.java_command(self.name, f"-Xmx{self._heap_mb}m", *self._jvm_options, thai)
         return [*command, str(self.directory), str(self.port)]
 
     def _answers(self) -> bool:

@@ -7,7 +7,8 @@ at P sees every transaction before any position P' < P that another snapshot had
 went on. So a row may claim **the newest sampled position strictly below P**; changes at or after it come from the log.
 
 On a server that rests, nothing lies between: there P itself is claimed, once it has stood for STOOD_S, by when whatever
-made it is visible.
+made it is visible. Commits that wait for a replica (`AFTER_SYNC`) may take longer, while the log goes on to new files;
+so while somebody waits, positions count only where it is sure what they show (`shown_to`).
 
 XA transactions are the exception: XA PREPARE writes their changes to the log, and XA COMMIT makes them visible, however
 much later. So one that was prepared when the snapshot was taken bounds the claim: by the samples from before it was
@@ -67,11 +68,17 @@ class Snapshot(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A position that a snapshot had, and from after that was known what was prepared, and then our clock (s)."""
+    """A position that a snapshot had, and from after that was known what was prepared, and then our clock (s).
+
+    `waits`: a commit waited for a replica (`AFTER_SYNC`); so it is in the log, and nobody sees it. Then only what is
+    before `shown` was surely visible.
+    """
 
     position: int
     taken_s: float  # monotonic
     prepared: frozenset[str] = frozenset()  # XA transactions
+    waits: bool = False
+    shown: int = 0
 
 
 class Head(NamedTuple):
@@ -172,9 +179,12 @@ class Samples:
         """Keep a sample that was taken after all those before it."""
         self._unlisted_s = {xid: self._unlisted_s.get(xid, self._listed_s) for xid in sample.prepared}
         self._listed_s = sample.taken_s
-        if self._positions and sample.position <= self._positions[-1]:
+        position = sample.shown if sample.waits else sample.position
+        if self._positions and position < sample.position == self._positions[-1]:
+            del self._positions[-1], self._times_s[-1]  # a new file's beginning, a moment before it was known who waits
+        if not position or (self._positions and position <= self._positions[-1]):
             return  # it says nothing new: positions do not go back
-        self._positions.append(sample.position)
+        self._positions.append(position)
         self._times_s.append(sample.taken_s)
         if len(self._positions) > self._limit:
             half = self._limit // 2

@@ -81,6 +81,14 @@ class Prepared(NamedTuple):
         return f"the XA transaction {self.xid!r}, which is prepared (XA COMMIT or XA ROLLBACK ends it)"
 
 
+class _Look(NamedTuple):
+    """What the server said just after a snapshot: see `Sample` for the first two; whether XA transactions matter."""
+
+    shown: int
+    waits: bool
+    xa: bool
+
+
 class MariaReader(SourceReader):
     """One connection to the source, opened when needed and again after it broke. Used by one thread at a time.
 
@@ -251,8 +259,9 @@ class MariaReader(SourceReader):
     def sample(self) -> Sample:
         """Take a sample for claims: the position of a snapshot of its own."""
         with self._connected() as session, self._snapshot(session) as snapshot:
+            found = self._look(session, snapshot)
             prepared = _prepared(session)
-            return Sample(snapshot.position, self._clock(), prepared)
+            return Sample(snapshot.position, self._clock(), prepared, found.waits, found.shown)
 
     def identity(self) -> SourceIdentity:
         """Return which history of positions the source is in: the server's own identifier, and where its log is.
@@ -421,9 +430,14 @@ class MariaReader(SourceReader):
             time.sleep(SURE_POLL_S)
 
     def _looked_at(self, session: Session, snapshot: Snapshot) -> Snapshot:
-        """Return a snapshot that was just taken, with what it surely shows.
+        """Return a snapshot that was just taken, with what it surely shows."""
+        found = self._look(session, snapshot)
+        return snapshot._replace(shown=0 if found.xa else found.shown)
 
-        If that is not known because its file is new, the file's head is read, for the next one.
+    def _look(self, session: Session, snapshot: Snapshot) -> _Look:
+        """Look at the server just after a snapshot was taken.
+
+        If it is not known what it shows because its file is new, the file's head is read, for the next one.
         """
         with _asking:
             status = dict(fetch(session, _STATUS))
@@ -439,10 +453,10 @@ class MariaReader(SourceReader):
         if waits or position != self._stands[0]:
             self._stands = position, self._clock()
         stands = snapshot.taken_s - self._stands[1] >= STOOD_S
-        shown = 0 if xa else shown_to(position, self._head, stands=stands)
+        shown = shown_to(position, self._head, stands=stands)
         if position_of(file, 0) == position & ~MAX_OFFSET:  # or it is another session's answer
             self._read_head(session, file)
-        return snapshot._replace(shown=shown)
+        return _Look(shown, waits, xa)
 
     def _read_head(self, session: Session, file: str) -> None:
         """Read on in a file of the log until it says that older ones are no longer needed; a bounded part of it.
