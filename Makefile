@@ -10,11 +10,7 @@ export DELTA_JARS ?= $(CURDIR)/.cache/jars
 # Each of some 300 processes would compile our modules anew, and each of pytest's workers all tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-<<<<<<< HEAD
-.PHONY: bench help setup jars test test-containers test-elsewhere checked lint types mypy pyright unit format clean
-=======
-.PHONY: bench help setup jars test test-containers test-long checked lint types mypy pyright unit format clean
->>>>>>> main
+.PHONY: bench help setup jars test test-containers test-elsewhere test-long checked lint types mypy pyright unit format clean
 .DEFAULT_GOAL := help
 
 help: ## this list

@@ -100,6 +100,14 @@ class FilesOfParquet:
         sink.sweep(target)
         assert sink.read(target, [(n,) for n in range(20)]) == before
 
+    def test_a_file_that_is_there_is_not_replaced(self, sink: ParquetSink, target: Target) -> None:
+        """Of two processes that add a field at once, the second takes over the first one's type."""
+        path = f"{target.settings.folder}/fields/year"
+        sink._create(path, b"integer")
+        with pytest.raises(FileExistsError):
+            sink._create(path, b"text")
+        assert sink._ask("cat_file", path) == b"integer"
+
     def test_history_keeps_all_that_was_written(self, sink: ParquetSink) -> None:
         history = ParquetSink("lake", sink.url, ParquetOptions(keep="history"), TTL_S)
         target = history.target(MOVIE, ParquetTargetOptions(folder="movies"))
