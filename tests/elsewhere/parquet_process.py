@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from delta_sync.changes import Write
@@ -44,4 +45,5 @@ def hang(sink: ParquetSink, method: str) -> None:
 
 if __name__ == "__main__":
     action, url, *arguments = sys.argv[1:]
-    {"write": write, "hang": hang}[action](ParquetSink("lake", url, ParquetOptions(buckets=2), 3600), *arguments)
+    act: Callable[..., None] = {"write": write, "hang": hang}[action]
+    act(ParquetSink("lake", url, ParquetOptions(buckets=2), 3600), *arguments)

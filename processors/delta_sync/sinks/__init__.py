@@ -106,7 +106,7 @@ def _resolved(value: Any) -> Any:
         case dict():
             return {name: _resolved(part) for name, part in cast("dict[str, Any]", value).items()}
         case list():
-            return [_resolved(part) for part in cast("list[Any]", value)]
+            return [_resolved(part) for part in cast("Sequence[Any]", value)]
         case _:
             return value
 
