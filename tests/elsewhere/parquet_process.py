@@ -45,5 +45,5 @@ def hang(sink: ParquetSink, method: str) -> None:
 
 if __name__ == "__main__":
     action, url, *arguments = sys.argv[1:]
-    act: Callable[..., None] = {"write": write, "hang": hang}[action]
-    act(ParquetSink("lake", url, ParquetOptions(buckets=2), 3600), *arguments)
+    actions: dict[str, Callable[..., None]] = {"write": write, "hang": hang}
+    actions[action](ParquetSink("lake", url, ParquetOptions(buckets=2), 3600), *arguments)

@@ -553,8 +553,8 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
 
 def _is_taken(error: OSError) -> bool:
     """Tell whether an object is not created because there is one. Amazon says which condition failed, others do not."""
-    response = getattr(error.__cause__, "response", None)
-    return isinstance(response, dict) and response.get("Error", {}).get("Code") == "PreconditionFailed"
+    response: Any = getattr(error.__cause__, "response", None) or {}
+    return bool(response.get("Error", {}).get("Code") == "PreconditionFailed")
 
 
 def _bucket(id_: str, buckets: int) -> int:
