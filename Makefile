@@ -10,7 +10,7 @@ export DELTA_JARS ?= $(CURDIR)/.cache/jars
 # Each of some 300 processes would compile our modules anew, and each of pytest's workers all tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: bench help setup jars test test-containers test-long checked lint types mypy pyright unit format clean
+.PHONY: bench help setup jars test test-containers test-elsewhere test-long checked lint types mypy pyright unit format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,6 +57,12 @@ test-containers: setup jars ## images, compose/dev and the servers as containers
 		export DELTA_TEST_SERVICES=containers TESTCONTAINERS_RYUK_DISABLED=true; \
 		$(BIN)/pytest -k "not kafka_cluster and not redis_cluster" \
 			tests/integration/test_servers.py tests/integration/test_kafka_topics.py tests/contract/test_redis_store.py'
+
+test-elsewhere: setup ## what takes servers and packages that `make test` has not: a store of objects, built from source
+	tests/servers/objects.sh $(CURDIR)/.cache/elsewhere/bin
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --upgrade \
+		--target .cache/elsewhere/python -r requirements/elsewhere.txt
+	PYTHONPATH=$(CURDIR)/.cache/elsewhere/python $(BIN)/pytest tests/elsewhere
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check
