@@ -40,7 +40,8 @@ def is_secret_name(name: str) -> bool:
 
 
 _SECRET_NAME = re.compile(
-    r"pass(?:word|wd|phrase)|pwd|secret|token(?!s|iz)|credential|(?:api|access|account|private)[-_.]?key",
+    r"pass(?:word|wd|phrase)|pwd|secret|token(?!s|iz)|credential|(?:api|access|account|private)[-_.]?key"
+    r"|connection[-_.]?string",
     re.IGNORECASE,
 )
 _ABOUT_A_SECRET = re.compile(r"(?:file|path|dir|location|url|uri|class|type|name|encoding)$", re.IGNORECASE)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -245,9 +245,7 @@ class SinkSpec(BaseModel):
     def _secrets_are_references(self) -> SinkSpec:
         _must_be_readable(self.url, "the sink's url")
         _must_not_spell_out(self.url, "the sink's url")
-        for name, value in self.options.items():
-            if is_secret_name(name):
-                _must_refer(value, name)
+        _all_must_refer(self.options)
         return self
 
     @property
@@ -523,6 +521,15 @@ def _must_refer(value: object, where: str) -> str | None:
         f"{where} must be a reference, ${{env:NAME}} or ${{file:/path}}, and nothing else: never the secret itself, nor"
         " a part of it"
     )
+
+
+def _all_must_refer(options: Mapping[str, Any], where: str = "") -> None:
+    """See to it that what is a secret by its name is a reference, also within options that have options."""
+    for name, value in options.items():
+        if is_secret_name(name):
+            _must_refer(value, f"{where}{name}")
+        elif isinstance(value, Mapping):
+            _all_must_refer(cast("Mapping[str, Any]", value), f"{where}{name}.")
 
 
 def _must_not_spell_out(url: str, what: str) -> None:

@@ -33,6 +33,8 @@ ROWS = 30
 CARTS, LINES, PRODUCTS = 6, 12, 3
 ALL_CARTS = CARTS + 4  # with those that change once
 WRITES = 60  # by each of two writers, twice
+PLACES = 3
+REFUSED = 3  # the row that the processor refuses in the end
 WAIT_S = 240.0
 HIDDEN = "hidden7f3a"  # a part of every value that is masked
 BUS_PARTITIONS = 3
@@ -74,13 +76,18 @@ from delta_sync.handlers.webhook import Webhook
 
 pipeline = Pipeline({name!r})
 label = pipeline.lookup(ttl="1h")(lookup.http("label", "{url}/label", key="id"))
+place = pipeline.lookup(ttl="1h", keys="kept")(lookup.http("place", "{url}/place", key="id"))
 
 
-@pipeline.table({table!r}, enrich={{"label": label.by("id")}})
-def customer(row, label):
+def place_of(row):
+    return row["rev"] % {PLACES} + 1
+
+
+@pipeline.table({table!r}, enrich={{"label": label.by("id"), "place": place.by(place_of)}})
+def customer(row, label, place):
     if row["name"] == "the processor refuses":
         raise ValueError(f"I cannot take {{row!r}}")
-    return {{**row, "label": label["value"]}}
+    return {{**row, "label": label["value"], "place": place["value"]}}
 
 
 @pipeline.document("public.cart", parts={{"lines": many("public.line", parts={{"product": one("public.product")}})}})
@@ -103,9 +110,9 @@ pipeline.on({table!r}, name="bus", batch=100)(bus)
 
 
 class Service(BaseHTTPRequestHandler):
-    """Answers the look-up, and takes what the webhook sends."""
+    """Answers the look-ups, and takes what the webhook sends."""
 
-    shift: ClassVar[int] = 0
+    shift: ClassVar[dict[str, int]] = {}  # of answers, by the path
     got: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
@@ -114,7 +121,7 @@ class Service(BaseHTTPRequestHandler):
         if self.path == "/hook":
             self.got.append(asked)
         else:
-            reply = [{"id": id_, "value": 10 * id_ + self.shift} for id_ in asked]
+            reply = [{"id": id_, "value": 10 * id_ + self.shift.get(self.path, 0)} for id_ in asked]
         body = json.dumps(reply).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -128,7 +135,7 @@ class Service(BaseHTTPRequestHandler):
 @pytest.fixture
 def service() -> Iterator[str]:
     """Run the service, and return its URL."""
-    Service.shift, Service.got = 0, []
+    Service.shift, Service.got = {}, []
     with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -170,6 +177,7 @@ def pipeline(
     text = PROCESSOR.format(
         name=name,
         url=service,
+        PLACES=PLACES,
         table="public.customer",
         noted=str(noted(made)),
         topic=f"{name}-bus",
@@ -211,11 +219,12 @@ def test_handlers_masks_and_refreshing_on_kafka(pipeline: KafkaPipeline, kafka: 
         on_bus, in_source = values(kafka, f"{pipeline.name}-bus"), values(kafka, topic)
         check_handlers(pipeline, on_bus)
 
-        Service.shift = 1000
+        Service.shift = {"/label": 1000}
         refresh = ("refresh", pipeline.name, "--lookup", "label", "--keys", "1,2", "--wait")
         refreshed = pipeline.deltactl(*refresh)
         assert refreshed.returncode == 0, refreshed.stdout + refreshed.stderr
         check_documents(stores, labels={1: 1010, 2: 1020})
+        refreshed_by_what_is_kept(pipeline, stores)
 
         print(f"seed {SEED}")
         with ThreadPoolExecutor(2) as pool:
@@ -251,6 +260,29 @@ def test_handlers_masks_and_refreshing_on_kafka(pipeline: KafkaPipeline, kafka: 
     assert [where for where, data in shown.items() if HIDDEN.encode() in data] == []
 
 
+def place_of(rev: int) -> int:
+    """Return by which key `place` is asked, as the processor does."""
+    return rev % PLACES + 1
+
+
+def refreshed_by_what_is_kept(pipeline: KafkaPipeline, stores: Stores) -> None:
+    """No column has the key by which `place` was asked: the rows are found that used it last, by changes of the log."""
+    key = place_of(2)
+    Service.shift["/place"] = 5000
+    refresh = ("refresh", pipeline.name, "--lookup", "place", "--keys", f"{key},nowhere", "--wait", "--json")
+    done = pipeline.deltactl(*refresh)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {id_: one for id_, one in documents(stores).items() if one is not None and id_ != REFUSED}
+    new = stores.document("cache", "customer", (ROWS + 1,))
+    assert new is not None
+    found[ROWS + 1] = new
+    users = [id_ for id_, one in found.items() if place_of(one["rev"]) == key]
+    assert 0 < len(users) < len(found)
+    assert list(json.loads(done.stdout)["rows"].values()) == [len(users)]
+    wanted = {id_: 10 * place_of(one["rev"]) + 5000 * (id_ in users) for id_, one in found.items()}
+    assert {id_: one["place"] for id_, one in found.items()} == wanted
+
+
 def letters(pipeline: KafkaPipeline) -> list[DeadLetter]:
     with StateStore.open("sqlite:///state.db", pipeline.home) as store:
         return store.dead_letters(pipeline.name)
@@ -262,7 +294,7 @@ def change(pipeline: KafkaPipeline) -> None:
         pipeline.shop.execute(f"UPDATE customer SET rev = {rev}, email = '{HIDDEN} {rev}', name = 'rev {rev}'")
     pipeline.shop.execute(
         f"DELETE FROM customer WHERE id = {ROWS}",
-        "UPDATE customer SET rev = 3, name = 'the processor refuses' WHERE id = 3",
+        f"UPDATE customer SET rev = 3, name = 'the processor refuses' WHERE id = {REFUSED}",
         "UPDATE customer SET rev = 3, name = 'the handler refuses' WHERE id = 4",
         f"INSERT INTO customer VALUES ({ROWS + 1}, 'new', '{HIDDEN}', NULL, 1)",
     )
@@ -305,7 +337,7 @@ def check_documents(stores: Stores, labels: dict[int, int]) -> None:
     for id_, document in found.items():
         assert document is not None, id_
         # Of a batch only the newest change of a row is processed: of row 3 that is the one which is refused.
-        assert document["rev"] in ((0, 1, 2) if id_ == 3 else (3,) if id_ == 4 else (2,)), document
+        assert document["rev"] in ((0, 1, 2) if id_ == REFUSED else (3,) if id_ == 4 else (2,)), document
         assert document["label"] == labels.get(id_, 10 * id_), document
         assert document["email"] == "***"
         assert document["phone"].startswith("hmac:")
@@ -322,7 +354,7 @@ def check_handlers(pipeline: KafkaPipeline, on_bus: list[tuple[str, bytes]]) -> 
         assert image["email"] == "***"
         of_row.setdefault(image["id"], []).append(3 if after is None else image["rev"])
     for id_ in range(1, ROWS + 2):
-        wanted = [1, 2, *[3] * (id_ in (3, ROWS))] if id_ <= ROWS else [1]
+        wanted = [1, 2, *[3] * (id_ in (REFUSED, ROWS))] if id_ <= ROWS else [1]
         assert list(dict.fromkeys(of_row[id_])) == wanted, (id_, of_row[id_])
     ids = {line[0] for line in lines}
     hooked = [one["id"] for one in Service.got]

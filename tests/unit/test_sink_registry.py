@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
 from delta_sync.errors import UsageError
+from delta_sync.secrets import redact
 from delta_sync.sinks import GROUP, installed, kind_of, open_sink, open_sinks, targets_of
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.tables import Column, Kind, Table
@@ -62,6 +65,38 @@ def test_secrets_are_resolved_and_encoded(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("DELTA_TEST_SECRET", "p@ss:w/ord")
     spec = spec_of({"cache": {"url": "redis://:${env:DELTA_TEST_SECRET}@h/0"}})
     assert open_sink("cache", spec.sinks["cache"], 60).url == "redis://:p%40ss%3Aw%2Ford@h/0"
+
+
+def test_options_within_options_hold_references_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DELTA_TEST_ID", "AKIATEST")
+    (tmp_path / "secret").write_text("p@ss:w/ord\n")
+    storage = {
+        "key": "${env:DELTA_TEST_ID}",
+        "secret": f"${{file:{tmp_path}/secret}}",
+        "client_kwargs": {"verify": ["${env:DELTA_TEST_ID}", 1]},
+    }
+    spec = spec_of({"lake": {"url": "parquet+memory://lake", "storage": storage}})
+    assert open_sink("lake", spec.sinks["lake"], 60).options.storage == {
+        "key": "AKIATEST",
+        "secret": "p@ss:w/ord",
+        "client_kwargs": {"verify": ["AKIATEST", 1]},
+    }
+    assert redact("AKIATEST with p@ss:w/ord") == "*** with ***"
+
+
+@pytest.mark.parametrize(
+    ("storage", "name"),
+    [
+        ({"secret": "Hunter2"}, "storage.secret"),
+        ({"connection_string": "AccountKey=Hunter2"}, "storage.connection_string"),
+        ({"client_kwargs": {"aws_secret_access_key": "Hunter2"}}, "storage.client_kwargs.aws_secret_access_key"),
+        ({"token": {"private_key": "Hunter2"}}, "storage.token"),
+    ],
+)
+def test_a_secret_within_an_option_is_a_reference(storage: dict[str, object], name: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(name) + " must be a reference") as refused:
+        spec_of({"lake": {"url": "parquet+s3://lake", "storage": storage}})
+    assert "Hunter2" not in str(refused.value)
 
 
 def test_two_tables_in_one_place_are_refused() -> None:

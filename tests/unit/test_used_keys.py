@@ -12,7 +12,9 @@ from typing import Any, cast
 import pytest
 
 from delta_sync.applying import SinkWriter
+from delta_sync.capture import Batch
 from delta_sync.changes import Change, Outcome, Write
+from delta_sync.decoding import Decoded
 from delta_sync.dumps import Dump
 from delta_sync.errors import StateBusy, UsageError
 from delta_sync.load import Slice
@@ -110,8 +112,35 @@ def change(id_: int, version: int, by: int | None) -> Change:
     return Change(NAME, (id_,), version, {"id": id_, "by": by})
 
 
-def work(it: Bench, note: Callable[..., None], changes: Sequence[Change]) -> MemorySink:
-    """Let a worker write these changes."""
+class Log:
+    """A capture with so many batches of one event, which says when they are confirmed."""
+
+    generation, pid = 1, None
+
+    def __init__(self, batches: int, order: list[str], stopping: threading.Event) -> None:
+        self.left = batches
+        self.confirmed = threading.Event()
+        self._order = order
+        self._stopping = stopping
+
+    def poll(self, timeout_s: float) -> Batch | None:
+        if not self.left:
+            self._stopping.wait(timeout_s)
+            return None
+        self.left -= 1
+        return Batch(1, self.left + 1, 1, None)
+
+    def confirm(self, _batch: Batch) -> None:
+        self._order.append("confirmed")
+        self.confirmed.set()
+
+    def start(self) -> None: ...
+
+    stop = reconfigure = start
+
+
+def work(it: Bench, note: Callable[..., None], changes: Sequence[Change], origin: str = "load") -> MemorySink:
+    """Let a worker write these changes, which come from a load or as a batch of the log."""
     stopping = threading.Event()
     sink = NotingSink("cache")
     sink.order = it.order
@@ -119,21 +148,12 @@ def work(it: Bench, note: Callable[..., None], changes: Sequence[Change]) -> Mem
     caller = LookupCaller(it.ratings, stopping, lambda: 0.0)
     position = LogPosition(lambda: 0.0)
 
-    class Silent:
-        generation, pid = 1, None
-
-        def poll(self, timeout_s: float) -> None:
-            stopping.wait(timeout_s)
-
-        def start(self) -> None: ...
-
-        stop = reconfigure = start
-
+    capture = Log(1 if origin == "log" else 0, it.order, stopping)
     worker = Worker(
-        spec=cast("Any", None),
+        spec=cast("Any", SimpleNamespace(heartbeat_prefix="delta.movies")),
         pipeline=it.pipeline,
         epoch=1,
-        capture=cast("Any", Silent()),
+        capture=cast("Any", capture),
         stretches=lambda _: [],
         writers={"cache": writer},
         lookups={"ratings": caller},
@@ -153,20 +173,29 @@ def work(it: Bench, note: Callable[..., None], changes: Sequence[Change]) -> Mem
     worker.use({NAME: TableRuntime(cast("Any", SimpleNamespace(table=MOVIE)), {"cache": target})})
     slice_ = Slice(NAME, changes, Future())
     running = threading.Thread(target=worker.run)
-    running.start()
-    try:
-        worker.hand_over(slice_)
-        slice_.done.result(TIMEOUT_S)
-    finally:
-        stopping.set()
-        worker.wake()
-        running.join(TIMEOUT_S)
-        writer.close()
-        caller.close()
+    decoded = Decoded({NAME: list(changes)}, {}, {}, [], None, None, len(changes), frozenset())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("delta_sync.worker.decode", lambda *_: decoded)  # what events look like is not the point
+        running.start()
+        try:
+            if origin == "log":
+                assert capture.confirmed.wait(TIMEOUT_S)
+            else:
+                worker.hand_over(slice_)
+                slice_.done.result(TIMEOUT_S)
+        finally:
+            stopping.set()
+            worker.wake()
+            running.join(TIMEOUT_S)
+            writer.close()
+            caller.close()
     return sink
 
 
-def test_what_rows_use_is_noted_before_it_is_asked_for_and_written(it: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("origin", ["load", "log"])
+def test_what_rows_use_is_noted_before_it_is_asked_for_and_written(
+    it: Bench, monkeypatch: pytest.MonkeyPatch, origin: str
+) -> None:
     """An answer that was asked for before the note would be in no dump of a notice that came in between."""
     monkeypatch.setattr("delta_sync.worker.EVENTS_RETRY_S", 0.0)
     busy = [StateBusy("locked")]
@@ -178,8 +207,9 @@ def test_what_rows_use_is_noted_before_it_is_asked_for_and_written(it: Bench, mo
         it.order.append("noted")
         it.used.note(uses, emptied)
 
-    sink = work(it, note, [change(1, 5, 13), change(2, 5, 23), change(3, 5, None), Change(NAME, (4,), 5, None)])
-    assert it.order == ["busy", "noted", "asked", "applied"]
+    changes = [change(1, 5, 13), change(2, 5, 23), change(3, 5, None), Change(NAME, (4,), 5, None)]
+    sink = work(it, note, changes, origin)
+    assert it.order == ["busy", "noted", "asked", "applied", *["confirmed"] * (origin == "log")]
     assert it.found("place 3") == [1, 2]
     documents = sink.documents(sink.target(MOVIE, MemoryTargetOptions()))
     assert [one["rating"] for one in documents.values()] == ["of place 3", "of place 3", None]

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlunsplit
 
 from pydantic import ValidationError
@@ -86,9 +86,8 @@ def open_sink(name: str, spec: SinkSpec, tombstone_ttl_s: float, number: int | N
     Raises UsageError: unknown scheme, options that are not the sink's, a reference that cannot be resolved.
     """
     cls = sink_class(name, spec.url)
-    options = {key: resolve(value) if isinstance(value, str) else value for key, value in spec.options.items()}
     try:
-        validated = cls.options_model.model_validate(options)
+        validated = cls.options_model.model_validate(_resolved(spec.options))
     except ValidationError as error:
         raise UsageError(
             validation_sentences(error, f"sinks.{name}", cls.options_model)
@@ -97,6 +96,19 @@ def open_sink(name: str, spec: SinkSpec, tombstone_ttl_s: float, number: int | N
     sink = cls(full, resolve_url(spec.url), validated, round(tombstone_ttl_s))
     sink.number = number
     return sink
+
+
+def _resolved(value: Any) -> Any:
+    """Return an option's value, or all of them, with what its references stand for, however deep they are in it."""
+    match value:
+        case str():
+            return resolve(value)
+        case dict():
+            return {name: _resolved(part) for name, part in cast("dict[str, Any]", value).items()}
+        case list():
+            return [_resolved(part) for part in cast("Sequence[Any]", value)]
+        case _:
+            return value
 
 
 def base_name(name: str) -> str:

@@ -84,6 +84,10 @@ CHANGES, BUCKETS, FIELDS, FLOORS = "changes", "bucket=", "fields", "floors"
 SCAN_BATCH = 5000  # ids and versions are some 60 bytes each
 READ_ATTEMPTS = 10  # at a listing whose files a compaction removes meanwhile: each is a new one, seconds later
 COMPACT_FILES = 8  # fewer files of changes than that are not worth writing every bucket again
+ANSWER_S = 300  # for one file to be listed, read or written: some are large, and lines slow
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}  # what fsspec needs beside it
+# s3fs tries five times, and botocore five times each: of a store that hangs nobody would hear for six minutes.
+STORAGE = {"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}
 
 
 @functools.cache
@@ -121,8 +125,8 @@ class ParquetOptions(Options):
     )
     storage: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of fsspec's file system, such as {endpoint_url: …}; secrets are better left to its "
-        "environment variables and roles.",
+        description="Options of fsspec's file system, such as {endpoint_url: …}; secrets are references, or left to "
+        "its environment variables and roles.",
     )
 
 
@@ -167,7 +171,12 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
             raise UsageError(f"sink {name}: the URL must name a folder, such as parquet+s3://bucket/prefix.")
         self._opening = threading.Lock()
         self._fs: Any = None
-        _ = fsspec.filesystem, pq.read_table  # or say now what is not installed
+        _ = pq.read_table  # or say now what is not installed
+        try:
+            fsspec.get_filesystem_class(self._protocol)
+        except ImportError as error:
+            needed = PACKAGES.get(self._protocol, self._protocol)
+            raise UsageError(f"sink {name}: {self._protocol}:// needs more; type: pip install {needed}.") from error
         self._kinds: dict[str, dict[str, Kind]] = {}
         self._last_ns = 0
 
@@ -177,6 +186,10 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         folder = (options.folder or table.id).strip("/")
         if not folder or ".." in folder.split("/"):
             raise UsageError(f"sink {self.name}: {options.folder!r} is no folder within {self._root}; set `folder`.")
+        if any(one in f"{self._root}/{folder}" for one in "*?["):  # a file system may take it for a pattern, in `rm`
+            raise UsageError(
+                f"sink {self.name}: no folder may have * ? or [ in its name, as {folder} has; set `folder`."
+            )
         for column in options.columns:
             if (reason := name_conflict(column)) is not None:
                 raise UsageError(f"sink {self.name}: columns: {reason}.")
@@ -256,9 +269,13 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         known = self._kinds.setdefault(target.place, {})
         for name in [name for name in wanted if name not in known]:
             path = f"{place.folder}/{FIELDS}/{quote(name, safe='')}"
-            with contextlib.suppress(FileExistsError):
-                self._create(path, wanted[name].encode())
-            known[name] = cast("Kind", self._opened().cat_file(path).decode())
+            try:
+                found = self._ask("cat_file", path)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):
+                    self._create(path, wanted[name].encode())
+                found = self._ask("cat_file", path)
+            known[name] = cast("Kind", found.decode())
         return known
 
     def _written_ns(self) -> int:
@@ -325,7 +342,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         with self._typed_errors():
             count = sum(len(batch) for batch in self._documents(target))
             with contextlib.suppress(FileNotFoundError):
-                self._opened().rm(place.folder, recursive=True)
+                self._ask("rm", place.folder, recursive=True)
         return count
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -335,8 +352,9 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         ids = [key_text(key) for key in keys]
         found: dict[str, Stored] = {}
         with self._typed_errors():
-            floor, kinds = self._floor(target), self._all_kinds(target)
+            floor = self._floor(target)
             rows: list[dict[str, Any]] = self._newest(target, None, ids=set(ids)).to_pylist() if ids else []
+            kinds = self._all_kinds(target)  # after the files: others add fields, each before its file
             for row in rows:
                 version, deleted = row[VERSION_FIELD], row[DELETED_COLUMN]
                 if deleted:
@@ -380,23 +398,44 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _opened(self) -> Any:
-        with self._opening:
-            if self._fs is None:
-                self._fs = fsspec.filesystem(self._protocol, use_listings_cache=False, **self.options.storage)
-            return self._fs
+    def _ask(self, method: str, *args: object, **options: object) -> Any:
+        """Call the file system. Raises OSError, or SinkRefused when `storage` has what it does not take."""
+        try:
+            with self._opening:
+                if self._fs is None:
+                    storage = {"use_listings_cache": False, **STORAGE.get(self._protocol, {}), **self.options.storage}
+                    self._fs = fsspec.filesystem(self._protocol, **storage)
+            if self._fs.async_impl:  # fsspec's own limit: botocore's and aiohttp's begin once a body has been sent
+                options["timeout"] = ANSWER_S
+            return getattr(self._fs, method)(*args, **options)
+        except TimeoutError as error:  # fsspec's has no text
+            raise TimeoutError(f"no answer in time ({method})") from error
+        except (OSError, DeltaError):
+            raise
+        except (TypeError, ValueError, KeyError) as error:
+            raise SinkRefused(f"{self._root}: the file system does not take this: {redact(str(error))}") from error
+        except Exception as error:
+            # botocore's, aiohttp's and other libraries' errors of connections and logins have no base in common
+            raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
     def _files(self, target: Target) -> list[str]:
         """Return the paths of all files with rows."""
         place: Place = target.settings
-        with contextlib.suppress(FileNotFoundError):
-            return sorted(path for path in self._opened().find(place.folder) if path.endswith(".parquet"))
-        return []
+        return sorted(path for path in self._find(place.folder) if path.endswith(".parquet"))
 
     def _names(self, folder: str) -> list[str]:
-        with contextlib.suppress(FileNotFoundError):
-            return [path.rpartition("/")[2] for path in self._opened().find(folder)]
-        return []
+        return [path.rpartition("/")[2] for path in self._find(folder)]
+
+    def _find(self, folder: str) -> list[str]:
+        """Return the paths of all files below a folder: none, if it is not there."""
+        try:
+            found: list[str] = self._ask("find", folder)
+        except FileNotFoundError as error:  # folders are nothing to an object store, buckets are
+            raise self._no_bucket() from error
+        return found
+
+    def _no_bucket(self) -> SinkRefused:
+        return SinkRefused(f"There is no bucket {self._root.partition('/')[0]}: create it, or correct the URL.")
 
     def _floor(self, target: Target) -> int:
         place: Place = target.settings
@@ -452,7 +491,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
     def _load(self, path: str, columns: Sequence[str] | None = None, ids: Collection[str] | None = None) -> Any:
         wanted = None if ids is None else pc.field(ID_COLUMN).isin(list(ids))
         chosen = None if columns is None else list(columns)
-        data = self._opened().cat_file(path)
+        data = self._ask("cat_file", path)
         # partitioning=None: what the folders' names say is in no row
         return pq.read_table(io.BytesIO(data), columns=chosen, filters=wanted, partitioning=None)
 
@@ -465,7 +504,14 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
     def _create(self, path: str, data: bytes) -> None:
         """Create a file that is whole from the moment it is there. Raises FileExistsError when there is one."""
         if self._protocol != "file":  # an object is there when it is whole
-            self._opened().pipe_file(path, data, mode="create")
+            try:
+                self._ask("pipe_file", path, data, mode="create")
+            except FileNotFoundError as error:
+                raise self._no_bucket() from error
+            except OSError as error:
+                if _is_taken(error):
+                    raise FileExistsError(path) from error
+                raise
             return
         whole = Path(path)
         whole.parent.mkdir(parents=True, exist_ok=True)
@@ -488,7 +534,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
     def _remove(self, paths: Sequence[str]) -> None:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
-                self._opened().rm_file(path)
+                self._ask("rm_file", path)
 
     @contextlib.contextmanager
     def _typed_errors(self) -> Generator[None]:
@@ -503,6 +549,12 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
 
 
 # ── decisions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _is_taken(error: OSError) -> bool:
+    """Tell whether an object is not created because there is one. Amazon says which condition failed, others do not."""
+    response: Any = getattr(error.__cause__, "response", None) or {}
+    return bool(response.get("Error", {}).get("Code") == "PreconditionFailed")
 
 
 def _bucket(id_: str, buckets: int) -> int:
