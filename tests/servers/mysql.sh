@@ -7,7 +7,7 @@
 set -eu
 
 jars=${DELTA_JARS:-.cache/jars}
-mirror=${DELTA_DEBIAN:-http://deb.debian.org/debian}
+mirror=${DELTA_DEBIAN:-$(apt-get indextargets --format '$(REPO_URI)' | grep -m 1 'debian/*$')} # as the system's own
 for found in "$jars"/mysql-[0-9]*/usr/sbin/mysqld; do
     [ -x "$found" ] && exit 0
 done
