@@ -41,7 +41,7 @@ test: setup ## everything that must be clean before a commit
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target checked
 	$(BIN)/pytest $(TOGETHER) -m "not long"
 
-test-long: setup jars ## variations of scenes that `make test` has: before a release, and after a change of what they are about
+test-long: setup jars ## the scenes that take longest, beside those of make test: before a release, and after a change of what they are about
 	$(BIN)/pytest $(TOGETHER) -m long
 
 checked: jars lint types # side by side: fetching waits for the network, mypy and pyright use one core each

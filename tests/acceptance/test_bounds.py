@@ -119,6 +119,7 @@ def test_a_transaction_of_many_rows(
 
 
 @pytest.mark.timeout(1500)
+@pytest.mark.long
 def test_documents_of_five_megabytes(stage: Callable[..., Stage], capsys: pytest.CaptureFixture[str]) -> None:
     it = stage(
         "CREATE TABLE page (id int PRIMARY KEY, rev int, body text); ALTER TABLE page ALTER body SET STORAGE EXTERNAL;",
@@ -153,6 +154,7 @@ def test_documents_of_five_megabytes(stage: Callable[..., Stage], capsys: pytest
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_small_changes_of_large_rows(stage: Callable[..., Stage], capsys: pytest.CaptureFixture[str]) -> None:
     """The events are small, because the body is not in them, so a batch has many; the rows are large."""
     rows, kilobytes = 1500, 200

@@ -238,6 +238,7 @@ def test_a_reload_keeps_the_documents_of_rows_that_became_dead_letters(stage: Ca
     assert (stopped["state"], stopped["dead_letters"]) == ("stopped", 1)
 
 
+@pytest.mark.long
 def test_a_restart_does_not_make_room_for_more_of_them(stage: Callable[..., Stage]) -> None:
     """Else a service manager that starts it again and again turns everything into dead letters."""
     it = stage(SETUP, ["movie"], processor=FAILS, errors={"max_dead_letters_per_minute": 5})

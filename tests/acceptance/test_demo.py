@@ -91,6 +91,7 @@ def test_it_proves_that_source_and_cache_are_equal(place: Place) -> None:
     place.assert_nothing_is_left()
 
 
+@pytest.mark.long
 def test_its_comparison_can_fail(place: Place) -> None:
     result = demo(place, "--tamper", "--rows", "500")
     assert result.returncode == 1, result.stdout + result.stderr
@@ -127,6 +128,7 @@ def test_it_cleans_up_when_it_is_interrupted(place: Place, signum: signal.Signal
     place.assert_nothing_is_left()
 
 
+@pytest.mark.long
 def test_nothing_of_it_runs_on_when_it_is_killed(place: Place) -> None:
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "examples.demo", "--rows", "500"],

@@ -118,6 +118,7 @@ def held_by_others(worker: Run) -> bool:
     return bool(assigned) and assigned[-1]["of"] == 4 * 6
 
 
+@pytest.mark.long
 def test_the_leader_is_killed_in_the_first_load(stage: KafkaStage) -> None:
     sidecars = stage.start("sidecar"), stage.start("sidecar")
     worker = stage.start("worker")

@@ -208,6 +208,7 @@ def check(scene: Scene, *runs: Run) -> None:
     assert scene.stage.pipeline.dead_letters() == []
 
 
+@pytest.mark.long
 def test_sinks_and_registry_are_away(scene: Scene) -> None:
     stage, gates = scene.stage, scene.gates
     writer = stage.writing(ROWS, SEED, PAUSE_S)
@@ -250,6 +251,7 @@ def test_sinks_and_registry_are_away(scene: Scene) -> None:
     assert second.stop() == 0
 
 
+@pytest.mark.long
 def test_the_leader_is_cut_off_from_the_state_store(scene: Scene) -> None:
     """First the store is away for all, so that nobody may lead; then it is back for all but the one who led."""
     stage, gates = scene.stage, scene.gates

@@ -227,6 +227,7 @@ def stage(
         yield made
 
 
+@pytest.mark.long
 def test_a_pipeline_with_logins_and_certificates(stage: KafkaStage, world: World) -> None:
     """Debezium Server and a worker of each client; then it is stopped and goes on by other credentials."""
     secure, plain = world.registry, world.plain_registry

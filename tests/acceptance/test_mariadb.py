@@ -242,6 +242,7 @@ class Library(MariaPipeline):
         }
 
 
+@pytest.mark.long
 def test_documents_of_several_tables(
     mariadb: MariaDB, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
 ) -> None:

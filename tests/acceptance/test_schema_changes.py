@@ -100,6 +100,7 @@ def test_columns_change_under_a_running_pipeline(stage: Callable[..., Stage]) ->
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_columns_change_while_delta_is_stopped(stage: Callable[..., Stage]) -> None:
     """The log then has events of the table as it was, and as it was in between."""
     it = stage(SETUP, TABLES, ("cache", "docs"))
@@ -119,6 +120,7 @@ def test_columns_change_while_delta_is_stopped(stage: Callable[..., Stage]) -> N
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_columns_change_while_a_table_is_loaded(stage: Callable[..., Stage]) -> None:
     """Chunks and rows by key are read with the columns that Delta knows, and those may be gone when it asks."""
     it = stage(SETUP, TABLES, load={"chunk_rows": 5})

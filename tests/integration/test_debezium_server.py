@@ -404,6 +404,7 @@ def test_a_running_server_goes_on_when_kafka_is_back(chain: Chain, postgresql: P
     assert all(lsns == sorted(set(lsns)) for lsns in versions(found).values())
 
 
+@pytest.mark.long
 def test_killing_the_server_loses_nothing(
     chain: Chain, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
