@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-import re
 import threading
 import time
 from collections import Counter
@@ -22,16 +21,14 @@ import pytest
 
 from delta_sync.errors import CheckFailed
 from delta_sync.sources.mysql import gtid_reader as module
-from delta_sync.sources.mysql.claims import XA_LISTED_S, OwnedSamples, Snapshot, position_of
-from delta_sync.sources.mysql.connection import Session, connect
+from delta_sync.sources.mysql.claims import XA_LISTED_S, OwnedSamples, Snapshot
+from delta_sync.sources.mysql.connection import Session
 from delta_sync.sources.mysql.gtid_reader import MySQLReader
-from delta_sync.sources.mysql.reader import end_of_log, prepared_in
-from delta_sync.spec import SourceSpec
-from delta_sync.tables import Table
-from delta_sync.testing.mariadb import PASSWORD, USER
+from delta_sync.sources.mysql.reader import MariaReader, end_of_log, prepared_in
+from delta_sync.testing.mariadb import PASSWORD
 from delta_sync.testing.mysql import MySQL
 from delta_sync.testing.processes import wait_until
-from integration.binlog_history import IDS, STATEMENT, Clock, History, Logged, Read, execute, rows_of
+from integration.binlog_history import IDS, Clock, Read, Source, execute, rows_of
 
 WRITERS = 4
 READERS = 2
@@ -43,63 +40,16 @@ PREPARED_S = 0.5
 PATIENCE_S = 120.0
 
 
-class Source:
-    """A server with the table `item (id, rev)`."""
+class MySQLSource(Source):
+    """Of MySQL: making its table is not in the log."""
 
-    def __init__(self, server: MySQL, exits: ExitStack) -> None:
-        self.server = server
-        self._exits = exits
-        self.revs = itertools.count(1)
-        self.admin = self.connect()
+    reader_class = MySQLReader
+
+    def create(self) -> None:
         execute(self.admin, "SET SESSION sql_log_bin = 0")
         execute(self.admin, "DROP TABLE IF EXISTS item")
         execute(self.admin, "CREATE TABLE item (id int PRIMARY KEY, rev bigint NOT NULL)")
         execute(self.admin, "SET SESSION sql_log_bin = 1")
-        self.reader = self.new_reader()
-        self.table: Table = self.reader.tables(["delta.item"])["delta.item"]
-        self.began_at = self.reader.log_end()
-
-    def connect(self) -> Session:
-        session = connect(self.spec)
-        self._exits.callback(session.shut)
-        return session
-
-    @property
-    def spec(self) -> SourceSpec:
-        return SourceSpec(url=f"mysql://{USER}@127.0.0.1:{self.server.port}/delta", password="${env:DELTA_TEST_P}")
-
-    def new_reader(self, clock: Clock | None = None) -> MySQLReader:
-        reader = MySQLReader(self.spec, "claims") if clock is None else MySQLReader(self.spec, "claims", clock=clock)
-        self._exits.callback(reader.close)
-        return reader
-
-    def put(self, session: Session, id_: int) -> int:
-        """Write a row; the log has the statement with its comment before the change."""
-        rev = next(self.revs)
-        with session.cursor() as cursor:
-            if not cursor.execute(f"UPDATE /* id={id_} rev={rev} */ item SET rev = {rev} WHERE id = {id_}"):
-                execute(session, f"INSERT /* id={id_} rev={rev} */ INTO item VALUES ({id_}, {rev})")
-        return rev
-
-    def history(self) -> History:
-        """Return the changes of the table since this source began, from all files of the log."""
-        found: list[Logged] = []
-        with self.admin.cursor() as cursor:
-            cursor.execute("SHOW BINARY LOGS")
-            for file, *_ in cursor.fetchall():
-                if position_of(file, 2**32 - 1) < self.began_at:
-                    continue
-                cursor.execute(f"SHOW BINLOG EVENTS IN '{file}'")
-                statement: re.Match[str] | None = None
-                for _, offset, kind, _, _, info in cursor.fetchall():
-                    if kind == "Rows_query":
-                        statement = STATEMENT.search(info)
-                    elif kind.endswith("_rows") and statement is not None:
-                        id_, rev = int(statement[2]), int(statement[3])
-                        position = position_of(file, int(offset))
-                        if position >= self.began_at:
-                            found.append(Logged(position, id_, None if statement[1] == "DELETE" else rev))
-        return History(found)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +62,7 @@ def server() -> Iterator[MySQL]:
 def source(server: MySQL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
     monkeypatch.setenv("DELTA_TEST_P", PASSWORD)
     with ExitStack() as exits:
-        yield Source(server, exits)
+        yield MySQLSource(server, exits)
 
 
 @contextlib.contextmanager
@@ -264,7 +214,7 @@ def test_no_row_outranks_what_it_lacks(source: Source, ordered: str, xa: bool) -
 # ── one step after the other ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_all(source: Source, samples: OwnedSamples, reader: MySQLReader) -> tuple[dict[int, int | None], int | None]:
+def read_all(source: Source, samples: OwnedSamples, reader: MariaReader) -> tuple[dict[int, int | None], int | None]:
     """Read the table; return its rows and what they may claim."""
     claim: int | None = None
 

@@ -1,13 +1,20 @@
-"""What a binary log says of a table `item (id, rev)`, and whether a row with a claim is older than it may be."""
+"""A table `item (id, rev)`, and what the binary log says of it."""
 
 from __future__ import annotations
 
-import bisect
+import itertools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import ExitStack
+from typing import ClassVar, NamedTuple
 
-from delta_sync.sources.mysql.connection import Session
+from delta_sync.sources.mysql.claims import position_of
+from delta_sync.sources.mysql.connection import Session, connect
+from delta_sync.sources.mysql.reader import MariaReader
+from delta_sync.spec import SourceSpec
+from delta_sync.tables import Table
+from delta_sync.testing.mariadb import USER, MariaDB
+from integration.change_history import History, Logged
 
 IDS = 20
 
@@ -22,46 +29,9 @@ class Clock:
         return self.now_s
 
 
-class Logged(NamedTuple):
-    """A change in the log; `rev` is None for a delete."""
-
-    position: int
-    id: int
-    rev: int | None
-
-
+STATEMENTS = ("Annotate_rows", "Rows_query")  # the events with statements: MariaDB's, MySQL's
+CHANGES = ("_rows_v1", "_rows")  # how those with changes end, likewise
 STATEMENT = re.compile(r"(UPDATE|INSERT|DELETE) /\* id=(\d+) rev=(\d+) \*/")
-
-
-class History:
-    """The log, by key. `rev` is different in every change, so it tells which change made a row."""
-
-    def __init__(self, changes: Sequence[Logged]) -> None:
-        self._changes: dict[int, list[Logged]] = {}
-        self._made_at: dict[int, int] = {}
-        for change in changes:
-            of_key = self._changes.setdefault(change.id, [])
-            assert not of_key or of_key[-1].position < change.position, "positions of a key rise"
-            of_key.append(change)
-            if change.rev is not None:
-                self._made_at[change.rev] = change.position
-
-    def newest_below(self, id_: int, position: int) -> Logged | None:
-        changes = self._changes.get(id_, [])
-        place = bisect.bisect_left(changes, position, key=lambda change: change.position)
-        return changes[place - 1] if place else None
-
-    def is_outdated(self, id_: int, rev: int | None, claim: int) -> bool:
-        """Whether a row read as `rev` (None: as absent) lacks a change that it outranks."""
-        newest = self.newest_below(id_, claim)
-        if newest is None:
-            return False
-        if rev is None:
-            deleted_later = any(
-                change.rev is None and change.position > newest.position for change in self._changes[id_]
-            )
-            return newest.rev is not None and not deleted_later
-        return self._made_at.get(rev, 0) < newest.position
 
 
 class Read(NamedTuple):
@@ -80,3 +50,67 @@ def rows_of(rows: Sequence[tuple[object, dict[str, int]]]) -> dict[int, int | No
     found: dict[int, int | None] = dict.fromkeys(range(IDS))
     found.update({row["id"]: row["rev"] for _, row in rows})
     return found
+
+
+class Source:
+    """A server with the table."""
+
+    reader_class: ClassVar[type[MariaReader]] = MariaReader
+
+    def __init__(self, server: MariaDB, exits: ExitStack) -> None:
+        self.server = server
+        self._exits = exits
+        self.revs = itertools.count(1)
+        self.admin = self.connect()
+        self.create()
+        self.reader = self.new_reader()
+        self.table: Table = self.reader.tables(["delta.item"])["delta.item"]
+        self.began_at = self.reader.log_end()
+
+    def create(self) -> None:
+        """Have the table there, and empty."""
+        execute(self.admin, "CREATE OR REPLACE TABLE item (id int PRIMARY KEY, rev bigint NOT NULL)")
+
+    def connect(self) -> Session:
+        session = connect(self.spec)
+        self._exits.callback(session.shut)
+        return session
+
+    @property
+    def spec(self) -> SourceSpec:
+        url = f"{self.server.name}://{USER}@127.0.0.1:{self.server.port}/delta"
+        return SourceSpec(url=url, password="${env:DELTA_TEST_P}")
+
+    def new_reader(self, clock: Clock | None = None) -> MariaReader:
+        kind, spec = self.reader_class, self.spec
+        reader = kind(spec, "claims") if clock is None else kind(spec, "claims", clock=clock)
+        self._exits.callback(reader.close)
+        return reader
+
+    def put(self, session: Session, id_: int) -> int:
+        """Write a row; the log has the statement with its comment before the change."""
+        rev = next(self.revs)
+        with session.cursor() as cursor:
+            if not cursor.execute(f"UPDATE /* id={id_} rev={rev} */ item SET rev = {rev} WHERE id = {id_}"):
+                execute(session, f"INSERT /* id={id_} rev={rev} */ INTO item VALUES ({id_}, {rev})")
+        return rev
+
+    def history(self) -> History:
+        """Return the changes of the table since this source began, from all files of the log."""
+        found: list[Logged] = []
+        with self.admin.cursor() as cursor:
+            cursor.execute("SHOW BINARY LOGS")
+            for file, *_ in cursor.fetchall():
+                if position_of(file, 2**32 - 1) < self.began_at:
+                    continue
+                cursor.execute(f"SHOW BINLOG EVENTS IN '{file}'")
+                statement: re.Match[str] | None = None
+                for _, offset, kind, _, _, info in cursor.fetchall():
+                    if kind in STATEMENTS:
+                        statement = STATEMENT.search(info)
+                    elif kind.endswith(CHANGES) and statement is not None:
+                        id_, rev = int(statement[2]), int(statement[3])
+                        position = position_of(file, int(offset))
+                        if position >= self.began_at:
+                            found.append(Logged(position, id_, None if statement[1] == "DELETE" else rev))
+        return History(found)

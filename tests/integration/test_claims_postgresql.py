@@ -6,7 +6,6 @@ ways that are wrong (`Claims`). The wrong ones must be seen to be wrong, or the 
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import os
 import random
@@ -31,6 +30,7 @@ from delta_sync.tables import Table
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import PostgreSQL
 from delta_sync.versions import parse_lsn
+from integration.change_history import History, Logged
 
 IDS = 60
 CHUNK_ROWS = 20
@@ -47,14 +47,6 @@ CREATE PUBLICATION items FOR TABLE item;
 
 
 # ── what the log says ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Logged(NamedTuple):
-    """A change in the log; `rev` is None for a delete."""
-
-    lsn: int
-    id: int
-    rev: int | None
 
 
 def logged(messages: Iterable[tuple[str, bytes]]) -> Iterator[Logged]:
@@ -83,34 +75,6 @@ def _tuple(message: bytes, at: int) -> tuple[list[str | None], int]:
         else:
             values.append(None)
     return values, at
-
-
-class History:
-    """The log, by key. `rev` is different in every change, so it tells which change made a row."""
-
-    def __init__(self, changes: Iterable[Logged]) -> None:
-        self._changes: dict[int, list[Logged]] = {}
-        self._made_at: dict[int, int] = {}
-        for change in sorted(changes):
-            self._changes.setdefault(change.id, []).append(change)
-            if change.rev is not None:
-                self._made_at[change.rev] = change.lsn
-
-    def newest_below(self, id_: int, lsn: int) -> Logged | None:
-        changes = self._changes.get(id_, [])
-        place = bisect.bisect_left(changes, lsn, key=lambda change: change.lsn)
-        return changes[place - 1] if place else None
-
-    def is_outdated(self, id_: int, rev: int | None, claim: int) -> bool:
-        """Whether a row read as `rev` (None: as absent) lacks a change that it outranks."""
-        newest = self.newest_below(id_, claim)
-        if newest is None:
-            return False
-        if rev is None:
-            return newest.rev is not None and not any(
-                change.rev is None and change.lsn > newest.lsn for change in self._changes[id_]
-            )
-        return self._made_at.get(rev, 0) < newest.lsn
 
 
 # ── a source, and what is read from it ───────────────────────────────────────────────────────────────────────────
@@ -218,7 +182,7 @@ class Source:
             " 'publication_names', 'items')",
             [self._name],
         ).fetchall()
-        return History(logged(messages))
+        return History(sorted(logged(messages)))
 
     def _drop(self) -> None:
         with psycopg.connect(self.server.url_of(self._name), autocommit=True) as connection:
@@ -319,7 +283,7 @@ def test_a_running_transaction_that_is_in_no_list(source: Source, start: str) ->
     newest = history.newest_below(1, after.claims["ours"])
     assert newest is not None
     assert newest.rev == 1
-    assert before <= newest.lsn  # the log's positions and the insert position are of one kind
+    assert before <= newest.position  # the log's positions and the insert position are of one kind
     assert judge([after], history).outdated["ours"] == 0
     assert judge([read], history).outdated == {"without locks": 1, "position before": 1}
 
@@ -389,7 +353,7 @@ def test_a_transaction_in_the_log_that_is_not_visible_yet(source: Source) -> Non
     after = source.read_chunk(None)
     assert after.rows[1] == 1
     assert after.claims["ours"] is not None
-    assert after.claims["ours"] > update.lsn
+    assert after.claims["ours"] > update.position
 
 
 # ── random interleavings, one statement at a time ────────────────────────────────────────────────────────────────
