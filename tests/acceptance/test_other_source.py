@@ -20,7 +20,10 @@ import yaml
 
 from acceptance.harness import PATIENCE_S, Actor, Run, Source
 from acceptance.kafka_harness import KafkaPipeline, child_of
+from delta_sync.changes import Write
 from delta_sync.errors import SinkBusy, Transient
+from delta_sync.kafka.signals import SignalBoard
+from delta_sync.signals import Heard
 from delta_sync.sinks import open_sinks, target_for
 from delta_sync.sources.debezium.reader import TopicReader
 from delta_sync.spec import load_spec
@@ -29,13 +32,15 @@ from delta_sync.testing.processes import wait_until
 from delta_sync.testing.registry import Apicurio
 from delta_sync.testing.servers import PostgreSQL, Redis
 from delta_sync.values import to_json
+from delta_sync.versions import version_of
 
 pytestmark = pytest.mark.long  # some minutes; its parts have unit tests
 
 ROWS = 3000
 CHUNK = 100  # rows: a load has thirty windows, so that there is time to disturb it
 TABLES = {
-    "item": "CREATE TABLE {schema}.item (id int PRIMARY KEY, note text, price numeric(12, 2), at timestamp, flag boolean)",
+    "item": "CREATE TABLE {schema}.item"
+    " (id int PRIMARY KEY, note text, price numeric(12, 2), at timestamp, flag boolean)",
     "part": "CREATE TABLE {schema}.part (item int, name text, amount int NOT NULL, PRIMARY KEY (item, name))",
 }
 
@@ -156,7 +161,8 @@ class Writing(Actor):
             [number, text, self._random.randrange(100_000) / 100],
         )
         connection.execute(
-            f"INSERT INTO {schema}.part VALUES (%s, 'a', 1) ON CONFLICT (item, name) DO UPDATE SET amount = part.amount + 1",
+            f"INSERT INTO {schema}.part VALUES (%s, 'a', 1)"
+            " ON CONFLICT (item, name) DO UPDATE SET amount = part.amount + 1",
             [number],
         )
 
@@ -173,7 +179,8 @@ def pipeline(
         f"CREATE SCHEMA {name}",
         *(statement.format(schema=name) for statement in TABLES.values()),
         f"CREATE TABLE {name}.signal (id varchar(64), type varchar(32), data varchar(2048))",
-        f"INSERT INTO {name}.item SELECT n, 'note ' || n, n / 4.0, '2026-01-01', n % 2 = 0 FROM generate_series(1, {ROWS}) n",
+        f"INSERT INTO {name}.item SELECT n, 'note ' || n, n / 4.0, '2026-01-01', n % 2 = 0"
+        f" FROM generate_series(1, {ROWS}) n",
         f"INSERT INTO {name}.part SELECT n, 'a', n FROM generate_series(1, {ROWS}) n",
     )
     password = tmp_path / "password"
@@ -211,9 +218,71 @@ def start(pipeline: OtherPipeline, exits: contextlib.ExitStack, command: str) ->
     return run
 
 
-def test_thin(pipeline: OtherPipeline, started: contextlib.ExitStack) -> None:
+def said(board: SignalBoard) -> Heard:
+    """Return what the connector has said about the snapshot that it is in the midst of."""
+    board.read()
+    running = board.connector.snapshot if board.connector is not None else None
+    return board.heard[running] if running else Heard()
+
+
+def test_rows_are_loaded_and_dumped_while_they_change_and_processes_die(
+    pipeline: OtherPipeline, started: contextlib.ExitStack
+) -> None:
+    """Every row is compared at the end, and what has no row is gone."""
+    name, (item, part) = pipeline.name, pipeline.tables
+    board = SignalBoard(pipeline.spec)
+    started.callback(board.close)
+    writer = Writing(pipeline.shop, seed=4)
+    writer.start()
+    started.callback(writer.stop)
     sidecar, worker = (start(pipeline, started, command) for command in ("sidecar", "worker"))
+
+    wait_until(lambda: said(board).place is not None, PATIENCE_S, "the midst of a load")
+    worker.kill()
+    child_of(sidecar, "io.debezium.server.Main").kill()
+    worker = start(pipeline, started, "worker")
+    wait_until(pipeline.loaded, PATIENCE_S, "the load")
+    writer.stop()
     pipeline.in_step(sidecar, worker)
-    (found,) = pipeline.dump("start", pipeline.name, "--table", pipeline.tables[0], "--wait")
-    assert found["state"] == "done"
+
+    # What nobody wrote to the source, and what only its removal can bring out of the store.
+    table = pipeline.reader.tables([item])[item]
+    stray = Write((-1,), version_of(1, 5), {"id": -1})
+    pipeline.sink.apply(target_for(pipeline.sink, table, pipeline.spec), [stray])
+    assert any(": no such row" in line for line in pipeline.differences())
+
+    writer = Writing(pipeline.shop, seed=5)
+    writer.start()
+    started.callback(writer.stop)
+    first, second = sorted(found["id"] for found in pipeline.dump("start", name))
+    wait_until(lambda: said(board).place is not None, PATIENCE_S, "the midst of a dump")
+    pipeline.dump("pause", name, str(first))
+    wait_until(lambda: said(board).paused, PATIENCE_S, "a pause")
+    paused_ms = said(board).at_ms
+    sidecar.kill()  # its Debezium Server ends with it; the next one reads on, and is paused again
+    sidecar = start(pipeline, started, "sidecar")
+    wait_until(lambda: said(board).paused and said(board).at_ms > paused_ms, PATIENCE_S, "another pause")
+    assert [pipeline.state_of(one) for one in (first, second)] == ["paused", "running"]
+    pipeline.dump("resume", name, str(first))
+    for one in (first, second):
+        assert pipeline.dump("show", name, str(one), "--wait")[0]["state"] == "done"
+
+    (third,) = (found["id"] for found in pipeline.dump("start", name, "--table", part))
+    wait_until(lambda: said(board).place is not None, PATIENCE_S, "the midst of a dump that is cancelled")
+    pipeline.dump("cancel", name, str(third))
+    (some,) = pipeline.dump("start", name, "--table", item, "--keys", "1,2,3,999999", "--wait")
+    assert some["state"] == "done"
+    assert pipeline.state_of(third) == "cancelled"
+    board.read()
+    assert board.heard[next(id_ for id_ in board.heard if f" {third}." in id_)].stopped
+    writer.stop()
+    assert some["rows"] <= 3
+    (matching,) = pipeline.dump("start", name, "--table", part, "--where", "amount < 0", "--wait")
+    assert (matching["state"], matching["rows"]) == ("done", 0)
     pipeline.in_step(sidecar, worker)
+    assert not pipeline.dead_letters()
+
+    wrong = pipeline.deltactl("dump", "start", name, "--table", part, "--where", "no such column", "--wait")
+    assert wrong.returncode == 1
+    assert "database refused" in wrong.stderr
+    assert worker.stop() == sidecar.stop() == 0

@@ -169,8 +169,8 @@ class EnvelopeReader:
             key = key_text(tuple(image.get(part) for part in table.key))
             raise UndecodableChange(
                 f"The event lacks {', '.join(lacking)}, which the source leaves out when it does not change, and Delta"
-                f" has no client of this database to read it by: type `deltactl dump start … --table {table.id}` with"
-                f" --keys {key}."
+                f" has no client of this database to read it by: type `deltactl dump start … --table {table.id} --keys"
+                f" {key}`."
             )
         return {column.name: image.get(column.name) for column in table.columns}
 

@@ -52,6 +52,8 @@ class TopicEnds:
         def ask(consumer: Any) -> dict[str, tuple[int, int]]:
             partitions = [_kafka.TopicPartition(topic, 0) for topic in topics if consumer.partitions_for_topic(topic)]
             begins, ends = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
+            if not all(at in begins and at in ends for at in partitions):  # it leaves out what has no leader
+                raise KafkaBusy("Kafka does not say where topics end.")
             return {at.topic: (begins[at], ends[at]) for at in partitions}
 
         return self._asked(ask)
@@ -61,8 +63,13 @@ class TopicEnds:
         at = _kafka.TopicPartition(topic, 0)
 
         def ask(consumer: Any) -> int:
-            found = consumer.offsets_for_times({at: timestamp_ms})[at]
-            return int(consumer.end_offsets([at])[at] if found is None else found.offset)
+            found = consumer.offsets_for_times({at: timestamp_ms}).get(at)
+            if found is not None:
+                return int(found.offset)
+            ends = consumer.end_offsets([at])
+            if at not in ends:
+                raise KafkaBusy("Kafka does not say where a topic ends.")
+            return int(ends[at])
 
         return self._asked(ask)
 
