@@ -36,10 +36,12 @@ class TopicEnds:
     def __init__(self, spec: KafkaSpec) -> None:
         self._spec = spec
         self._consumer: Any = None
+        self._assigned: set[Any] = set()
 
     def close(self) -> None:
         """Release connections. Idempotent."""
         consumer, self._consumer = self._consumer, None
+        self._assigned.clear()
         if consumer is not None:
             consumer.close()
 
@@ -79,7 +81,12 @@ class TopicEnds:
 
         def ask(consumer: Any) -> list[LastRecord]:
             found: list[LastRecord] = []
-            consumer.assign([at])
+            if at not in self._assigned:
+                # All that were ever read stay assigned: the client does not survive a late answer about one that is not.
+                self._assigned.add(at)
+                consumer.assign(sorted(self._assigned))
+            consumer.pause(*(self._assigned - {at}))
+            consumer.resume(at)
             consumer.seek(at, start)
             for _ in range(round(1000 * RECORD_S / POLL_MS)):
                 if consumer.position(at) >= end:
