@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 RECORD_S = 10.0  # for the broker's answer, which takes milliseconds
 POLL_MS = 500.0
+CONSUMERS_MOST = 9  # connections for eight topics; beyond that, another one for each read
 
 
 class LastRecord(NamedTuple):
@@ -35,14 +36,14 @@ class TopicEnds:
 
     def __init__(self, spec: KafkaSpec) -> None:
         self._spec = spec
-        self._consumer: Any = None
-        self._assigned: set[Any] = set()
+        # One for questions, and one for each topic that was read of late: the client does not survive a late answer about
+        # a partition that it has been told to leave, nor does it go on at once with one that was paused.
+        self._consumers: dict[str, Any] = {}
 
     def close(self) -> None:
         """Release connections. Idempotent."""
-        consumer, self._consumer = self._consumer, None
-        self._assigned.clear()
-        if consumer is not None:
+        while self._consumers:
+            _, consumer = self._consumers.popitem()
             consumer.close()
 
     def ends(self, topics: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -81,36 +82,36 @@ class TopicEnds:
 
         def ask(consumer: Any) -> list[LastRecord]:
             found: list[LastRecord] = []
-            if at not in self._assigned:
-                # All that were ever read stay assigned: the client does not survive a late answer about one that is not.
-                self._assigned.add(at)
-                consumer.assign(sorted(self._assigned))
-            consumer.pause(*(self._assigned - {at}))
-            consumer.resume(at)
+            if not consumer.assignment():
+                consumer.assign([at])
             consumer.seek(at, start)
             for _ in range(round(1000 * RECORD_S / POLL_MS)):
-                if consumer.position(at) >= end:
-                    return found
                 polled = consumer.poll(timeout_ms=POLL_MS).get(at, [])
                 found += [
                     LastRecord(one.key, one.value, one.offset, one.timestamp) for one in polled if one.offset < end
                 ]
+                if consumer.position(at) >= end:
+                    return found
             raise KafkaBusy(f"Kafka does not answer: records of {topic} did not come.")
 
-        return self._asked(ask) if start < end else []
+        return self._asked(ask, topic) if start < end else []
 
-    def _asked(self, question: Callable[[Any], T]) -> T:
+    def _asked(self, question: Callable[[Any], T], topic: str = "") -> T:
         try:
-            if self._consumer is None:
+            consumer = self._consumers.pop(topic, None)
+            if consumer is None:
                 options: Mapping[str, Any] = settings.resolved(settings.kafka_python(self._spec))
-                self._consumer = _kafka.KafkaConsumer(
+                consumer = _kafka.KafkaConsumer(
                     **options,
                     group_id=None,
                     enable_auto_commit=False,
                     auto_offset_reset="earliest",  # of records that have just expired
                     allow_auto_create_topics=False,
                 )
-            return question(self._consumer)
+            self._consumers[topic] = consumer  # the last one is that of the last question
+            if len(self._consumers) > CONSUMERS_MOST:
+                self._consumers.pop(next(iter(self._consumers))).close()
+            return question(consumer)
         except KafkaError as error:
             self.close()  # the next time with a new connection
             raise KafkaBusy(f"Kafka does not answer: {redact(str(error) or type(error).__name__)}.") from error
