@@ -8,7 +8,7 @@ import keyword
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
 import yaml
@@ -128,18 +128,21 @@ def source_from_connector(file: Path) -> tuple[dict[str, str], dict[str, str | i
             data = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UsageError(f"--source-connector: {file} is not YAML.") from None  # its own text quotes values
-    if isinstance(data, dict) and isinstance(data.get("config"), dict):
-        data = data["config"]
-    if not isinstance(data, dict) or not isinstance(data.get("connector.class"), str):
+    found = _mapping(_mapping(data).get("config", data))
+    if not isinstance(found.get("connector.class"), str):
         raise UsageError(
             f"--source-connector: {file} must hold a connector's options, and among them connector.class, such as"
             " io.debezium.connector.sqlserver.SqlServerConnector."
         )
-    options: dict[str, Any] = {str(name): value for name, value in data.items() if name not in _OF_DELTA}
+    options: dict[str, Any] = {str(name): value for name, value in found.items() if name not in _OF_DELTA}
     bad = next((name for name, value in options.items() if not isinstance(value, str | int)), None)
     if bad is not None:
         raise UsageError(f"--source-connector: {bad} in {file} must be a text, a number, or true or false.")
-    return {"url": f"debezium://{data['connector.class']}"}, options
+    return {"url": f"debezium://{found['connector.class']}"}, options
+
+
+def _mapping(data: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", data) if isinstance(data, dict) else {}
 
 
 _OF_DELTA = ("connector.class", "name", "tasks.max", "topic.prefix", "snapshot.mode")  # as Delta sets them

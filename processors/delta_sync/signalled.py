@@ -159,8 +159,14 @@ class SignalledLoader(threading.Thread):
         self._under_way = any(dump.state == "running" for dump in dumps)
         self._progress.dumps = [dump for dump in dumps if dump.kind != "load"]  # these have rows of their own
         if self._current is None:
-            self._end_what_nobody_wants(dumps)
-            self._current = self._dumps.lease(self._owner, LEASE_S, signals.KEYS_MOST, self._fits, self._last)
+            busy = self._dump_under_way(dumps)
+            self._current = self._dumps.lease(
+                self._owner,
+                LEASE_S,
+                signals.KEYS_MOST,
+                lambda dump: self._fits(dump) and (busy is None or dump.id == busy),
+                self._last,
+            )
         if self._current is not None:
             self._dumps.renew(self._owner, LEASE_S)
             self._go_on(self._current)
@@ -290,19 +296,24 @@ class SignalledLoader(threading.Thread):
         self._dumps.end(chunk.dump.id, "failed", why)
         self._current = None
 
-    def _end_what_nobody_wants(self, dumps: Collection[Dump]) -> None:
-        """Stop a snapshot of ours whose dump has ended: whoever was to stop it may have died before."""
+    def _dump_under_way(self, dumps: Collection[Dump]) -> int | None:
+        """Return the dump in whose snapshot the connector is, begun by whoever planned before; None: in none of ours.
+
+        Nothing else is signalled meanwhile, or what is said of the one would be about the other. A snapshot whose dump
+        has ended is stopped: whoever was to do so may have died before.
+        """
         connector = self._board.connector
         if connector is None or not (connector.snapshot or "").startswith(signals.PREFIX):
-            return
+            return None
         id_ = connector.snapshot or ""
         dump = next((one for one in dumps if id_.startswith(f"{signals.PREFIX}{one.id}.")), None)
         if dump is not None:
-            return  # a chunk of it is another process's yet
+            return dump.id  # its chunk may be a dead process's yet, until the lease expires
         sent_ms = self._board.sent_ms[id_].get("stop-snapshot", 0)
         if connector.timestamp_ms > sent_ms + signals.RESEND_MS:
             types: tuple[signals.SignalType, ...] = ("stop-snapshot", "resume-snapshot")
             self._board.send(*(signals.signal(one, id_, None) for one in types))
+        return None
 
     def _finish(self, dump: Dump) -> None:
         """Plan the one chunk of a dump, or finish a dump of which nothing is left."""

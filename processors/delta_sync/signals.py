@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import orjson
 
@@ -270,8 +270,8 @@ def notification_of(record: Mapping[str, Any], timestamp_ms: int) -> Notificatio
     """Return a notification about an incremental snapshot; None for others. `record` is its value, decoded."""
     if record.get("aggregate_type") != AGGREGATE:
         return None
-    data = record.get("additional_data") or {}
-    return Notification(str(record.get("id")), str(record.get("type")), dict(data), timestamp_ms)
+    data: dict[str, str] = record.get("additional_data") or {}
+    return Notification(str(record.get("id")), str(record.get("type")), data, timestamp_ms)
 
 
 def connector_of(offset: Mapping[str, Any], number: int, timestamp_ms: int) -> Connector:
@@ -286,9 +286,11 @@ def sent_in(records: Iterable[tuple[bytes | None, int]]) -> list[tuple[str, str,
     found: list[tuple[str, str, int]] = []
     for value, timestamp_ms in records:
         try:
-            said: Any = orjson.loads(value or b"")
+            said: object = orjson.loads(value or b"")
         except orjson.JSONDecodeError:
             continue
-        if isinstance(said, dict) and isinstance(said.get("id"), str) and isinstance(said.get("type"), str):  # pyright: ignore[reportUnknownMemberType] -- JSON
-            found.append((said["id"], said["type"], timestamp_ms))
+        one = cast("dict[str, object]", said) if isinstance(said, dict) else {}
+        id_, type_ = one.get("id"), one.get("type")
+        if isinstance(id_, str) and isinstance(type_, str):
+            found.append((id_, type_, timestamp_ms))
     return found

@@ -37,7 +37,7 @@ from delta_sync.versions import version_of
 pytestmark = pytest.mark.long  # some minutes; its parts have unit tests
 
 ROWS = 3000
-CHUNK = 100  # rows: a load has thirty windows, so that there is time to disturb it
+CHUNK = 10  # rows: a dump has three hundred windows, so that there is time to disturb it
 TABLES = {
     "item": "CREATE TABLE {schema}.item"
     " (id int PRIMARY KEY, note text, price numeric(12, 2), at timestamp, flag boolean)",
@@ -89,7 +89,7 @@ class OtherPipeline(KafkaPipeline):
             target = target_for(self.sink, table, self.spec)
             columns = ", ".join(column.name for column in table.columns)
             with self.shop.connect() as connection:
-                cursor = connection.execute(f"SELECT {columns} FROM {table.id}")  # type: ignore[arg-type]  # a test's own
+                cursor = connection.execute(f"SELECT {columns} FROM {table.id}")
                 names = [column.name for column in cursor.description or ()]
                 rows = {
                     tuple(row[names.index(part)] for part in table.key): dict(zip(names, row, strict=True))
@@ -269,6 +269,8 @@ def test_rows_are_loaded_and_dumped_while_they_change_and_processes_die(
 
     (third,) = (found["id"] for found in pipeline.dump("start", name, "--table", part))
     wait_until(lambda: said(board).place is not None, PATIENCE_S, "the midst of a dump that is cancelled")
+    pipeline.dump("pause", name, str(third))
+    wait_until(lambda: said(board).paused, PATIENCE_S, "a pause before the cancellation")
     pipeline.dump("cancel", name, str(third))
     (some,) = pipeline.dump("start", name, "--table", item, "--keys", "1,2,3,999999", "--wait")
     assert some["state"] == "done"

@@ -229,10 +229,6 @@ def test_whoever_plans_next_goes_on_where_it_is(world: World) -> None:
     world.look(2)
     world.board.say("STARTED")
     world.dumps.release("me")  # as at an orderly end; of one that is killed the lease of the chunk expires
-    world.state.take_lease(NAME, "load", "me", TTL_S)
-    lease = world.state.lease(NAME, "load")
-    assert lease is not None
-    world.state.forget_members(NAME, world.state.database_now())
     mine = world.state.take_lease(NAME, "load", "me", TTL_S)
     assert mine is not None
     world.state.release_lease(mine)
@@ -244,6 +240,28 @@ def test_whoever_plans_next_goes_on_where_it_is(world: World) -> None:
     world.apply()
     world.look(2)
     assert world.state.loads(NAME)[MOVIE].state == "done"
+
+
+def test_what_a_dead_planner_began_is_waited_for_before_another_dump(world: World) -> None:
+    """Of two snapshots at once Debezium would say everything under the id of the second."""
+    world.loaded()
+    for _ in range(2):
+        world.dumps.add(Dump(table=MOVIE, kind="table"))
+    world.look(3)
+    world.board.say("STARTED")
+    mine = world.state.take_lease(NAME, "load", "me", TTL_S)  # as if it had expired; that of the chunk has not
+    assert mine is not None
+    world.state.release_lease(mine)
+    world.loader = world.planner("other")
+    world.look(3)
+    assert world.types == ["execute-snapshot"]
+    world.dumps.release("me")
+    world.look(2)
+    world.board.read_all(5)
+    world.apply()
+    world.look(3)
+    assert [dump.state for dump in world.dumps.all()[-2:]] == ["done", "running"]
+    assert world.types == ["execute-snapshot"] * 2
 
 
 def test_a_snapshot_that_nobody_wants_any_more_is_stopped(world: World) -> None:

@@ -22,6 +22,7 @@ from delta_sync.signals import (
     Read,
     Seen,
     Send,
+    SignalType,
     Wait,
     Wanted,
     connector_of,
@@ -34,7 +35,10 @@ from delta_sync.signals import (
 )
 from delta_sync.tables import Column, Kind, Table
 
-EXECUTE, PAUSE, RESUME, STOP = "execute-snapshot", "pause-snapshot", "resume-snapshot", "stop-snapshot"
+EXECUTE: SignalType = "execute-snapshot"
+PAUSE: SignalType = "pause-snapshot"
+RESUME: SignalType = "resume-snapshot"
+STOP: SignalType = "stop-snapshot"
 MOVIE = Table("public", "movie", (Column("id", "int", Kind.INTEGER), Column("title", "text", Kind.TEXT)), ("id",))
 BORN = dt.datetime(2026, 11, 30, 10, 0, 0, 5000, dt.UTC)
 

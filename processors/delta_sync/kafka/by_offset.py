@@ -109,8 +109,9 @@ class EnvelopeReader:
         """Raise SchemaUnfit if it is not one of Debezium's events of rows."""
         fields = {field["name"]: field["type"] for field in schema["fields"]}
         row = row_of(fields)
-        source = fields.get("source")
-        in_source = {field["name"] for field in source["fields"]} if isinstance(source, dict) else set[str]()
+        source: Any = fields.get("source")
+        of_source: list[dict[str, Any]] = source["fields"] if isinstance(source, dict) else []
+        in_source = {field["name"] for field in of_source}
         if row is None or "op" not in fields or "ts_ms" not in in_source:
             raise SchemaUnfit(
                 f"Schema {schema_id} ({schema.get('name')}) is not one of Debezium's events of rows, which have before,"

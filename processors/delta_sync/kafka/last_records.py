@@ -36,8 +36,8 @@ class TopicEnds:
 
     def __init__(self, spec: KafkaSpec) -> None:
         self._spec = spec
-        # One for questions, and one for each topic that was read of late: the client does not survive a late answer about
-        # a partition that it has been told to leave, nor does it go on at once with one that was paused.
+        # One for questions, and one for each topic that was read of late: the client does not survive a late answer
+        # about a partition that it has been told to leave, nor does it go on at once with one that was paused.
         self._consumers: dict[str, Any] = {}
 
     def close(self) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 
-from delta_sync.decoding import TableCodec
+from delta_sync.decoding import Image, TableCodec
 from delta_sync.kafka.avro import column_name, shortened
 from delta_sync.sources.codec import key_decoder, parse_json, row_decoder
 from delta_sync.tables import Column, Kind, Table
@@ -34,7 +34,15 @@ class ReadColumn(NamedTuple):
 
 def table_codec(table: Table) -> TableCodec:
     """Return how the events of a table are read whose values have been read by their own schemas. They lack nothing."""
-    return TableCodec(table, row_decoder(table, lambda _: None), key_decoder(table, lambda _: None), lambda _: False)
+    return TableCodec(table, row_decoder(table, _as_it_is), key_decoder(table, _as_it_is), _lacks_nothing)
+
+
+def _as_it_is(_column: Column) -> None:
+    return None
+
+
+def _lacks_nothing(_image: Image) -> bool:
+    return False
 
 
 def columns_of(row: Mapping[str, Json]) -> list[ReadColumn]:
@@ -53,26 +61,28 @@ def _column(field: Mapping[str, Json]) -> ReadColumn:
 def _without_null(kind: Json) -> tuple[Json, bool]:
     if not isinstance(kind, list):
         return kind, False
-    others = [branch for branch in kind if branch != "null"]  # pyright: ignore[reportUnknownVariableType] -- JSON
-    return (others[0] if len(others) == 1 else others), True  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType] -- ditto
+    others = [branch for branch in cast("list[Json]", kind) if branch != "null"]
+    return (others[0] if len(others) == 1 else others), True
 
 
 def _kind_of(kind: Json) -> tuple[Kind, str, int, Convert | None]:
     """Return a type's kind, its name, its dimensions and how its values are read."""
     if isinstance(kind, str):
-        return (*_PLAIN.get(kind, (Kind.JSON, kind))[:2], 0, shortened if kind == "float" else None)
+        found, text = _PLAIN.get(kind, (Kind.JSON, kind))
+        return found, text, 0, shortened if kind == "float" else None
     if not isinstance(kind, dict):
         return Kind.JSON, "union", 0, None
-    name = str(kind.get("connect.name", ""))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType] -- JSON
+    said = cast("dict[str, Any]", kind)
+    name: str = said.get("connect.name", "")
     if name == _DECIMAL:
-        scale = int(kind.get("connect.parameters", {}).get("scale", kind.get("scale", 0)))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType] -- ditto
+        scale = int(said.get("connect.parameters", {}).get("scale", said.get("scale", 0)))
         return Kind.DECIMAL, f"decimal({scale})", 0, lambda value: _decimal(value, scale)
     if name in _NAMED:
         found, convert = _NAMED[name]
         return found, name.rpartition(".")[2], 0, convert
-    inner: Json = kind["type"]
+    inner: Json = said["type"]
     if inner == "array":
-        items, _ = _without_null(kind["items"])
+        items, _ = _without_null(said["items"])
         found, text, dimensions, convert = _kind_of(items)
         return found, f"{text}[]", dimensions + 1, None if convert is None else _each(convert)
     if inner in ("record", "enum", "map"):
