@@ -86,7 +86,7 @@ class _Plan(NamedTuple):
 )
 @click.option(
     "--source-connector",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Instead of --source: the options of another of Debezium's connectors, in YAML, JSON or properties.",
 )

@@ -117,7 +117,10 @@ def source_from_connector(file: Path) -> tuple[dict[str, str], dict[str, str | i
     In YAML, in JSON (Kafka Connect's form, with `config`, or the options alone), or as Java's properties where it is
     called so. Raises UsageError.
     """
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--source-connector: {file} cannot be read: {error.strerror}.") from error
     data: Any
     if file.suffix == ".properties":
         lines = (line.strip() for line in text.splitlines())

@@ -245,6 +245,13 @@ def test_rows_are_loaded_and_dumped_while_they_change_and_processes_die(
     writer.stop()
     pipeline.in_step(sidecar, worker)
 
+    checked = pipeline.deltactl("pipeline", "check", name)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "limit Rows are read by Debezium's incremental snapshots" in checked.stderr
+    refused = pipeline.deltactl("verify", name)
+    assert refused.returncode == 2
+    assert "Delta has no client of its database" in refused.stderr
+
     # What nobody wrote to the source, and what only its removal can bring out of the store.
     table = pipeline.reader.tables([item])[item]
     stray = Write((-1,), version_of(1, 5), {"id": -1})

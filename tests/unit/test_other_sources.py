@@ -254,6 +254,11 @@ def test_a_file_that_is_none(tmp_path: Path, text: str, words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        source_from_connector(tmp_path / "connector.yaml")
+
+
 def test_a_processor_of_columns_that_are_not_known() -> None:
     text = processor_source("orders", [Table("shop.dbo", "order", (), ())], ["cache"])
     assert "return dict(row)" in text
