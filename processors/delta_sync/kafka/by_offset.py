@@ -109,8 +109,8 @@ class EnvelopeReader:
         """Raise SchemaUnfit if it is not one of Debezium's events of rows."""
         fields = {field["name"]: field["type"] for field in schema["fields"]}
         row = row_of(fields)
-        source: Any = fields.get("source")
-        of_source: list[dict[str, Any]] = source["fields"] if isinstance(source, dict) else []
+        source: Mapping[str, Any] = fields.get("source", {})
+        of_source: list[dict[str, Any]] = source.get("fields", [])
         in_source = {field["name"] for field in of_source}
         if row is None or "op" not in fields or "ts_ms" not in in_source:
             raise SchemaUnfit(

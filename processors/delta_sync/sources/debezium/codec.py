@@ -61,7 +61,7 @@ def _column(field: Mapping[str, Json]) -> ReadColumn:
 def _without_null(kind: Json) -> tuple[Json, bool]:
     if not isinstance(kind, list):
         return kind, False
-    others = [branch for branch in cast("list[Json]", kind) if branch != "null"]
+    others: list[Json] = [branch for branch in kind if branch != "null"]  # pyright: ignore[reportUnknownVariableType] -- JSON
     return (others[0] if len(others) == 1 else others), True
 
 
