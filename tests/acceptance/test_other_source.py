@@ -63,7 +63,7 @@ class OtherPipeline(KafkaPipeline):
         )
         file = self.home / "pipeline.yaml"
         written = yaml.safe_load(file.read_text())
-        written["kafka"]["session_timeout"] = "6s"  # or the partitions of a worker that was killed rest for 45 s
+        written["kafka"]["session_timeout"] = "15s"  # or the partitions of a worker that was killed rest for 45 s
         written["source"]["heartbeat"] = "300ms"
         file.write_text(yaml.safe_dump(written, sort_keys=False))
         self.spec = load_spec(self.home)
