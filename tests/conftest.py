@@ -15,7 +15,7 @@ from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  
 
 pytest_plugins = ["delta_sync.testing.stack"]
 
-SCENES_WITH_KAFKA = tuple(f"tests/acceptance/test_{name}" for name in ("kafka", "mariadb", "failover"))
+SCENES_WITH_KAFKA = tuple(f"tests/acceptance/test_{name}" for name in ("kafka", "mariadb", "failover", "other"))
 
 # Where `make jars` puts them, for those who run pytest by hand.
 os.environ.setdefault("DELTA_JARS", str(Path(__file__).parents[1] / ".cache" / "jars"))

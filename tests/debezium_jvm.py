@@ -18,6 +18,9 @@ CONNECTORS = {
     "io.debezium.connector.postgresql.PostgresConnector": "io.debezium.connector.postgresql.PostgresConnectorConfig",
     "io.debezium.connector.mysql.MySqlConnector": "io.debezium.connector.mysql.MySqlConnectorConfig",
     "io.debezium.connector.mariadb.MariaDbConnector": "io.debezium.connector.mariadb.MariaDbConnectorConfig",
+    "io.debezium.connector.sqlserver.SqlServerConnector": "io.debezium.connector.sqlserver.SqlServerConnectorConfig",
+    "io.debezium.connector.oracle.OracleConnector": "io.debezium.connector.oracle.OracleConnectorConfig",
+    "io.debezium.connector.db2.Db2Connector": "io.debezium.connector.db2.Db2ConnectorConfig",
 }
 
 
@@ -79,6 +82,10 @@ class _Debezium:
             if field.getType() == field_class:
                 definition = field.get(None)
                 found[str(definition.name())] = definition
+        return found
+
+    def _fields_of_connector(self, class_name: str) -> dict[str, Any]:
+        found = self._fields(class_name)
         # What a connector lists as its own overrides what an ancestor defines under the same name.
         for definition in self._class(class_name).ALL_FIELDS:
             found[str(definition.name())] = definition
@@ -87,7 +94,10 @@ class _Debezium:
     def validate(self, options: Mapping[str, str]) -> dict[str, Any]:
         """Return which options no definition knows, and what definitions say against the values. Connects nowhere."""
         connector = options["connector.class"]
-        known = self._fields(CONNECTORS[connector])
+        known = self._fields_of_connector(CONNECTORS[connector])
+        known |= self._fields("io.debezium.pipeline.signal.channels.KafkaSignalChannel")
+        known |= self._fields("io.debezium.pipeline.notification.channels.SinkNotificationChannel")
+        known |= self._fields("io.debezium.storage.kafka.history.KafkaSchemaHistory")
         for other in (
             "io.debezium.embedded.async.AsyncEngineConfig",
             "io.debezium.storage.file.history.FileSchemaHistory",

@@ -197,6 +197,12 @@ def describe(problem: Problem) -> dict[str, object]:
     return {key: redact(value) if isinstance(value, str) else value for key, value in problem._asdict().items()}
 
 
+def print_limits(limits: Iterable[str]) -> None:
+    """Print what a pipeline cannot do, to standard error."""
+    for limit in limits:
+        warn(f"{click.style('limit', fg='yellow')} {limit}")
+
+
 def print_problems(problems: Sequence[Problem]) -> None:
     """Print findings on standard error, two lines for each: what is wrong, and what to change."""
     for problem in problems:

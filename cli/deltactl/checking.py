@@ -172,6 +172,8 @@ def resolvable(spec: PipelineSpec) -> None:
         texts += [sink.url, *(value for value in sink.options.values() if isinstance(value, str))]
     for shape in spec.shapes.values():
         texts += [mask.hash for mask in shape.mask.values() if mask.hash is not None]
+    if spec.source.kind == "debezium":
+        texts += [value for value in spec.connector.values() if isinstance(value, str)]
     for text in texts:
         resolve(text)
 

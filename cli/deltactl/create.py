@@ -15,6 +15,7 @@ from delta_sync.errors import UsageError
 from delta_sync.generations import known_generations
 from delta_sync.sinks import installed, kind_of, open_sinks, targets_of
 from delta_sync.sources import check_supported, open_inspector
+from delta_sync.sources.debezium.limits import LIMITS
 from delta_sync.sources.inspection import Inspector
 from delta_sync.sources.postgresql.connection import DEFAULT_PORT
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec, dump_spec, spec_from
@@ -28,6 +29,7 @@ from deltactl.app import (
     json_of,
     pass_app,
     print_json,
+    print_limits,
     print_problems,
     say,
     shared_options,
@@ -49,6 +51,7 @@ from deltactl.generate import (
     function_source,
     names_in_processor,
     processor_source,
+    source_from_connector,
     source_from_url,
     spec_from_options,
     split_sinks,
@@ -78,9 +81,14 @@ class _Plan(NamedTuple):
 @click.option(
     "--source",
     "source_url",
-    required=True,
     metavar="URL",
     help="postgresql://, mariadb:// or mysql://user@host:port/database",
+)
+@click.option(
+    "--source-connector",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Instead of --source: the options of another of Debezium's connectors, in YAML, JSON or properties.",
 )
 @click.option(
     "--table",
@@ -104,7 +112,8 @@ class _Plan(NamedTuple):
 def create(
     app: App,
     name: str,
-    source_url: str,
+    source_url: str | None,
+    source_connector: Path | None,
     tables: tuple[str, ...],
     sinks: tuple[str, ...],
     bootstrap: str | None,
@@ -127,7 +136,17 @@ def create(
 
     With --kafka and --registry the pipeline runs on Debezium Server, Kafka and any number of workers; its topics are
     made at the end.
+
+    A source that Delta does not know itself is given by its connector's options. Its rows are then read by Debezium,
+    and what such a pipeline cannot do is printed.
+
+    \b
+    Example:
+      deltactl pipeline create orders --source-connector sqlserver.yaml --table shop.dbo.orders \\
+          --sink cache=redis://cache/0 --kafka kafka:9092 --registry http://registry:8080/apis/ccompat/v7
     """
+    if (source_url is None) == (source_connector is None):
+        raise UsageError("Give --source or --source-connector: a URL, or a file with the options of a connector.")
     folder = app.home(name)
     existing = app.load(name) if (folder / SPEC_FILE).exists() else None
     urls = split_sinks(sinks, installed().schemes)
@@ -136,11 +155,20 @@ def create(
     for table in tables:
         if not all(table.split(".")):
             raise UsageError(f"--table: {table!r} is no table's name; write it as public.movie.")
-    source, secrets = source_from_url(source_url, f"{name}_SOURCE".upper())
+    connector: dict[str, str | int | bool] = {}
+    secrets: dict[str, str] = {}
+    if source_connector is not None:
+        source, connector = source_from_connector(source_connector)
+        bare = [table for table in tables if "." not in table]
+        if bare:
+            raise UsageError(f"--table: write {bare[0]} as the connector names it, with its schema.")
+    else:
+        assert source_url is not None, "one of the two is given"
+        source, secrets = source_from_url(source_url, f"{name}_SOURCE".upper())
     # Everything that can be wrong without asking anybody is wrong before anybody is asked.
     placeholder = [table if "." in table else f"{UNKNOWN_SCHEMA}.{table}" for table in tables]
     kafka = _kafka_options(bootstrap, registry, allow_unsafe=allow_unsafe, existing=existing)
-    draft = spec_from_options(name, source, placeholder, urls, existing, kafka)
+    draft = spec_from_options(name, source, placeholder, urls, existing, kafka, connector)
     secrets |= draft.secrets
     check_supported(draft.spec)
     with environment(secrets):
@@ -179,8 +207,11 @@ def _plan(
     check: bool,
     running: bool,
 ) -> _Plan:
-    with open_inspector(draft.source) as inspector:
+    if draft.source.kind == "debezium":
+        need_kafka_packages()
+    with open_inspector(draft) as inspector:
         spec = _fitting_the_cluster(_with_schemas(inspector, draft, given))
+        by_connector = spec.source.kind == "debezium"
         parts: list[Findings] = []
         if check:
             parts.append(check_source(inspector, spec, running=running, fresh=existing is None))
@@ -190,12 +221,13 @@ def _plan(
             merge(parts).refuse_fatal()
         else:
             tables = inspector.tables(list(spec.tables))
-            if unknown := [table for table in spec.tables if table not in tables]:
+            if (not by_connector) and (unknown := [table for table in spec.tables if table not in tables]):
                 raise UsageError(f"The source has no table {', '.join(unknown)}.")
         old_tables = {} if existing is None else inspector.tables(list(existing.tables))
     findings = merge(parts)
     targets_of(open_sinks(spec).values(), tables.values(), spec)
-    ordered = [tables[table] for table in spec.tables]
+    # Of a source that Delta has no client of, columns are not known, or not for long.
+    ordered = [_nameless(table) if by_connector else tables[table] for table in spec.tables]
     files = {
         SPEC_FILE: SCHEMA_LINE + dump_spec(spec),
         CONNECTOR_FILE: connector_json(spec, tables),
@@ -206,6 +238,8 @@ def _plan(
     present = read_all(folder, [PROCESSOR_FILE]).get(PROCESSOR_FILE)
     if present is None and spec.shapes.keys() == spec.tables.keys():
         return _Plan(spec, {}, findings, files)  # shaping alone makes the documents
+    if by_connector and existing is not None:
+        old_tables = {name: _nameless(name) for name in existing.tables}
     untouched = existing is not None and present == _generated_for(existing, old_tables)
     if present is None or untouched:
         return _Plan(spec, {}, findings, {**files, PROCESSOR_FILE: processor})
@@ -245,6 +279,11 @@ def _with_schemas(inspector: Inspector, draft: PipelineSpec, given: Sequence[str
     return spec_from(data, f"Pipeline {draft.name}")
 
 
+def _nameless(table: str) -> Table:
+    schema, _, name = table.rpartition(".")
+    return Table(schema, name, (), ())
+
+
 def _generated_for(spec: PipelineSpec, tables: Mapping[str, Table]) -> str | None:
     if not all(name in tables for name in spec.tables):
         return None  # a table of before is gone: what was generated for it cannot be known any more
@@ -259,8 +298,10 @@ def _carry_out(app: App, folder: Path, plan: _Plan, *, dry_run: bool, yes: bool)
     # What is written has references in place of secrets, so it is shown as it is: redacting a password such as
     # `postgres` would spoil every other place where that word is meant.
     exports = [variable for variable, value in plan.secrets.items() if os.environ.get(variable) != value]
+    limits = LIMITS if plan.spec.source.kind == "debezium" else ()
     result: dict[str, Any] = {
         "pipeline": name,
+        "limits": list(limits),
         "folder": str(folder),
         "files": {file: text for file, text in plan.files.items() if not file.startswith("../")},
         "changed": sorted(file for file in plan.files if old.get(file) != plan.files[file]),
@@ -270,6 +311,7 @@ def _carry_out(app: App, folder: Path, plan: _Plan, *, dry_run: bool, yes: bool)
     }
     if not app.json:
         print_problems(plan.findings.problems)
+        print_limits(limits)
     if dry_run:
         if app.json:
             print_json({**result, "written": False}, has_secrets=False)

@@ -130,7 +130,7 @@ def _targets_for_delete(
 ) -> list[tuple[AnySink, list[Target]]]:
     if keep_source:
         raise UsageError("--documents needs the source, which says what the tables' keys are; leave out --keep-source.")
-    with open_inspector(spec.source) as inspector:
+    with open_inspector(spec) as inspector:
         tables = inspector.tables(list(spec.tables))
     rows = {} if store is None else GenerationStore(store, spec.name).all()
     # One that is about to be dropped, too

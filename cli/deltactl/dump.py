@@ -17,6 +17,7 @@ from delta_sync.errors import DeltaError, UsageError
 from delta_sync.pipeline import load_processor
 from delta_sync.secrets import redact
 from delta_sync.sources import open_reader
+from delta_sync.sources.debezium.limits import DUMP_LIMITS
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
@@ -27,6 +28,7 @@ from deltactl.app import (
     name_argument,
     pass_app,
     print_json,
+    print_limits,
     print_table,
     say,
     shared_options,
@@ -116,6 +118,10 @@ def start(
         raise UsageError(f"Give one of {' and '.join(parts)}; a dump has one way to choose rows.")
     if parts and len(tables) != 1:
         raise UsageError(f"{parts[0]} is about the rows of one table: name it with --table.")
+    by_signal = spec.source.kind == "debezium"
+    if by_signal:
+        given = {"--sink": sinks, "--rows-per-second": rows_per_second, "--parallel": parallel, "--timeout": timeout}
+        _refuse_what_debezium_cannot(next((option for option, value in given.items() if value), None))
     kind: Kind = "table" if not parts else "where" if where else "keys"
     texts = keys.split(",") if keys else keys_file.read_text().splitlines() if keys_file else []
     wanted = _checked(spec, tables[0], [text for text in texts if text.strip()], where) if parts else []
@@ -141,6 +147,8 @@ def start(
         runs = spec.transport == "kafka" or app.is_running(name)
         if not runs:
             warn(f"Pipeline {name} is not running; the dump begins when it is.")
+        if by_signal and not app.json:
+            print_limits(DUMP_LIMITS)
         found = follow(store, ids, as_json=app.json) if wait else _found(store, ids)
     if app.json:
         print_json([as_json(one) for one in found])
@@ -271,7 +279,17 @@ def throttle(app: App, name: str, id_: int, rows_per_second: int | None, paralle
         raise UsageError("Give --rows-per-second, --parallel or both; or --unlimited.")
     given = {"rows_per_s": rows_per_second, "parallel": parallel}
     limits = {key: value for key, value in given.items() if unlimited or value is not None}
+    if app.load(name).source.kind == "debezium":
+        _refuse_what_debezium_cannot("throttle")
     _order(app, name, id_, "throttle", limits)
+
+
+def _refuse_what_debezium_cannot(what: str | None) -> None:
+    if what is not None:
+        raise UsageError(
+            f"{what} is not possible where Debezium reads the rows (source.url is debezium://…): it reads chunk after"
+            " chunk at its own rate, into every sink; pause the dump, or make load.chunk_rows smaller."
+        )
 
 
 def as_json(found: Dump) -> dict[str, Any]:

@@ -7,8 +7,11 @@ import json
 import keyword
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
+
+import yaml
 
 from delta_sync.errors import UsageError
 from delta_sync.secrets import has_reference, is_reference, is_secret_parameter
@@ -108,6 +111,46 @@ def source_from_url(url: str, variable: str) -> tuple[dict[str, str], dict[str, 
     return {"url": _unmask(head + ("?" + "&".join(pairs) if pairs else ""), references), **source}, secrets
 
 
+def source_from_connector(file: Path) -> tuple[dict[str, str], dict[str, str | int | bool]]:
+    """Return `source` and `connector` of a specification for a file with a connector's options.
+
+    In YAML, in JSON (Kafka Connect's form, with `config`, or the options alone), or as Java's properties where it is
+    called so. Raises UsageError.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--source-connector: {file} cannot be read: {error.strerror}.") from error
+    data: Any
+    if file.suffix == ".properties":
+        lines = (line.strip() for line in text.splitlines())
+        pairs = (line.partition("=") for line in lines if line and line[0] not in "#!")
+        data = {name.strip(): value.strip() for name, _, value in pairs}
+    else:
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--source-connector: {file} is not YAML.") from None  # its own text quotes values
+    found = _mapping(_mapping(data).get("config", data))
+    if not isinstance(found.get("connector.class"), str):
+        raise UsageError(
+            f"--source-connector: {file} must hold a connector's options, and among them connector.class, such as"
+            " io.debezium.connector.sqlserver.SqlServerConnector."
+        )
+    options: dict[str, Any] = {str(name): value for name, value in found.items() if name not in _OF_DELTA}
+    bad = next((name for name, value in options.items() if not isinstance(value, str | int)), None)
+    if bad is not None:
+        raise UsageError(f"--source-connector: {bad} in {file} must be a text, a number, or true or false.")
+    return {"url": f"debezium://{found['connector.class']}"}, options
+
+
+def _mapping(data: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", data) if isinstance(data, dict) else {}
+
+
+_OF_DELTA = ("connector.class", "name", "tasks.max", "topic.prefix", "snapshot.mode")  # as Delta sets them
+
+
 def spec_from_options(
     name: str,
     source: Mapping[str, str],
@@ -115,11 +158,13 @@ def spec_from_options(
     sinks: Mapping[str, str],
     existing: PipelineSpec | None = None,
     kafka: Mapping[str, Any] | None = None,
+    connector: Mapping[str, str | int | bool] | None = None,
 ) -> Draft:
     """Return the specification that the options of `pipeline create` describe.
 
     What `existing` says beyond them (limits, options of tables and sinks that stay) is kept. `kafka` has what the
-    options say of that transport: without it, the transport stays what it was. Raises UsageError.
+    options say of that transport: without it, the transport stays what it was. `connector` takes the place of the
+    connector's options that were there, if it has any. Raises UsageError.
     """
     data: dict[str, Any] = {} if existing is None else existing.model_dump(mode="json", exclude_defaults=True)
     old_source: dict[str, Any] = data.get("source", {})
@@ -138,6 +183,8 @@ def spec_from_options(
         kept = {key: value for key, value in old_tables.get(table, {}).get("sinks", {}).items() if key in sinks}
         new_tables[table] = {"sinks": kept} if kept else {}
     data |= {"name": name, "source": {**old_source, **source}, "tables": new_tables, "sinks": new_sinks}
+    if connector:
+        data["connector"] = dict(connector)
     if kafka:
         old_kafka: dict[str, Any] = data.get("kafka", {})
         registry: dict[str, Any] = {**old_kafka.get("registry", {}), **kafka.get("registry", {})}
@@ -195,11 +242,17 @@ def function_source(variable: str, function: str, table: Table, sinks: Sequence[
         f"def {function}(row: Row) -> Document | None:",
         "    # None leaves a row out of the sinks, as if it were deleted:",
         "    #     if row[…] …: return None",
+        *(["    return dict(row)"] if not table.columns else _fields(table)),
+    ]
+    return "\n".join(lines)
+
+
+def _fields(table: Table) -> list[str]:
+    return [
         "    return {",
         *(f"        {_text(column.name)}: row[{_text(column.name)}],  # {_type(column)}" for column in table.columns),
         "    }",
     ]
-    return "\n".join(lines)
 
 
 def names_in_processor(name: str, tables: Sequence[Table]) -> tuple[str, dict[str, str]]:

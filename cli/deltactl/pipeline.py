@@ -17,6 +17,7 @@ from delta_sync.secrets import hidden
 from delta_sync.shaping import mask_functions, masked
 from delta_sync.sinks import installed
 from delta_sync.sources import check_supported, open_inspector, open_reader
+from delta_sync.sources.debezium.limits import LIMITS
 from delta_sync.spec import CONNECTOR_FILE, PROCESSOR_FILE, SPEC_FILE, PipelineSpec
 from delta_sync.tables import Table
 from delta_sync.watch import ANSWER_S
@@ -30,6 +31,7 @@ from deltactl.app import (
     name_argument,
     pass_app,
     print_json,
+    print_limits,
     print_problems,
     print_table,
     say,
@@ -148,7 +150,7 @@ def check(app: App, name: str) -> None:
     spec = app.load(name)
     check_supported(spec)
     resolvable(spec)
-    with open_inspector(spec.source) as inspector:
+    with open_inspector(spec) as inspector:
         parts = [check_source(inspector, spec, running=app.is_running(name))]
     transport = check_transport(spec)
     try:
@@ -157,18 +159,22 @@ def check(app: App, name: str) -> None:
         if not transport.problems:  # or it has said already, and in better words, why Kafka does not answer
             raise
     parts += [check_sinks(spec, parts[0].tables.values(), known_generations(spec, app.home(name))), transport]
-    if all(table in parts[0].tables for table in spec.tables):
+    limits = LIMITS if spec.source.kind == "debezium" else ()
+    if limits or all(table in parts[0].tables for table in spec.tables):
         parts.append(_check_files(app.home(name), spec, parts[0].tables))
     findings = merge(parts)
     fatal = any(problem.fatal for problem in findings.problems)
     if app.json:
-        print_json({"ok": not fatal, "problems": [describe(problem) for problem in findings.problems]})
+        print_json(
+            {"ok": not fatal, "problems": [describe(problem) for problem in findings.problems], "limits": list(limits)}
+        )
     else:
         mentioned = {problem.where for problem in findings.problems}
         for where in findings.looked_at:
             if where not in mentioned:
                 say(f"{click.style('✓', fg='green')} {where}")
         print_problems(findings.problems)
+        print_limits(limits)
         if not fatal and not app.is_running(name):
             say(f"Next: deltactl {'run' if spec.kafka is None else 'sidecar'} {name}{dir_option(app)}")
     if fatal:
@@ -208,6 +214,8 @@ def _check_processor(folder: Path, spec: PipelineSpec, tables: Mapping[str, Tabl
     except DeltaError as error:
         found.append(Problem(PROCESSOR_FILE, str(error).rstrip("."), ""))
     for name, shape in spec.shapes.items():
+        if name not in tables:
+            continue  # no record of it has come yet
         try:
             mask_functions(masked(tables[name], shape))
         except UsageError as error:

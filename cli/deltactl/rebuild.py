@@ -21,6 +21,7 @@ from delta_sync.running import settle_memory
 from delta_sync.sinks import AnySink, open_sink, sink_class
 from delta_sync.sinks.base import Target
 from delta_sync.sources import open_reader
+from delta_sync.sources.debezium.limits import need_client
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import read_tables, targets_of_sink
 from delta_sync.state import StateStore
@@ -96,6 +97,7 @@ def rebuild(app: App, name: str, sink: str, back: bool, drop_old: bool, cancel: 
     if len(asked) > 1:
         raise UsageError(f"Give one of {' and '.join(asked)}.")
     spec = app.load(name)
+    need_client(spec, "`deltactl pipeline rebuild`")
     _refuse_unsupported(spec, sink)
     logs.configure("auto", "warning")
     settle_memory()

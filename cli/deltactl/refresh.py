@@ -25,6 +25,7 @@ from delta_sync.refreshing import (
     wanted_of,
 )
 from delta_sync.sources import open_reader
+from delta_sync.sources.debezium.limits import need_client
 from delta_sync.starting import read_tables
 from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
@@ -69,6 +70,7 @@ def refresh(
     if len(texts) > KEYS_MOST:
         raise UsageError(f"{len(texts):,} keys are more than {KEYS_MOST:,}; give fewer at once, or dump the tables.")
     spec = app.load(name)
+    need_client(spec, "`deltactl refresh`")
     pipeline = load_processor(app.home(name), spec)
     asked_by(pipeline, lookup)  # or say now that nobody asks it
     state = StateStore.open(spec.state, app.home(name), create=False)

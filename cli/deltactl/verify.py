@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from delta_sync import logs
 from delta_sync.running import settle_memory
+from delta_sync.sources.debezium.limits import need_client
 from delta_sync.spec import format_duration, parse_duration_s
 from delta_sync.values import to_json
 from delta_sync.verification import Stopped, Subject, Unverified
@@ -120,6 +121,7 @@ def verify(
       deltactl verify movies --repair --yes
     """
     spec = app.load(name)
+    need_client(spec, "`deltactl verify`")
     logs.configure("auto", "warning")
     settle_memory()
     if repair and not dry_run:

@@ -132,10 +132,7 @@ _OTHERS = (
         "jt400-",
     ),
     *(
-        "mssql-jdbc-",
         "netty-tcnative-",
-        "ojdbc",
-        "orai18n-",
         "proto-google-",
         "pulsar-client-",
         "quarkus-ide-launcher-",

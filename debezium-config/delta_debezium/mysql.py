@@ -107,7 +107,7 @@ def _log_options(spec: PipelineSpec, state_dir: str) -> list[Option]:
             "source.heartbeat: while the tables rest, the stored position must follow the log, or its file is purged.",
         ),
         Option("include.schema.changes", "false", "DDL is for the connector; workers read the catalogue.", fixed=True),
-        *(_history_in_file(state_dir) if spec.kafka is None else _history_in_kafka(spec.name, spec.kafka)),
+        *(_history_in_file(state_dir) if spec.kafka is None else history_in_kafka(spec.name, spec.kafka)),
         Option(
             "schema.history.internal.store.only.captured.tables.ddl",
             "false",
@@ -127,7 +127,8 @@ def _history_in_file(state_dir: str) -> list[Option]:
     ]
 
 
-def _history_in_kafka(name: str, kafka: KafkaSpec) -> list[Option]:
+def history_in_kafka(name: str, kafka: KafkaSpec) -> list[Option]:
+    """Return the options of a connector whose history of the schema is a topic."""
     security = security_options(kafka.security) if kafka.security else {}
     store = "io.debezium.storage.kafka.history.KafkaSchemaHistory"
     beside = "Beside the positions, with which it belongs together."

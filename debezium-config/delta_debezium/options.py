@@ -190,7 +190,11 @@ FORBIDDEN: Mapping[str, str] = {
 _SECRET = re.compile(r"(secret|password|sasl\.jaas\.config|credentials\.json|connection\.?string)$", re.IGNORECASE)
 
 
-def overridden(options: Iterable[Option], overrides: Mapping[str, str | int | bool]) -> list[Option]:
+def overridden(
+    options: Iterable[Option],
+    overrides: Mapping[str, str | int | bool],
+    forbidden: Mapping[str, str] = FORBIDDEN,
+) -> list[Option]:
     """Return the options with `connector:` of the specification merged in; what it adds comes last, by name.
 
     Raises UsageError for an option on which correctness rests, and for a secret that is spelt out.
@@ -203,15 +207,15 @@ def overridden(options: Iterable[Option], overrides: Mapping[str, str | int | bo
         known = merged.get(name)
         if known is not None and known.fixed and value != known.value:
             raise UsageError(f"connector.{name} cannot be changed. {known.reason}")
-        if known is None and (why := _forbidden(name)) is not None:
+        if known is None and (why := _forbidden(name, forbidden)) is not None:
             raise UsageError(f"connector.{name} cannot be set: {why}.")
         reason = known.reason if known is not None else ""
         merged[name] = Option(name, value, reason, fixed=known is not None and known.fixed)
     return list(merged.values())
 
 
-def _forbidden(name: str) -> str | None:
-    for stem, why in FORBIDDEN.items():
+def _forbidden(name: str, forbidden: Mapping[str, str]) -> str | None:
+    for stem, why in forbidden.items():
         if name == stem or name.startswith(f"{stem}."):
             return why
     return None

@@ -44,6 +44,9 @@ def reference_page() -> str:
     spec, tables = _example("mariadb", _KAFKA)
     sections.append(f"## MariaDB\n\n{_rows(connector_options(spec, tables))}")
     sections.append(f"### Position of MariaDB's connector\n\n{_rows(offset_options(spec, '.'))}")
+    other = {"source": {"url": "debezium://io.debezium.connector.sqlserver.SqlServerConnector"}}
+    spec, tables = _example("mariadb", {**_KAFKA, **other, "tables": {"shop.dbo.movie": {}}})
+    sections.append(f"## Connectors that Delta does not know itself\n\n{_rows(connector_options(spec, tables))}")
     refused = "\n".join(f"| `{name}` | {why} |" for name, why in FORBIDDEN.items())
     sections.append(
         "## Refused under `connector:`\n\nEach with everything below it (`transforms.…`).\n\n"

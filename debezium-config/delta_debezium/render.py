@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
-from delta_debezium import mysql, postgresql
+from delta_debezium import mysql, others, postgresql
 from delta_debezium.kafka_clients import JAAS, jaas_escape, security_options
 from delta_debezium.options import Option, check_columns, overridden
 from delta_debezium.properties import expression_literal, properties_text
@@ -33,6 +33,8 @@ def connector_options(spec: PipelineSpec, tables: Mapping[str, Table], state_dir
     `tables` has every table of the specification, by its name there. `state_dir` is where a connector that needs files
     of its own keeps them. Raises UsageError for what cannot be meant, naming the option and the reason.
     """
+    if spec.source.kind == "debezium":  # of which nobody knows the tables before their first record
+        return overridden(others.options(spec), spec.connector, others.FORBIDDEN_HERE)
     chosen = [tables[name] for name in spec.tables]
     check_columns(chosen)
     match spec.source.kind:
@@ -127,13 +129,15 @@ _FORMAT = "debezium.format."
 _COMPATIBLE_API = re.compile(r"/apis/ccompat/v\d+/*$")
 
 
-def server_properties(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int) -> str:
+def server_properties(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int, term: int = 0) -> str:
     """Return `application.properties` of a Debezium Server that writes Avro to Kafka.
 
-    Every record gets the header `delta.epoch` with `epoch`. A value with a reference becomes an environment variable:
-    start the server with those of `server_environment`. Raises UsageError.
+    Every record gets the header `delta.epoch` with `epoch`, and behind a `t` with the term of a connector that Delta
+    does not know itself: its events have no position that would tell which of two connectors wrote what is newer. A
+    value with a reference becomes an environment variable: start the server with those of `server_environment`. Raises
+    UsageError.
     """
-    entries = _server_entries(spec, tables, epoch)
+    entries = _server_entries(spec, tables, epoch, term)
     variables = _variables(entries)
     return properties_text(
         {
@@ -157,7 +161,7 @@ def server_environment(
     }
 
 
-def _server_entries(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int) -> dict[str, str]:
+def _server_entries(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int, term: int = 0) -> dict[str, str]:
     """Return the server's options; secrets are still references."""
     check_supported(spec)
     kafka = spec.kafka
@@ -185,7 +189,7 @@ def _server_entries(spec: PipelineSpec, tables: Mapping[str, Table], epoch: int)
         "debezium.transforms": "epoch",
         "debezium.transforms.epoch.type": "org.apache.kafka.connect.transforms.InsertHeader",
         "debezium.transforms.epoch.header": EPOCH_HEADER,
-        "debezium.transforms.epoch.value.literal": str(epoch),
+        "debezium.transforms.epoch.value.literal": f"{epoch}t{term}" if spec.source.kind == "debezium" else str(epoch),
         **{f"{SOURCE_PREFIX}{name}": value for name, value in source.items()},
     }
     return entries | {f"{SOURCE_PREFIX}custom.sanitize.pattern": _masked_names(entries)}

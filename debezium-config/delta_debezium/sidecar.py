@@ -32,7 +32,7 @@ from delta_sync.sinks import AnySink, open_sinks
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
-from delta_sync.starting import Source, check_slot, prepare_source
+from delta_sync.starting import Source, check_slot, prepare_signalled, prepare_source
 from delta_sync.state import Lease, StateStore
 from delta_sync.tables import Table
 from delta_sync.watch import ANSWER_S, Watch
@@ -143,23 +143,25 @@ class Sidecar:
         self.progress.bytes_between = watch_reader.bytes_between
 
         def prepare() -> Source:
-            found = prepare_source(
-                spec,
-                pipeline,
-                reader,
-                state,
-                sinks,
-                new_slot=self._new_slot,
-                reload=self._reload,
-                lease=lease,
-                delivered=self._delivered,
-            )
+            anew = {"new_slot": self._new_slot, "reload": self._reload}
+            if spec.source.kind == "debezium":
+                found = prepare_signalled(spec, pipeline, reader, state, sinks, **anew, lease=lease)
+            else:
+                found = prepare_source(
+                    spec, pipeline, reader, state, sinks, **anew, lease=lease, delivered=self._delivered
+                )
             self._new_slot = self._reload = False
             return found
+
+        def check() -> None:
+            known = check_slot(spec, check_reader, state).known
+            if known is not None and known.epoch > source_epoch:
+                raise EpochRose("A worker has found out that a new epoch has to begin.")
 
         source = self._until_done(prepare, lambda: keeper.holds(lease))
         if source is None:
             return
+        source_epoch = source.epoch
         leading = threading.Event()  # set when it is over
         tables = dict(source.tables)
         columns = dict(source.columns)
@@ -181,7 +183,7 @@ class Sidecar:
             fingerprints=lambda: columns,
             schema_changed=schema_changed,
             stopping=leading,
-            check=lambda: check_slot(spec, check_reader, state),
+            check=check,
             failed=failures.append,
         )
         watch.start()
@@ -224,7 +226,7 @@ class Sidecar:
             try:
                 if changed.is_set():
                     changed.clear()
-                    self._take_over_columns(epoch, reader, tables, columns)
+                    self._take_over_columns(epoch, lease.token, reader, tables, columns)
                 found = reader.capture_position(self._spec).look()
                 if found is not None and found.position is not None and found.beat > beat:
                     if beat == 0:
@@ -286,7 +288,7 @@ class Sidecar:
             state.save_pipeline(seen.known._replace(slot_lsn=seen.there.position), lease)
         if not leads():
             return False
-        self._properties = server_properties(spec, tables, epoch)
+        self._properties = server_properties(spec, tables, epoch, lease.token)
         self._server.start(self._properties, server_environment(spec, tables, epoch, resolve))
         if not leads():  # `_lost` may have come before there was anything to end
             self._server.kill()
@@ -301,7 +303,7 @@ class Sidecar:
             state.save_pipeline(known._replace(slot_lsn=position), lease)
 
     def _take_over_columns(
-        self, epoch: int, reader: SourceReader, tables: dict[str, Table], columns: dict[str, str]
+        self, epoch: int, term: int, reader: SourceReader, tables: dict[str, Table], columns: dict[str, str]
     ) -> None:
         """Publish the tables as they are now; a connector that has to be configured anew ends."""
         current = reader.fingerprints(list(self._spec.tables))
@@ -311,7 +313,7 @@ class Sidecar:
             columns[name] = current[name]
         place = reader.capture_position(self._spec)
         place.publish([tables[name] for name in self._spec.tables if name in current])
-        if found and server_properties(self._spec, tables, epoch) != self._properties:
+        if found and server_properties(self._spec, tables, epoch, term) != self._properties:
             self._server.kill()
 
     def _until_done(self, call: Callable[[], T], goes_on: Callable[[], bool]) -> T | None:

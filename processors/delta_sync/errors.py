@@ -177,5 +177,9 @@ class GenerationsChanged(EpochRose):
     """A sink gets another generation, or loses one: what runs ends, and begins anew with those that are to be."""
 
 
+class TablesChanged(EpochRose):
+    """A table is known now, or is another: what runs ends, and begins anew with the tables as they are."""
+
+
 class StaleStateStore(DeltaError):
     """The state store was written by a newer Delta."""

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
@@ -58,6 +58,9 @@ from delta_sync.versions import dump_version
 from delta_sync.watch import ANSWER_S, Watch
 from delta_sync.watchdog import AtHand, Watchdog
 from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
+
+if TYPE_CHECKING:
+    from delta_sync.signalled import SignalledLoader
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -284,33 +287,57 @@ class Running:
                 stopping=self._stopping,
             )
             self.progress.processor_timeouts = lambda: watchdog.timeouts
-            loader = Loader(
-                pipeline=spec.name,
-                owner=uuid.uuid4().hex,
-                epoch=source.epoch,
-                reader=load_reader,
-                readers=chunk_readers,
-                samples=samples,
-                position=self.position,
-                progress=self.progress,
-                state=state,
-                options=spec.load,
-                heartbeat_prefix=spec.heartbeat_prefix,
-                tables=lambda: {
-                    name: table
-                    for name, table in worker.tables.items()
-                    if name in pipeline.tables and all(columns[one] != GONE for one in documents.names_of(table))
-                },
-                fingerprint=fingerprint_of,
-                fills=lambda dump: dump.sinks is None or all(any(meant([n], s) for s in sinks) for n in dump.sinks),
-                hand_over=worker.hand_over,
-                finished=lambda dump: self._remove_unmet(dump, sinks, worker, state, used_keys),
-                failed=worker.fail,
-                stopping=self._stopping,
-                keeper=keeper,
-                unchanged=unchanged,
-                changes_come=lambda: worker.changes_come,
-            )
+            loader: Loader | SignalledLoader
+            if spec.source.kind == "debezium":
+                assert keeper is not None, "such a pipeline runs on Kafka"
+                from delta_sync.kafka.signals import SignalBoard
+                from delta_sync.signalled import SignalledLoader  # which needs Kafka's client
+
+                loader = SignalledLoader(
+                    board=SignalBoard(spec),
+                    pipeline=spec.name,
+                    owner=uuid.uuid4().hex,
+                    epoch=source.epoch,
+                    names=frozenset(pipeline.tables),
+                    position=self.position,
+                    progress=self.progress,
+                    state=state,
+                    tables=lambda: worker.tables,
+                    fingerprint=fingerprint_of,
+                    finished=lambda dump: self._remove_unmet(dump, sinks, worker, state, used_keys),
+                    failed=worker.fail,
+                    stopping=self._stopping,
+                    keeper=keeper,
+                    unchanged=unchanged,
+                )
+            else:
+                loader = Loader(
+                    pipeline=spec.name,
+                    owner=uuid.uuid4().hex,
+                    epoch=source.epoch,
+                    reader=load_reader,
+                    readers=chunk_readers,
+                    samples=samples,
+                    position=self.position,
+                    progress=self.progress,
+                    state=state,
+                    options=spec.load,
+                    heartbeat_prefix=spec.heartbeat_prefix,
+                    tables=lambda: {
+                        name: table
+                        for name, table in worker.tables.items()
+                        if name in pipeline.tables and all(columns[one] != GONE for one in documents.names_of(table))
+                    },
+                    fingerprint=fingerprint_of,
+                    fills=lambda dump: dump.sinks is None or all(any(meant([n], s) for s in sinks) for n in dump.sinks),
+                    hand_over=worker.hand_over,
+                    finished=lambda dump: self._remove_unmet(dump, sinks, worker, state, used_keys),
+                    failed=worker.fail,
+                    stopping=self._stopping,
+                    keeper=keeper,
+                    unchanged=unchanged,
+                    changes_come=lambda: worker.changes_come,
+                )
             watch = Watch(
                 reader=watch_reader,
                 samples=samples,
@@ -326,7 +353,7 @@ class Running:
                 failed=worker.fail,
             )
             worker.use({name: runtime(table) for name, table in source.tables.items()})
-            for name in spec.tables:
+            for name in source.tables:
                 for sink, target in worker.targets(name).items():
                     writers[sink].sweep([target])
             begun = self._until_reached(lambda: used_keys.begin(kept_of(pipeline)))
@@ -403,7 +430,7 @@ class Running:
         self._save_status(state)
         os._exit(PipelineStopped.exit_status)
 
-    def _outgrow(self, bytes_: int, loader: Loader) -> bool:
+    def _outgrow(self, bytes_: int, loader: Loader | SignalledLoader) -> bool:
         """Drain, confirm and end: a new process has the memory that this one has lost. Return whether it was time.
 
         Not before a dump that is under way has got on by a chunk, or it never would: what is left of one is read again.
@@ -555,7 +582,7 @@ class Running:
                 pruned = state.prune(self._spec.name, oldest)
                 if pruned:
                     log.warning("dead_letters_expired", letters=pruned)
-                for table in self._spec.tables:
+                for table in worker.tables:
                     for sink, target in worker.targets(table).items():
                         sinks[sink].sweep(target, recent_s=2 * HOUSEKEEPING_S)
             except Transient as error:

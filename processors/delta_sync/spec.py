@@ -98,7 +98,10 @@ class _Model(BaseModel):
 class SourceSpec(_Model):
     """The database that is the source of truth."""
 
-    url: str = Field(description="postgresql://user@host:port/database, without the password.")
+    url: str = Field(
+        description="postgresql://user@host:port/database, without the password; or debezium://CLASS of a connector"
+        " that Delta does not know itself, whose options are under connector:."
+    )
     password: str | None = Field(default=None, description="A reference: ${env:NAME} or ${file:/path}.")
     slot: str | None = Field(
         default=None, pattern=r"^[a-z0-9_]{1,63}$", description="Replication slot; default delta_<name>."
@@ -138,9 +141,14 @@ class SourceSpec(_Model):
 
     @property
     def kind(self) -> str:
-        """`postgresql`, `mysql` or `mariadb`: the URL's scheme, in its canonical form."""
+        """`postgresql`, `mysql`, `mariadb` or `debezium`: the URL's scheme, in its canonical form."""
         scheme = self.url.partition("://")[0].lower() if "://" in self.url else ""
         return {"postgres": "postgresql"}.get(scheme, scheme)
+
+    @property
+    def connector_class(self) -> str:
+        """Of the kind `debezium`: the Java class of its connector."""
+        return self.url.partition("://")[2]
 
 
 class MaskSpec(_Model):
@@ -480,6 +488,8 @@ class PipelineSpec(_Model):
                     raise ValueError(
                         f"table {table_name} has options for sink {sink!r}, but the sinks are {', '.join(self.sinks)}"
                     )
+        if self.source.kind == "debezium":
+            self._check_debezium()
         if (self.transport == "kafka") != (self.kafka is not None):
             raise ValueError("transport: kafka and the section kafka: belong together")
         if self.notices.topic is not None and self.kafka is None:
@@ -491,6 +501,22 @@ class PipelineSpec(_Model):
         if self.dead_letter_ttl >= self.tombstone_ttl:
             raise ValueError("dead_letter_ttl must be below tombstone_ttl, or a replay could bring a deleted row back")
         return self
+
+    def _check_debezium(self) -> None:
+        """A change's version is its place in the topic of its table, so all of them are in one partition."""
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", self.source.connector_class, re.ASCII):
+            raise ValueError("source.url must name a class, as debezium://io.debezium.connector.sqlserver.Sql…")
+        if self.kafka is not None and "partitions" in self.kafka.model_fields_set and self.kafka.partitions != 1:
+            raise ValueError(
+                "kafka.partitions must be 1 (or left out) with source.url: debezium://…, because a change's version is"
+                " its place in the topic of its table"
+            )
+
+    @property
+    def partitions(self) -> int:
+        """Of each table's topic; for transport: kafka."""
+        assert self.kafka is not None, "the specification has transport: kafka"
+        return 1 if self.source.kind == "debezium" else self.kafka.partitions
 
     @property
     def shapes(self) -> dict[str, ShapeSpec]:

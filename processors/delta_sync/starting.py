@@ -8,7 +8,7 @@ from typing import NamedTuple
 import structlog
 
 from delta_sync import documents
-from delta_sync.errors import EpochRose, SlotMissing, UsageError
+from delta_sync.errors import EpochRose, SlotMissing, SourceBusy, UsageError
 from delta_sync.load import FIRST_LOAD
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.sinks import AnySink, base_name, store_of, target_for
@@ -18,7 +18,7 @@ from delta_sync.sources.reader import CapturePosition, Confirmed, SourceIdentity
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import Lease, PipelineState, StateStore, TableLoad
 from delta_sync.tables import Table
-from delta_sync.versions import epoch_of
+from delta_sync.versions import epoch_of, epoch_of_term
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -312,3 +312,85 @@ def check_slot(spec: PipelineSpec, reader: SourceReader, state: StateStore, deli
             raise SlotMissing(slot_missing(spec, loss, why_not))
         raise EpochRose(f"A new epoch has to begin: {loss.why}.")
     return seen
+
+
+# ── sources that Delta knows by their connector alone ────────────────────────────────────────────────────────────
+
+
+def prepare_signalled(
+    spec: PipelineSpec,
+    pipeline: Pipeline,
+    reader: SourceReader,
+    state: StateStore,
+    sinks: Mapping[str, AnySink],
+    *,
+    new_slot: bool,
+    reload: bool,
+    lease: Lease,
+) -> Source:
+    """Decide the epoch, and note which tables are to be loaded, as `prepare_source` does, where changes have no
+    position but their place in a topic.
+
+    Its tables are those of which a record has come. A load of another has no fingerprint yet, and is compared by none.
+    """
+    columns = reader.fingerprints(list(spec.tables))
+    tables = reader.tables(list(spec.tables))
+    check_columns(pipeline, tables)
+    seen = look(spec, reader, state)
+    known = seen.known
+    loss = find_loss(seen)
+    if loss is not None and not new_slot:
+        why_not = why_not_by_itself(spec, loss, state.loads(spec.name))
+        if why_not is not None:
+            raise SlotMissing(slot_missing(spec, loss, why_not))
+    if known is None or loss is not None or new_slot:
+        known = PipelineState(spec.name, (known.epoch if known else 0) + 1, *seen.identity)
+    if loss is not None or new_slot:
+        log.warning("epoch_rises", reason=loss.why if loss else "it was asked for", epoch=known.epoch)
+        seen.place.drop()
+    targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in tables.items()}
+    loads = state.loads(spec.name)
+    newest = _newest_epoch_of_others(loads, targets, sinks)
+    if newest >= known.epoch:
+        log.warning("epoch_rises", reason="a place holds what was written before", epoch=newest + 1)
+        known = known._replace(epoch=newest + 1)
+    if epoch_of_term(lease.token) > known.epoch:
+        known = known._replace(epoch=epoch_of_term(lease.token))
+        log.warning("epoch_rises", reason="sidecars have taken over 4,096 times", epoch=known.epoch)
+    state.save_pipeline(known, lease)
+    for name in loads.keys() - pipeline.tables.keys():
+        state.forget_load(spec.name, name, lease)
+    for name in pipeline.tables:
+        fingerprint = load_fingerprint(columns[name], targets[name], sinks) if name in tables else ""
+        load = loads.get(name)
+        compared = load.fingerprint if load is not None and not (load.fingerprint and fingerprint) else fingerprint
+        reason = _why_to_load(load, known.epoch, compared, reload=reload)
+        if reason is not None:
+            state.begin_load(
+                spec.name, TableLoad(name, reason=reason, epoch=known.epoch, fingerprint=fingerprint), lease
+            )
+    return Source(known.epoch, tables, columns)
+
+
+def fill_fingerprints(
+    spec: PipelineSpec,
+    pipeline: Pipeline,
+    state: StateStore,
+    sinks: Mapping[str, AnySink],
+    tables: Mapping[str, Table],
+    columns: Mapping[str, str],
+) -> None:
+    """Record what the loads are for that were begun before their tables were known, before anything is written of them.
+
+    Where something is there already, with versions that these changes would not outrank, a new epoch has to begin.
+    """
+    known, loads = state.pipeline(spec.name), state.loads(spec.name)
+    assert known is not None, "the sidecar saved it"
+    new = {name: table for name, table in tables.items() if name in loads and not loads[name].fingerprint}
+    targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in new.items()}
+    newest = _newest_epoch_of_others(loads, targets, sinks)
+    if newest >= known.epoch:
+        state.raise_epoch(spec.name, newest + 1)
+        raise SourceBusy("A place holds what was written before, so the sidecar is to begin a new epoch.")
+    for name in new:
+        state.fill_fingerprint(spec.name, name, load_fingerprint(columns[name], targets[name], sinks))

@@ -232,10 +232,15 @@ class StateStore:
         return None if row is None else PipelineState(*row)
 
     def save_pipeline(self, state: PipelineState, lease: Lease | None = None) -> None:
-        """Save it, in place of what was saved before. With a lease: only if nobody else has it now, else LeaseLost."""
+        """Save it, in place of what was saved before. With a lease: only if nobody else has it now, else LeaseLost.
+
+        Of two epochs the newer one stays: another process may have found out that one has to begin.
+        """
         values = state._asdict()
+        query = sa.select(PIPELINES.c.epoch).where(PIPELINES.c.name == state.name).with_for_update()
         with self._transaction(write=True) as connection:
             fence(connection, state.name, lease)
+            values["epoch"] = max(state.epoch, connection.execute(query).scalar_one_or_none() or 0)
             upsert(connection, PIPELINES, {"name": values.pop("name")}, values)
 
     def raise_confirmed_most(self, name: str, lsn: int) -> None:
@@ -246,6 +251,15 @@ class StateStore:
         lower = sa.or_(PIPELINES.c.confirmed_most.is_(None), PIPELINES.c.confirmed_most < lsn)
         with self._transaction(write=True) as connection:
             connection.execute(sa.update(PIPELINES).where(PIPELINES.c.name == name, lower).values(confirmed_most=lsn))
+
+    def raise_epoch(self, name: str, epoch: int) -> None:
+        """Save that a new epoch has to begin, this one unless a newer one has; whoever decides about it goes by it.
+
+        Nothing happens to a pipeline that is not there. Any process may call it.
+        """
+        lower = (PIPELINES.c.name == name, PIPELINES.c.epoch < epoch)
+        with self._transaction(write=True) as connection:
+            connection.execute(sa.update(PIPELINES).where(*lower).values(epoch=epoch))
 
     def forget(self, name: str) -> None:
         """Delete all that is stored of a pipeline; but which keys its rows used is left to `UsedKeyStore.sweep`."""
@@ -329,6 +343,13 @@ class StateStore:
         these = sa.and_(LOADS.c.pipeline == name, LOADS.c.table_name.in_(tables))
         with self._transaction(write=True) as connection:
             connection.execute(sa.update(LOADS).where(these).values(anew))
+
+    def fill_fingerprint(self, name: str, table: str, fingerprint: str) -> None:
+        """Save what a table's load is for that was begun before that was known; its fingerprint is empty till then."""
+        with self._transaction(write=True) as connection:
+            for each in (LOADS, DUMPS):
+                mine = (each.c.pipeline == name, each.c.table_name == table, each.c.fingerprint == "")
+                connection.execute(sa.update(each).where(*mine).values(fingerprint=fingerprint))
 
     def forget_load(self, name: str, table: str, lease: Lease | None = None) -> None:
         """Delete what is stored of a table's load, and end its dumps; nothing stored is fine.

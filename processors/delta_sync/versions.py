@@ -36,6 +36,26 @@ def reread_version(epoch: int, claim: int) -> int:
     return version_of(epoch, claim - 1)
 
 
+TERM_BITS = 12  # 4,096 terms in an epoch; then another one begins
+OFFSET_BITS = POSITION_BITS - TERM_BITS  # 1.1 * 10**12 records of a table
+MAX_OFFSET = (1 << OFFSET_BITS) - 1
+
+
+def position_in_topic(term: int, offset: int) -> int:
+    """Return the position of a change that has none to compare but its place in the topic of its table.
+
+    `term` counts the sidecars that have led (modulo 4,096: see `epoch_of_term`). One that was frozen may send what it
+    still had in its hands behind newer changes; these are then of a newer term, and outrank it.
+    """
+    assert 0 <= offset <= MAX_OFFSET, f"offset {offset} is out of range"
+    return (term & ((1 << TERM_BITS) - 1)) << OFFSET_BITS | offset
+
+
+def epoch_of_term(term: int) -> int:
+    """Return the lowest epoch that a term may be of, because terms count from 0 again."""
+    return 1 + (term >> TERM_BITS)
+
+
 def epoch_of(version: int) -> int:
     """Return the epoch of a version."""
     return version >> POSITION_BITS

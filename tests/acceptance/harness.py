@@ -369,12 +369,13 @@ class Pipeline:
         sink_options: Mapping[str, Mapping[str, Any]] | None = None,
         create: Sequence[str] = (),
         tables_options: Mapping[str, Mapping[str, Any]] | None = None,
+        source: Sequence[str] = (),
         **options: Any,
     ) -> None:
         """Create it, over `tables` (without their schema) if there are any given, with further options of `create`.
 
         `options` are added to `pipeline.yaml`, as a user would do with an editor, `sink_options` to its sinks and
-        `tables_options` to its tables.
+        `tables_options` to its tables. `source` says where it is, in place of the shop's URL.
         """
         self.shop = shop
         self.tables = [f"{shop.schema}.{table}" for table in tables or [shape.name for shape in SHAPES]]
@@ -388,11 +389,11 @@ class Pipeline:
         password = folder / "password"
         password.write_text("postgres\n")
         user, referred = "postgres:postgres@", f"postgres:${{file:{password}}}@"
-        source = shop.url.replace(user, referred)
+        where = source or ["--source", shop.url.replace(user, referred)]
         listed = [argument for table in self.tables for argument in ("--table", table)]
         urls = {sink: url.replace(user, referred) for sink, url in sinks.items()}
         stores = [argument for sink, url in urls.items() for argument in ("--sink", f"{sink}={url}")]
-        created = self.deltactl("pipeline", "create", name, "--source", source, *listed, *stores, *create)
+        created = self.deltactl("pipeline", "create", name, *where, *listed, *stores, *create)
         assert created.returncode == 0, created.stderr
         file = self.home / "pipeline.yaml"
         head, _, text = file.read_text().partition("\n")

@@ -88,6 +88,58 @@ def test_the_servers_source_options_are_known_and_valid(jvm: DebeziumJvm) -> Non
     assert jvm.ask("validate", options=options) == {"unknown": [], "errors": {}}
 
 
+OTHERS = {
+    "io.debezium.connector.sqlserver.SqlServerConnector": ("shop.dbo.movie", {"database.names": "shop"}),
+    "io.debezium.connector.oracle.OracleConnector": ("SHOP.MOVIE", {"database.dbname": "ORCLCDB"}),
+    "io.debezium.connector.db2.Db2Connector": ("SHOP.MOVIE", {"database.dbname": "SHOP"}),
+    "io.debezium.connector.postgresql.PostgresConnector": ("public.movie", {"database.dbname": "studio"}),
+}
+
+
+def other(name: str, **changes: Any) -> dict[str, str]:
+    """Return the options of a connector that is treated as one that Delta does not know."""
+    its_table, own = OTHERS[name]
+    connector = {
+        "database.hostname": "db",
+        "database.user": "delta",
+        "database.password": "${env:PW}",
+        "signal.data.collection": "a.b.c",
+        **own,
+    }
+    source: dict[str, Any] = {"source": {"url": f"debezium://{name}"}, "tables": {its_table: {}}}
+    spec, _ = pipeline(POSTGRESQL, **source, transport="kafka", kafka=KAFKA, connector=connector | changes)
+    return connector_config(spec, {})
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_options_of_connectors_that_delta_does_not_know_are_known_and_valid(jvm: DebeziumJvm, name: str) -> None:
+    """By their own definitions; those for clients of Kafka by Kafka's."""
+    options = other(name)
+    consumer, producer = "signal.consumer.", "schema.history.internal.producer."
+    clients = {option: value for option, value in options.items() if option.startswith((consumer, producer))}
+    found = jvm.ask("validate", options={one: value for one, value in options.items() if one not in clients})
+    assert found == {"unknown": [], "errors": {}}
+    of_consumer = {one.removeprefix(consumer): value for one, value in clients.items() if one.startswith(consumer)}
+    deserializer = "org.apache.kafka.common.serialization.StringDeserializer"  # as Debezium sets it
+    of_consumer |= {"key.deserializer": deserializer, "value.deserializer": deserializer}
+    definition = "org.apache.kafka.clients.consumer.ConsumerConfig"
+    assert jvm.ask("validate_client", definition=definition, options=of_consumer) == {"unknown": [], "errors": {}}
+
+
+def test_a_wrong_option_of_such_a_connector_is_found(jvm: DebeziumJvm) -> None:
+    name = next(iter(OTHERS))
+    wrong = jvm.ask("validate", options=other(name, **{"snapshot.isolation.mode": "soon", "signal.kafka.tpic": "x"}))
+    assert list(wrong["errors"]) == ["snapshot.isolation.mode"]
+    assert "signal.kafka.tpic" in wrong["unknown"]
+
+
+@pytest.mark.parametrize("name", list(OTHERS)[:3])
+def test_such_a_connector_captures_its_tables(jvm: DebeziumJvm, name: str) -> None:
+    schema, table_name = OTHERS[name][0].split(".")[-2:]
+    captured = jvm.ask("included", options=other(name), tables=[[schema, table_name], [schema, "other"]])
+    assert captured == [True, False]
+
+
 SECURITY: list[dict[str, str] | None] = [
     None,
     {"protocol": "SASL_SSL", "mechanism": "SCRAM-SHA-512", "username": "u", "password": "${env:K}", "ca_file": "/ca"},

@@ -321,9 +321,9 @@ class _Reader:
 
     def __init__(self, schema_id: int, schema: Mapping[str, Any], names: Mapping[str, str]) -> None:
         """Raise SchemaUnfit if it is not one of Debezium's events."""
-        envelope = _bare(schema)
+        envelope = bare(schema)
         fields = {field["name"]: field["type"] for field in envelope["fields"]}
-        row = _row_of(fields)
+        row = row_of(fields)
         source = fields.get("source")
         of_source = {field["name"] for field in source.get("fields", ())} if _is_object(source) else set[str]()
         self._has_binlog = of_source >= _BINLOG_SOURCE
@@ -340,7 +340,7 @@ class _Reader:
         self._floats: list[str] = []
         self._defaults: list[tuple[str, object]] = []
         if row is not None:
-            whole_row = _row_of({field["name"]: field["type"] for field in schema["fields"]})
+            whole_row = row_of({field["name"]: field["type"] for field in schema["fields"]})
             assert whole_row is not None
             for field, whole_field in zip(row["fields"], whole_row["fields"], strict=True):
                 field["name"] = names.get(field["name"]) or column_name(field["name"])
@@ -442,7 +442,7 @@ def _binlog_source(source: Mapping[str, Any], op: str) -> dict[str, Any]:
     return {"schema": source["db"], "table": source["table"], "lsn": lsn, "txId": 0, "ts_ms": source["ts_ms"]}
 
 
-def _row_of(fields: Mapping[str, Json]) -> dict[str, Any] | None:
+def row_of(fields: Mapping[str, Json]) -> dict[str, Any] | None:
     """Return the record of a row: defined where it comes first, and referred to by its name where it comes second."""
     if not fields.keys() >= _IMAGES:
         return None
@@ -469,8 +469,8 @@ def _defaults(field: Mapping[str, Any]) -> list[object]:
     found = [field.get("default")]
     found += [branch.get("connect.default") for branch in kind if _is_object(branch)]
     others = [branch for branch in kind if branch != "null"]
-    bare = _bare(others[0]) if len(others) == 1 else None
-    return [_default(bare, value) for value in found if value is not None]
+    plain = bare(others[0]) if len(others) == 1 else None
+    return [_default(plain, value) for value in found if value is not None]
 
 
 def _default(kind: Json, value: Any) -> object:
@@ -478,7 +478,7 @@ def _default(kind: Json, value: Any) -> object:
         case "boolean" | "int" | "long" | "double" | "string":
             return value
         case "float":
-            return _shortened(value)
+            return shortened(value)
         case "bytes" if isinstance(value, str):
             return value.encode("latin-1", "replace")  # what JSON has for Avro's bytes
         case _:
@@ -493,7 +493,7 @@ def _is_object(value: Json) -> TypeGuard[dict[str, Json]]:
     return isinstance(value, dict)
 
 
-def _bare(schema: Json) -> Json:
+def bare(schema: Json) -> Json:
     """Return a copy of a schema with nothing in it but what tells how bytes are read.
 
     So a logical type does not turn numbers into values of its own kind: `codec.py` expects them as they are.
@@ -501,21 +501,21 @@ def _bare(schema: Json) -> Json:
     if isinstance(schema, str):
         return schema
     if _is_list(schema):
-        return [_bare(branch) for branch in schema]
+        return [bare(branch) for branch in schema]
     match schema["type"]:
         case "record" | "error":
-            fields = [{"name": field["name"], "type": _bare(field["type"])} for field in schema["fields"]]
+            fields = [{"name": field["name"], "type": bare(field["type"])} for field in schema["fields"]]
             return _named(schema) | {"type": "record", "fields": fields}
         case "enum":
             return _named(schema) | {"symbols": schema["symbols"]}
         case "fixed":
             return _named(schema) | {"size": schema["size"]}
         case "array":
-            return {"type": "array", "items": _bare(schema["items"])}
+            return {"type": "array", "items": bare(schema["items"])}
         case "map":
-            return {"type": "map", "values": _bare(schema["values"])}
+            return {"type": "map", "values": bare(schema["values"])}
         case other:
-            return _bare(other)
+            return bare(other)
 
 
 def _named(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -536,16 +536,16 @@ def _has_float(schema: Json) -> bool:
 
 def _shorten(image: Image, names: Iterable[str]) -> None:
     for name in names:
-        image[name] = _shortened(image[name])
+        image[name] = shortened(image[name])
 
 
-def _shortened(value: Any) -> Any:
+def shortened(value: Any) -> Any:
     """Return the number with the fewest digits that is the same real: what JSON has, and what PostgreSQL writes.
 
     Read from four bytes, 0.1 is 0.10000000149011612.
     """
     if _is_list(value):
-        return [_shortened(element) for element in value]
+        return [shortened(element) for element in value]
     if type(value) is not float or value - value != 0:  # not a number or infinite
         return value
     packed = _REAL.pack(value)

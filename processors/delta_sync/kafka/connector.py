@@ -29,11 +29,12 @@ RECORD_S = 10.0  # for the broker's answer, which takes milliseconds
 
 
 class StoredOffset(NamedTuple):
-    """The newest record: the connector's own key, its offset by Debezium's names, and the record's number."""
+    """The newest record: the connector's own key, its offset by Debezium's names, the record's number and time."""
 
     key: bytes
     offset: Mapping[str, Any]
     number: int
+    timestamp_ms: int = 0
 
 
 class ConnectorStore:
@@ -111,7 +112,7 @@ class ConnectorStore:
             what = f"its newest record is none of Debezium's: {record.value[:100]!r}"
             fix = "let nobody else write to it; delete the topic, and begin a new epoch"
             raise CheckFailed([Problem(f"topic {self._offsets.topic}", what, fix)])
-        return StoredOffset(record.key, cast("dict[str, Any]", offset), record.offset)
+        return StoredOffset(record.key, cast("dict[str, Any]", offset), record.offset, record.timestamp)
 
     def _asked(self, question: Callable[[Any], T]) -> T:
         try:

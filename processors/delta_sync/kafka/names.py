@@ -37,6 +37,21 @@ def history_topic(pipeline: str) -> str:
     return f"delta_{pipeline}.schema-history"
 
 
+def signals_topic(pipeline: str) -> str:
+    """Return the topic by which a connector is told to take an incremental snapshot."""
+    return f"delta_{pipeline}.signals"
+
+
+def signals_group_id(pipeline: str) -> str:
+    """Return the consumer group under which the connector keeps how far it has read that topic."""
+    return signals_topic(pipeline)
+
+
+def notifications_topic(pipeline: str) -> str:
+    """Return the topic in which a connector says how far its incremental snapshot is."""
+    return f"delta_{pipeline}.notifications"
+
+
 def notices_group_id(pipeline: str) -> str:
     """Return the consumer group by which a pipeline's workers share the notices of a topic."""
     return f"delta_{pipeline}.notices"

@@ -15,7 +15,15 @@ from delta_sync.errors import Problem, UsageError
 from delta_sync.kafka import refusals, settings
 from delta_sync.kafka.certificates import check_files
 from delta_sync.kafka.consumer import KafkaBusy
-from delta_sync.kafka.names import heartbeat_topic, history_topic, message_topic, offsets_topic, topic_name
+from delta_sync.kafka.names import (
+    heartbeat_topic,
+    history_topic,
+    message_topic,
+    notifications_topic,
+    offsets_topic,
+    signals_topic,
+    topic_name,
+)
 from delta_sync.kafka.network import LOGIN_ERRORS, network
 from delta_sync.secrets import redact
 from delta_sync.spec import KafkaSpec, PipelineSpec
@@ -25,6 +33,7 @@ _admin: Any = import_module("kafka.admin")
 _errors: Any = import_module("kafka.errors")
 
 WHERE = "kafka"
+SIGNALS_MS = 3_600_000  # a connector that was away for longer need not follow them: who waits for it signals again
 UNSAFE = "or set kafka.allow_unsafe: true (--allow-unsafe), for tests and trials"
 
 
@@ -58,7 +67,7 @@ def wanted_topics(spec: PipelineSpec) -> list[Topic]:
             raise UsageError(f"Tables {owners[name]} and {table} would both have the topic {name}; rename one of them.")
         owners[name] = table
     kafka = spec.kafka
-    tables = [Topic(name, kafka.partitions, kafka.replication_factor, _configs(kafka)) for name in owners]
+    tables = [Topic(name, spec.partitions, kafka.replication_factor, _configs(kafka)) for name in owners]
     connector = {message_topic(spec.name): _configs(kafka)}
     if spec.source.kind != "postgresql":  # whose slot holds the position, and whose log takes heartbeats
         connector = {
@@ -66,6 +75,12 @@ def wanted_topics(spec: PipelineSpec) -> list[Topic]:
             offsets_topic(spec.name): _configs(kafka) | {"cleanup.policy": "compact", "retention.ms": "-1"},
             history_topic(spec.name): _configs(kafka) | {"retention.ms": "-1"},
         }
+    if spec.source.kind == "debezium":
+        names = [signals_topic(spec.name), notifications_topic(spec.name)]
+        if signal_table := spec.connector.get("signal.data.collection"):  # whose rows are changes like others
+            names += [topic_name(spec.name, one.strip()) for one in str(signal_table).split(",")]
+        connector |= {name: _configs(kafka) for name in names if name not in owners}
+        connector[signals_topic(spec.name)] |= {"retention.ms": str(SIGNALS_MS)}
     return tables + [Topic(name, 1, kafka.replication_factor, configs) for name, configs in connector.items()]
 
 

@@ -12,10 +12,11 @@ import structlog
 from delta_sync.applied_log import says_it_runs
 from delta_sync.capture import Batch, Capture
 from delta_sync.decoding import Stretch, Undecodable
-from delta_sync.errors import EpochRose, SourceBusy
+from delta_sync.errors import EpochRose, SourceBusy, TablesChanged
 from delta_sync.kafka import settings
 from delta_sync.kafka.avro import AvroDecoder, UndecodableRecord
-from delta_sync.kafka.capture import KafkaCapture
+from delta_sync.kafka.by_offset import OffsetDecoder
+from delta_sync.kafka.capture import TOPIC_MADE_ANEW, KafkaCapture
 from delta_sync.kafka.consumer import Partition, open_group
 from delta_sync.kafka.names import group_id, notices_group_id, topic_name
 from delta_sync.kafka.notices import KafkaNotices
@@ -31,7 +32,7 @@ from delta_sync.sinks import AnySink
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import KafkaSpec, PipelineSpec
-from delta_sync.starting import Source, read_tables
+from delta_sync.starting import Source, fill_fingerprints, read_tables
 from delta_sync.state import StateStore
 from delta_sync.tables import Table
 from delta_sync.transport import Tables, Transport
@@ -57,7 +58,12 @@ class KafkaTransport(Transport):
         self._member = member
         self._epoch = 0
         self._topics = {topic_name(spec.name, table): table for table in spec.tables}
-        self._decoder = AvroDecoder(SchemaRegistry(spec.kafka.registry))
+        schemas = SchemaRegistry(spec.kafka.registry)
+        self._decoder = AvroDecoder(schemas)
+        by_offset = spec.source.kind == "debezium"
+        self._by_offset = OffsetDecoder(schemas, self._topics) if by_offset else None
+        self._old_columns: set[tuple[str, frozenset[str]]] = set()  # of tables' records from before they changed
+        self._reader: SourceReader | None = None
         self._columns: frozenset[str] = frozenset()
         self._each_of: frozenset[str] = (
             frozenset()
@@ -71,7 +77,6 @@ class KafkaTransport(Transport):
         self, pipeline: Pipeline, reader: SourceReader, state: StateStore, sinks: Mapping[str, AnySink]
     ) -> Source:
         """Wait for the sidecar: it makes sure of publication and slot, and decides the epoch."""
-        del sinks
         self._state, self._pipeline = state, pipeline
         each_of = {one.table for one in pipeline.handlers.values()}
         each_of.update(table for document in pipeline.documents.values() for table in document.tables)
@@ -81,10 +86,15 @@ class KafkaTransport(Transport):
             raise SourceBusy(
                 f"No sidecar has prepared these tables yet; start one: `deltactl sidecar {self._spec.name}`."
             )
+        self._reader = reader
         if reader.identity() != (known.system_identifier, known.timeline):
             raise SourceBusy("The source is another server now, or was promoted or restored: the sidecar decides.")
         columns = reader.fingerprints(list(self._spec.tables))  # before the tables: a change in between is seen later
-        tables = read_tables(self._spec, reader)
+        if self._by_offset is not None:
+            tables = reader.tables(list(self._spec.tables))
+            fill_fingerprints(self._spec, pipeline, state, sinks, tables, columns)
+        else:
+            tables = read_tables(self._spec, reader)
         check_columns(pipeline, tables)
         return Source(known.epoch, tables, {name: columns.get(name, "") for name in tables})
 
@@ -123,21 +133,41 @@ class KafkaTransport(Transport):
         assert self._state is not None, "it was prepared"
         assert self._pipeline is not None, "it was prepared"
         tables = self._pipeline.affected(self._topics[partition.topic] for partition in partitions)
-        self._state.load_again(self._spec.name, tables, why)
+        known = self._state.pipeline(self._spec.name)
+        if self._by_offset is not None and why == TOPIC_MADE_ANEW and known is not None:
+            self._state.raise_epoch(self._spec.name, known.epoch + 1)  # places are counted from 0 again
+        else:
+            self._state.load_again(self._spec.name, tables, why)
         progress.positions_expired += len(partitions)
         log.warning("tables_loaded_again", tables=tables, reason=why)
 
     def stretches(self, batch: Batch) -> Iterable[Stretch]:
         """Return a batch's events. Raises Transient while the registry lacks a schema, EpochRose for a newer epoch."""
-        columns = frozenset(column.name for table in self._tables().values() for column in table.columns)
-        if columns != self._columns:
-            self._columns = columns
-            self._decoder.use(columns)
-        decoded = self._decoder.decode(batch.payload, self._each_of)
+        if self._by_offset is not None:
+            decoded = self._by_offset.decode(batch.payload, self._table_as_it_is, self._each_of)
+        else:
+            columns = frozenset(column.name for table in self._tables().values() for column in table.columns)
+            if columns != self._columns:
+                self._columns = columns
+                self._decoder.use(columns)
+            decoded = self._decoder.decode(batch.payload, self._each_of)
         if any(stretch.epoch > self._epoch for stretch in decoded.stretches):
             raise EpochRose(ROSE)
         broken = [self._undecodable(record) for record in decoded.undecodable]
         return [*decoded.stretches, Stretch(self._epoch, [], broken)] if broken else decoded.stretches
+
+    def _table_as_it_is(self, name: str, columns: frozenset[str]) -> Table:
+        """Return a table, for records with these columns. Raises TablesChanged: it is another, or was not known yet."""
+        table = self._tables().get(name)
+        if table is None:
+            raise TablesChanged(f"The first record of table {name} has come.")
+        if (name, columns) not in self._old_columns and not columns <= {column.name for column in table.columns}:
+            assert self._reader is not None, "it was prepared"
+            now = self._reader.tables([name]).get(name, table)
+            if columns <= {column.name for column in now.columns}:
+                raise TablesChanged(f"Table {name} has other columns.")
+            self._old_columns.add((name, columns))  # of one that was dropped since
+        return table
 
     def _undecodable(self, record: UndecodableRecord) -> Undecodable:
         place = f"{record.partition.topic}[{record.partition.number}]@{record.offset}"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from delta_sync.documents import DocumentSpec
 from delta_sync.errors import UsageError
 from delta_sync.sources.mysql.claims import format_position
-from delta_sync.spec import PipelineSpec, SourceSpec
-from delta_sync.versions import format_lsn
+from delta_sync.spec import PipelineSpec
+from delta_sync.versions import MAX_OFFSET, OFFSET_BITS, format_lsn
 
 if TYPE_CHECKING:  # what a command does not need at its start is imported where it is used
     from delta_sync.sources.inspection import Inspector
@@ -53,14 +53,24 @@ def open_reader(
                     " rises exactly with what snapshots show. Pipelines of rows run on it."
                 )
             reader = MySQLReader(spec.source, application_name, answer_s)
+        case "debezium":
+            from delta_sync.sources.debezium.reader import TopicReader
+
+            if documents:
+                raise UsageError(
+                    f"Documents of several tables ({', '.join(documents)}) cannot be built from a source that Delta has"
+                    " no client of (source.url is debezium://…): it cannot read rows. Pipelines of rows run on it."
+                )
+            reader = TopicReader(spec)
         case kind:
             raise UsageError(unknown(kind))
     reader.shapes, reader.documents = spec.shapes, documents
     return reader
 
 
-def open_inspector(source: SourceSpec) -> Inspector:
-    """Connect to a source, to look at it. Raises SourceBusy, CheckFailed or UsageError."""
+def open_inspector(spec: PipelineSpec) -> Inspector:
+    """Connect to a pipeline's source, to look at it. Raises SourceBusy, CheckFailed or UsageError."""
+    source = spec.source
     match source.kind:
         case "postgresql":
             from delta_sync.sources.postgresql.inspection import PostgresInspector
@@ -71,12 +81,18 @@ def open_inspector(source: SourceSpec) -> Inspector:
             from delta_sync.sources.mysql.inspection import MariaInspector
 
             return MariaInspector(source)
+        case "debezium":
+            from delta_sync.sources.debezium.inspection import TopicInspector
+
+            return TopicInspector(spec)
         case kind:
             raise UsageError(unknown(kind))
 
 
 def position_text(kind: str, position: int) -> str:
     """Return a position of a kind of source for people."""
+    if kind == "debezium":
+        return f"record {position & MAX_OFFSET}, term {position >> OFFSET_BITS}"
     return format_position(position) if kind in ("mariadb", "mysql") else format_lsn(position)
 
 
@@ -97,6 +113,12 @@ def check_supported(spec: PipelineSpec) -> None:
                     f"source.url begins with {kind}://, and {why}: use transport: kafka (`deltactl pipeline create`"
                     " with --kafka and --registry)."
                 )
+        case "debezium":
+            if spec.transport != "kafka":
+                raise UsageError(
+                    "source.url begins with debezium://, and such a pipeline needs Kafka: a change's version is its"
+                    " place in a topic. Use transport: kafka (`deltactl pipeline create` with --kafka and --registry)."
+                )
         case kind:
             raise UsageError(unknown(kind))
 
@@ -105,7 +127,10 @@ def unknown(kind: str) -> str:
     """Return why no pipeline runs on a kind of source."""
     if not kind:
         return "source.url has no scheme; write it as postgresql://user@host:port/database, mariadb://… or mysql://…."
-    return f"source.url: {kind}:// is not a source that Delta knows; it can be postgresql://, mariadb:// or mysql://."
+    return (
+        f"source.url: {kind}:// is not a source that Delta knows; it can be postgresql://, mariadb:// or mysql://, or"
+        " debezium://CLASS of another connector."
+    )
 
 
 def need_package() -> None:

@@ -1,0 +1,338 @@
+"""Dumps of sources that Delta has no client of: Debezium's incremental snapshots, by signal, one after the other.
+
+In the place of `load.Loader`, with the same dumps in the state store: a chunk of a dump is one signal there. Its rows
+come through the log, so nothing is read and nothing is claimed here; what is to be known is when all of them are in the
+sinks. Whoever plans reads what was signalled and what the connector has said, and so goes on where another one was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import structlog
+
+from delta_sync import signals
+from delta_sync.dumps import ChunkCounts, ChunkLease, Dump, is_over, removes_unmet
+from delta_sync.errors import EpochRose, LeaseLost, StateBusy, Transient, UsageError
+from delta_sync.kafka.signals import SignalBoard
+from delta_sync.leases import LeaseKeeper
+from delta_sync.load import END_BUDGET_S, FIRST_LOAD, KEPT, LEASE_S, LOOK_S, RETRY_S, Reload
+from delta_sync.progress import LogPosition, Progress
+from delta_sync.signals import Seen, Wanted
+from delta_sync.state import StateStore, TableLoad
+from delta_sync.state_dumps import DumpStore
+from delta_sync.tables import Table
+from delta_sync.versions import position_in_topic, version_of
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+SIDECAR_LEASE = "sidecar"  # as `delta_debezium.sidecar` calls it; its token is the term
+# What a row's last change was sent so short a time before a dump is not removed for not having been met: a database may
+# write a change to its log, and so deliver it, some milliseconds before a read sees it.
+UNSEEN_MOST_S = 60.0
+
+
+class SignalledLoader(threading.Thread):
+    """Carries out a pipeline's dumps by signals, and begins those of tables that are not loaded.
+
+    `names` are the pipeline's tables, and `tables` those of which a record has come. `keeper` has the lease of the one
+    process that plans; `owner` is another one in each. `finished` is called when a dump that removes what it did not
+    meet has met everything. `position` is how far the connector's records have been applied, as its own counts them.
+    """
+
+    def __init__(
+        self,
+        *,
+        pipeline: str,
+        owner: str,
+        epoch: int,
+        names: Collection[str],
+        board: SignalBoard,
+        position: LogPosition,
+        progress: Progress,
+        state: StateStore,
+        tables: Callable[[], Mapping[str, Table]],
+        fingerprint: Callable[[str], str],
+        finished: Callable[[Dump], None],
+        failed: Callable[[BaseException], None],
+        stopping: threading.Event,
+        keeper: LeaseKeeper,
+        unchanged: Callable[[], None] = lambda: None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(name="load", daemon=True)
+        self._pipeline = pipeline
+        self._owner = owner
+        self._epoch = epoch
+        self._names = names
+        self._board = board
+        self._position = position
+        self._progress = progress
+        self._state = state
+        self._dumps = DumpStore(state, pipeline)
+        self._tables = tables
+        self._fingerprint = fingerprint
+        self._finished = finished
+        self._failed = failed
+        self._stopping = stopping
+        self._keeper = keeper
+        self._unchanged = unchanged
+        self._now = now
+        self._news = threading.Condition()
+        self._reloads: dict[str, Reload] = {}
+        self._current: ChunkLease | None = None
+        self._last = 0  # the dump of which a chunk was read last
+        self._under_way = False
+        self.recorded = 0  # chunks that every sink has, by this process
+
+    # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
+
+    def reload(self, table: str, reason: str) -> None:
+        """Load a table from the start."""
+        with self._news:
+            self._reloads[table] = Reload(table, reason)
+            self._news.notify_all()
+
+    def wake(self) -> None:
+        """Look for something to do, or stop."""
+        with self._news:
+            self._news.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a dump under way."""
+        return bool(self._reloads) or self._under_way
+
+    # ── the thread ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        """Carry out dumps until Delta stops. What it cannot mend goes to `failed`."""
+        try:
+            while not self._stopping.is_set():
+                pause_s = LOOK_S
+                try:
+                    self.look()
+                    self._progress.waits("load", None)
+                except LeaseLost as error:
+                    log.info("load_left", reason=str(error))
+                    self._current = None
+                except Transient as error:
+                    log.warning("load_waits", reason=str(error))
+                    self._progress.waits("load", str(error))
+                    pause_s = RETRY_S
+                with self._news:
+                    self._news.wait_for(self._stopping.is_set, pause_s)
+        except BaseException as error:  # noqa: BLE001 -- handed to the worker, which stops with it
+            self._failed(error)
+        finally:
+            self._board.close()
+            with contextlib.suppress(StateBusy):  # else its lease expires by itself
+                self._dumps.release(self._owner)
+
+    def join(self, timeout: float | None = END_BUDGET_S) -> None:
+        """Wait for its end."""
+        super().join(timeout)
+
+    def look(self) -> None:
+        """Begin, signal and finish dumps, as far as there is something to be done now. Raises Transient, LeaseLost."""
+        if self._keeper.lease is None:
+            self._reloads.clear()  # whoever plans sees for itself that a table's columns are others
+            self._progress.loads = {}
+            self._progress.dumps = ()
+            self._current = None
+            return
+        known = self._state.pipeline(self._pipeline)
+        if known is not None and known.epoch > self._epoch:
+            raise EpochRose("Another process has begun a new epoch, so this one's dumps are over.")
+        self._board.read()
+        self._begin_loads()
+        for dump in self._dumps.all(unfinished=True):
+            if dump.state == "pending" and dump.table in self._names:
+                self._begin(dump)
+        dumps = self._dumps.all(unfinished=True)
+        self._under_way = any(dump.state == "running" for dump in dumps)
+        self._progress.dumps = [dump for dump in dumps if dump.kind != "load"]  # these have rows of their own
+        if self._current is None:
+            busy = self._dump_under_way(dumps)
+            self._current = self._dumps.lease(
+                self._owner,
+                LEASE_S,
+                signals.KEYS_MOST,
+                lambda dump: self._fits(dump) and (busy is None or dump.id == busy),
+                self._last,
+            )
+        if self._current is not None:
+            self._dumps.renew(self._owner, LEASE_S)
+            self._go_on(self._current)
+        for dump in dumps:
+            self._finish(dump)
+
+    # ── beginning ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _begin_loads(self) -> None:
+        loads = self._state.loads(self._pipeline)
+        with_dump = {dump.table for dump in self._dumps.all(unfinished=True) if dump.kind == "load"}
+        for name in self._names:
+            load = loads.get(name)
+            reload = self._reloads.get(name)
+            again = reload.reason if reload else self._why_again(load, name)
+            if load is None or again is not None:
+                fingerprint = self._fingerprint_of(name)
+                load = TableLoad(name, reason=again or FIRST_LOAD, epoch=self._epoch, fingerprint=fingerprint)
+                load = self._state.begin_load(self._pipeline, load, self._keeper.require())
+                with self._news:
+                    if self._reloads.get(name) is reload:
+                        self._reloads.pop(name, None)
+            shown: dict[str, Any] = self._progress.loads.setdefault(name, {"estimate": None})
+            shown.update(state=load.state, rows=load.rows, reason=load.reason)
+            if load.epoch == self._epoch and load.state != "done" and name not in with_dump:
+                self._begin_load(load)
+
+    def _why_again(self, load: TableLoad | None, name: str) -> str | None:
+        if load is None:
+            return None
+        if load.epoch > self._epoch:
+            raise EpochRose("Another process has begun a new epoch, and asks for its loads.")
+        if load.epoch < self._epoch:
+            return "the epoch rose"
+        now = self._fingerprint_of(name)
+        return None if not now or now == load.fingerprint else "its columns changed, or where its documents go"
+
+    def _fingerprint_of(self, name: str) -> str:
+        """Return what a load is made for; nothing while no record of the table has come."""
+        return self._fingerprint(name) if name in self._tables() else ""
+
+    def _begin_load(self, load: TableLoad) -> None:
+        lease = self._keeper.require()
+        if load.covered_from is not None:  # its dump failed: it is begun anew
+            load = self._state.begin_load(self._pipeline, load._replace(state="pending", covered_from=None), lease)
+        dump = self._as_begun(Dump(table=load.table, kind="load", reason=load.reason), load.fingerprint)
+        if dump is None:
+            return
+        self._dumps.supersede(load.table, f"the table is loaded: {load.reason}", lease)
+        started = dt.datetime.now(dt.UTC)
+        load = load._replace(covered_from=dump.covered_from, state="running", started_at=started)
+        if self._dumps.begin_load(load, dump, lease):
+            log.info("load_started", table=load.table, reason=load.reason)
+
+    def _begin(self, dump: Dump) -> None:
+        if dump.sinks is not None:
+            self._dumps.end(dump.id, "failed", "rows that Debezium reads come to every sink, so one cannot be chosen")
+            return
+        begun = self._as_begun(dump, self._fingerprint_of(dump.table))
+        if begun is not None and self._dumps.begin(begun, self._keeper.require()):
+            log.info("dump_started", dump=dump.id, table=dump.table, kind=dump.kind)
+
+    def _as_begun(self, dump: Dump, fingerprint: str) -> Dump | None:
+        """Return a dump with what belongs to its beginning; None while no sidecar leads, so that its term is unknown.
+
+        What it meets gets a version above `floor`: of a record that is about to come.
+        """
+        sidecar = self._state.lease(self._pipeline, SIDECAR_LEASE)
+        if sidecar is None:
+            return None
+        place = self._board.place_at(dump.table, round(1000 * (self._now() - UNSEEN_MOST_S)))
+        floor = version_of(self._epoch, position_in_topic(sidecar.token, place))
+        covered_from = self._board.end_of(dump.table)
+        return dataclasses.replace(
+            dump, epoch=self._epoch, fingerprint=fingerprint, covered_from=covered_from, floor=floor
+        )
+
+    def _fits(self, dump: Dump) -> bool:
+        return dump.epoch == self._epoch and dump.table in self._names
+
+    # ── going on ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _go_on(self, chunk: ChunkLease) -> None:
+        """Do what is to be done about a chunk now."""
+        dump = self._dumps.get(chunk.dump.id)
+        running = dump is not None and dump.unfinished
+        wanted: Wanted = "stop" if dump is None or not running else "pause" if dump.state == "paused" else "run"
+        id_ = signals.signal_id(chunk.dump, chunk.number)
+        board = self._board
+        heard = board.heard[id_]
+        action = signals.decide(Seen(wanted, heard, board.sent_ms[id_], board.connector, chunk.dump.kind == "load"))
+        match action:
+            case signals.Send(types):
+                try:
+                    condition = self._condition(chunk)
+                except UsageError as error:
+                    self._fail(chunk, str(error))
+                    return
+                board.send(*(signals.signal(one, id_, chunk.dump.table, condition) for one in types))
+            case signals.Wait(why):
+                if running and (dump is None or dump.waits != why):
+                    self._dumps.note(chunk.dump.id, why)
+            case signals.Failed(why):
+                self._fail(chunk, why)
+            case signals.Ended():
+                self._current = None
+            case signals.Read(number, rows):
+                # `number` is of a record; a position is that of the next one.
+                if self._position.wait(number + 1, timeout_s=LOOK_S):
+                    self._unchanged()
+                    self._dumps.note(chunk.dump.id, None)
+                    self._dumps.finish_chunk(chunk, rows)
+                    self.recorded += 1
+                    self._last, self._current = chunk.dump.id, None
+
+    def _condition(self, chunk: ChunkLease) -> str | None:
+        if chunk.keys is None:
+            return chunk.dump.where
+        table = self._tables().get(chunk.dump.table)
+        if table is None:
+            raise UsageError(f"No record of {chunk.dump.table} has come yet, so its key is not known.")
+        return signals.key_condition(table, chunk.keys)
+
+    def _fail(self, chunk: ChunkLease, why: str) -> None:
+        """End a dump."""
+        log.warning("dump_failed", dump=chunk.dump.id, table=chunk.dump.table, reason=why)
+        self._dumps.end(chunk.dump.id, "failed", why)
+        self._current = None
+
+    def _dump_under_way(self, dumps: Collection[Dump]) -> int | None:
+        """Return the dump in whose snapshot the connector is, begun by whoever planned before; None: in none of ours.
+
+        Nothing else is signalled meanwhile, or what is said of the one would be about the other. A snapshot whose dump
+        has ended is stopped: whoever was to do so may have died before.
+        """
+        connector = self._board.connector
+        if connector is None or not (connector.snapshot or "").startswith(signals.PREFIX):
+            return None
+        id_ = connector.snapshot or ""
+        dump = next((one for one in dumps if id_.startswith(f"{signals.PREFIX}{one.id}.")), None)
+        if dump is not None:
+            return dump.id  # its chunk may be a dead process's yet, until the lease expires
+        sent_ms = self._board.sent_ms[id_].get("stop-snapshot", 0)
+        if connector.timestamp_ms > sent_ms + signals.RESEND_MS:
+            types: tuple[signals.SignalType, ...] = ("stop-snapshot", "resume-snapshot")
+            self._board.send(*(signals.signal(one, id_, None) for one in types))
+        return None
+
+    def _finish(self, dump: Dump) -> None:
+        """Plan the one chunk of a dump, or finish a dump of which nothing is left."""
+        if dump.state != "running" or not self._fits(dump):
+            return
+        lease = self._keeper.require()
+        if not dump.planned:
+            self._dumps.plan(dump.id, [(None, None)], lease)
+            self.wake()
+            return
+        now = self._dumps.get(dump.id)
+        counts = self._dumps.counts().get(dump.id, ChunkCounts())
+        if now is None or not is_over(now, counts):
+            return
+        if removes_unmet(now) and now.table in self._tables():
+            self._finished(now)
+        done = self._dumps.finish(now, lease)
+        if done is not None:
+            self._dumps.prune(KEPT)
+            if done.kind == "load":
+                self._progress.loads[done.table] |= {"state": "done", "rows": done.rows}
+            log.info("load_finished", dump=done.id, table=done.table, kind=done.kind, rows=done.rows)
