@@ -40,6 +40,8 @@ from delta_sync.state_database import (
 )
 from delta_sync.state_tables import (
     CHUNKS,
+    CONNECTOR_HISTORY,
+    CONNECTORS,
     DEAD_LETTERS,
     DUMPS,
     GENERATIONS,
@@ -252,7 +254,7 @@ class StateStore:
         with self._transaction(write=True) as connection:
             # Leases first, as in a write with a lease: in another order the two could wait for each other.
             others = (DEAD_LETTERS, STATUSES, MEMBERS, GENERATIONS, NOTICES, VERIFIED, TOPICS, KEEPINGS)
-            for table in (LEASES, DUMPS, CHUNKS, LOADS, *others):
+            for table in (LEASES, DUMPS, CHUNKS, LOADS, CONNECTORS, CONNECTOR_HISTORY, *others):
                 connection.execute(sa.delete(table).where(table.c.pipeline == name))
             connection.execute(sa.delete(PIPELINES).where(PIPELINES.c.name == name))
 
