@@ -104,8 +104,10 @@ class Places:
     def behind(self, record: Any) -> bytes:
         """Return the place behind a ChangeEvent."""
         source = record.sourceRecord()
-        key = self._text(java("java.util.List").of(self._name, source.sourcePartition()))
-        return json.dumps([key, self._text(source.sourceOffset())]).encode()
+        key = java("java.util.ArrayList")(2)
+        key.add(self._name)
+        key.add(source.sourcePartition())
+        return json.dumps([self._text(key), self._text(source.sourceOffset())]).encode()
 
     def _text(self, value: Any) -> str:
         return bytes(memoryview(self._converter.fromConnectData("", None, value))).decode()
