@@ -798,6 +798,8 @@ class StateContract:
 
     def test_a_connector_has_its_place_with_the_history_that_belongs_to_it(self, store: StateStore) -> None:
         kept, other = ConnectorState(store, "movies"), ConnectorState(store, "other")
+        for name in ("movies", "other"):
+            store.save_pipeline(PipelineState(name, 1, "1", 1))
         assert kept.begin("run") == (None, b"")
         assert (kept.newest(), kept.has_history()) == (None, False)
         kept.save("run", PLACE, b"first \xc3\xa9\0\n" + b"x" * 100_000 + b"\n")  # beyond a MariaDB BLOB
@@ -809,6 +811,8 @@ class StateContract:
         history = b"first \xc3\xa9\0\n" + b"x" * 100_000 + b"\nlast\n"
         assert kept.begin("next") == (PLACE.replace(b"345", b"678"), history)
         assert kept.has_history()
+        assert store.pipeline("movies") == PipelineState("movies", 1, "1", 1, slot_lsn=12 << 32 | 345), "the first"
+        assert store.pipeline("other") == PipelineState("other", 1, "1", 1)
         assert other.newest() is None
         assert not other.has_history()
         kept.clear()

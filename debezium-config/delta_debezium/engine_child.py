@@ -100,6 +100,9 @@ class Places:
         self._name = name
         self._converter = java("org.apache.kafka.connect.json.JsonConverter")()
         self._converter.configure(java("java.util.Map").of("schemas.enable", "false"), False)
+        # The client of the binary log says each time it connects what it does; kept, or Java forgets its level.
+        self._client_log = java("java.util.logging.Logger").getLogger("com.github.shyiko.mysql.binlog")
+        self._client_log.setLevel(java("java.util.logging.Level").WARNING)
 
     def behind(self, record: Any) -> bytes:
         """Return the place behind a ChangeEvent."""

@@ -70,8 +70,8 @@ class PipelineState(NamedTuple):
     """The source as the pipeline last saw it.
 
     `system_identifier` and `timeline` tell another database from a failover; `slot_lsn` is where the slot was at the
-    last start (None: there was none yet). `confirmed_most` is a position beyond which this pipeline never confirmed
-    anything (None: not known); see `confirming`.
+    last start, or a connector that makes its position itself was at first (None: there was none yet). `confirmed_most`
+    is a position beyond which this pipeline never confirmed anything (None: not known); see `confirming`.
     """
 
     name: str

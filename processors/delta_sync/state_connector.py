@@ -25,10 +25,10 @@ import sqlalchemy as sa
 
 from delta_sync.capture import Batch, CaptureDied
 from delta_sync.errors import PipelineStopped
-from delta_sync.sources.mysql.position import StoredOffset
+from delta_sync.sources.mysql.position import StoredOffset, position_in
 from delta_sync.state import StateStore
 from delta_sync.state_database import upsert
-from delta_sync.state_tables import CONNECTOR_HISTORY, CONNECTORS
+from delta_sync.state_tables import CONNECTOR_HISTORY, CONNECTORS, PIPELINES
 
 
 class Begun(NamedTuple):
@@ -83,7 +83,10 @@ class ConnectorState:
         return Begun(None if found is None else found.encode(), b"".join(history))
 
     def save(self, run: str, place: bytes, piece: bytes) -> None:
-        """Save a position, and what has come to the history. Raises PipelineStopped: it is another run's by now."""
+        """Save a position, and what has come to the history. Raises PipelineStopped: it is another run's by now.
+
+        From the first one on it is a loss that there is none: the pipeline's state has where that was.
+        """
         mine = (CONNECTORS.c.pipeline == self._pipeline, CONNECTORS.c.run == run)
         newest = sa.select(sa.func.max(CONNECTOR_HISTORY.c.number)).where(
             CONNECTOR_HISTORY.c.pipeline == self._pipeline
@@ -96,6 +99,8 @@ class ConnectorState:
                     " and goes on there; let one of them run it. Nothing is lost."
                 )
             connection.execute(sa.update(CONNECTORS).where(*mine).values(place=place.decode()))
+            first = sa.update(PIPELINES).where(PIPELINES.c.name == self._pipeline, PIPELINES.c.slot_lsn.is_(None))
+            connection.execute(first.values(slot_lsn=position_in(offset_of(place))))
             if piece:
                 number = (connection.execute(newest).scalar() or 0) + 1
                 values = {"pipeline": self._pipeline, "number": number, "piece": piece}
