@@ -29,6 +29,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 
 from delta_sync import secrets
+from delta_sync.capture import CaptureDied
 from delta_sync.delta_event import encode_key
 from delta_sync.dumps import Dump
 from delta_sync.errors import LeaseLost, LoadOverruled, PipelineStopped, StaleStateStore, StateBusy
@@ -829,8 +830,9 @@ class StateContract:
         kept.save("second", PLACE, b"another\n")
         assert kept.begin("third") == (PLACE, begun.history + b"another\n")
         kept.clear()  # a new epoch begins: what is left of the one before saves nothing
-        with pytest.raises(PipelineStopped):
+        with pytest.raises(CaptureDied, match="was removed"):
             kept.save("third", PLACE, b"line\n")
+        assert kept.begin("fourth") == (None, b"")
 
     def test_killed_while_it_saves_where_its_connector_goes_on(self, location: Location) -> None:
         """Place and history are saved both or neither."""

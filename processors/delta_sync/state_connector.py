@@ -83,22 +83,26 @@ class ConnectorState:
         return Begun(None if found is None else found.encode(), b"".join(history))
 
     def save(self, run: str, place: bytes, piece: bytes) -> None:
-        """Save a position, and what has come to the history. Raises PipelineStopped: it is another run's by now.
+        """Save a position, and what has come to the history.
 
-        From the first one on it is a loss that there is none: the pipeline's state has where that was.
+        From the first one on it is a loss that there is none: the pipeline's state has where that was. Raises
+        PipelineStopped: the connector is another run's by now; CaptureDied: it was removed, and has to start anew.
         """
-        mine = (CONNECTORS.c.pipeline == self._pipeline, CONNECTORS.c.run == run)
+        mine = CONNECTORS.c.pipeline == self._pipeline
         newest = sa.select(sa.func.max(CONNECTOR_HISTORY.c.number)).where(
             CONNECTOR_HISTORY.c.pipeline == self._pipeline
         )
         with self._state.transaction(write=True) as connection:
             # The row stays locked to the end, so of two runs none adds to the other's history.
-            if not connection.execute(sa.select(CONNECTORS.c.run).where(*mine).with_for_update()).first():
+            whose = connection.execute(sa.select(CONNECTORS.c.run).where(mine).with_for_update()).scalar_one_or_none()
+            if whose is None:
+                raise CaptureDied(f"The connector's position was removed from {self.where}.")
+            if whose != run:
                 raise PipelineStopped(
                     f"Pipeline {self._pipeline} was started by another process meanwhile, on another machine perhaps,"
                     " and goes on there; let one of them run it. Nothing is lost."
                 )
-            connection.execute(sa.update(CONNECTORS).where(*mine).values(place=place.decode()))
+            connection.execute(sa.update(CONNECTORS).where(mine).values(place=place.decode()))
             first = sa.update(PIPELINES).where(PIPELINES.c.name == self._pipeline, PIPELINES.c.slot_lsn.is_(None))
             connection.execute(first.values(slot_lsn=position_in(offset_of(place))))
             if piece:

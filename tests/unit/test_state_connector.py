@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,8 +64,9 @@ def test_a_line_that_is_being_written_is_of_what_comes_later(store: ConnectorSta
     run.save(batch(100))
     add(file, "o\n")
     run.save(batch(200))
-    run = ConnectorRun(store, file)
-    assert run.begin() == batch(200).place
+    add(file, "thr")
+    run.save(batch(300))
+    assert run.begin() == batch(300).place
     assert file.read_bytes() == b"one\ntwo\n"
 
 
@@ -126,7 +128,7 @@ def test_of_two_runs_the_later_one_goes_on(store: ConnectorState, tmp_path: Path
 
 def test_heartbeats_are_no_events_and_others_have_their_place_as_a_position() -> None:
     source = {"db": "studio", "table": "movie", "file": "binlog.000012", "pos": 345, "row": 2, "ts_ms": 7, "gtid": "g"}
-    records = [
+    records: list[dict[str, Any]] = [
         {"ts_ms": 1},
         {"before": None, "after": {"id": 1}, "op": "c", "source": source},
         {"before": None, "after": None, "op": "t", "source": source},  # its row is that of the change before
