@@ -795,6 +795,20 @@ class StateContract:
                 pipeline = table.c["name" if table.name == "delta_pipeline" else "pipeline"]
                 assert connection.execute(sa.select(pipeline)).scalars().all() == ["other"], table.name
 
+    def test_a_loss_that_was_seen_is_remembered_until_the_epoch_rises(self, store: StateStore) -> None:
+        known = PipelineState("movies", 3, "1", 1, 5)
+        store.save_pipeline(known)
+        store.note_loss("movies", 2, "of an epoch that is over")
+        assert store.pipeline("movies") == known
+        store.note_loss("movies", 3, "it was reset")
+        store.note_loss("movies", 3, "it is gone")
+        store.save_pipeline(known._replace(slot_lsn=9))  # by somebody who had not seen it
+        assert store.pipeline("movies") == known._replace(slot_lsn=9, lost="it was reset")
+        store.save_pipeline(known._replace(epoch=4))
+        assert store.pipeline("movies") == known._replace(epoch=4)
+        store.note_loss("other", 1, "nobody's")
+        assert store.pipeline("other") is None
+
     # ── what an embedded connector keeps ──
 
     def test_a_connector_has_its_place_with_the_history_that_belongs_to_it(self, store: StateStore) -> None:

@@ -247,6 +247,8 @@ def find_loss(seen: Seen) -> Loss | None:
         return Loss(
             f"the source was promoted or restored: it is on timeline {identity.timeline}, and was on {known.timeline}"
         )
+    if known is not None and known.lost is not None:
+        return Loss(known.lost)
     if there is None:
         missing = known is not None and known.slot_lsn is not None
         return Loss(f"{place.name} is gone") if missing else None
@@ -312,5 +314,7 @@ def check_slot(spec: PipelineSpec, reader: SourceReader, state: StateStore, deli
         why_not = why_not_by_itself(spec, loss, state.loads(spec.name))
         if why_not is not None:
             raise SlotMissing(slot_missing(spec, loss, why_not))
+        if not seen.place.evidence_lasts:
+            state.note_loss(spec.name, seen.known.epoch, loss.why)
         raise EpochRose(f"A new epoch has to begin: {loss.why}.")
     return seen

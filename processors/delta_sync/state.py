@@ -71,7 +71,8 @@ class PipelineState(NamedTuple):
 
     `system_identifier` and `timeline` tell another database from a failover; `slot_lsn` is where the slot was at the
     last start, or a connector that makes its position itself was at first (None: there was none yet). `confirmed_most`
-    is a position beyond which this pipeline never confirmed anything (None: not known); see `confirming`.
+    is a position beyond which this pipeline never confirmed anything (None: not known); see `confirming`. `lost` says
+    why changes of this epoch may have been lost, where that was noted (`note_loss`, which alone saves it).
     """
 
     name: str
@@ -80,6 +81,7 @@ class PipelineState(NamedTuple):
     timeline: int
     slot_lsn: int | None = None
     confirmed_most: int | None = None
+    lost: str | None = None
 
 
 class TableLoad(NamedTuple):
@@ -231,11 +233,15 @@ class StateStore:
         """Return what was last saved of the pipeline's source; None: nothing."""
         with self._transaction() as connection:
             row = connection.execute(sa.select(PIPELINES).where(PIPELINES.c.name == name)).one_or_none()
-        return None if row is None else PipelineState(*row)
+        if row is None:
+            return None
+        *fields, lost_epoch, lost = row
+        return PipelineState(*fields, lost if lost_epoch == row.epoch else None)
 
     def save_pipeline(self, state: PipelineState, lease: Lease | None = None) -> None:
         """Save it, in place of what was saved before. With a lease: only if nobody else has it now, else LeaseLost."""
         values = state._asdict()
+        del values["lost"]
         with self._transaction(write=True) as connection:
             fence(connection, state.name, lease)
             upsert(connection, PIPELINES, {"name": values.pop("name")}, values)
@@ -248,6 +254,13 @@ class StateStore:
         lower = sa.or_(PIPELINES.c.confirmed_most.is_(None), PIPELINES.c.confirmed_most < lsn)
         with self._transaction(write=True) as connection:
             connection.execute(sa.update(PIPELINES).where(PIPELINES.c.name == name, lower).values(confirmed_most=lsn))
+
+    def note_loss(self, name: str, epoch: int, why: str) -> None:
+        """Save that changes of this epoch may have been lost, for as long as it is the pipeline's; the first reason."""
+        first = sa.or_(PIPELINES.c.lost_epoch.is_(None), PIPELINES.c.lost_epoch != epoch)
+        noted = sa.update(PIPELINES).where(PIPELINES.c.name == name, first).values(lost_epoch=epoch, lost=clean(why))
+        with self._transaction(write=True) as connection:
+            connection.execute(noted)
 
     def forget(self, name: str) -> None:
         """Delete all that is stored of a pipeline; but which keys its rows used is left to `UsedKeyStore.sweep`."""

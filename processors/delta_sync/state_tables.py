@@ -68,6 +68,8 @@ PIPELINES = sa.Table(
     sa.Column("timeline", sa.BigInteger, nullable=False),
     sa.Column("slot_lsn", sa.BigInteger),
     sa.Column("confirmed_most", sa.BigInteger),
+    sa.Column("lost_epoch", sa.Integer),  # of which the next is so; that one has another epoch
+    sa.Column("lost", _text()),  # why changes may have been lost
     sa.PrimaryKeyConstraint("name", name="pk_delta_pipeline"),
     **_OPTIONS,
 )

@@ -179,7 +179,7 @@ def test_what_is_lost_is_noticed(pipeline: EmbeddedPipeline, start: Callable[[],
             assert [why in event["reason"] for event in run.events("epoch_rises")] == [True], run.tail()
             pipeline.in_step(run)
 
-        # ── the log begins anew while it runs ──
+        # ── the log begins anew while it runs, and soon has as many transactions as it had ──
         execute(session, "RESET BINARY LOGS AND GTIDS", "DELETE FROM account WHERE id % 7 = 0")
         with WritingMySQL(pipeline):
             begins_anew("RESET MASTER")

@@ -108,6 +108,7 @@ class CapturePosition(ABC):
     """
 
     name: str  # for messages: `replication slot delta_movies`
+    evidence_lasts: ClassVar[bool] = True  # whether a loss that is seen can still be seen when somebody acts upon it
 
     @abstractmethod
     def look(self) -> Confirmed | None:

@@ -1,5 +1,7 @@
 """What an embedded connector keeps when its source keeps nothing for it: where it goes on, and the schema's history.
 
+And a loss that was seen once, for whoever acts upon it: what showed it may be gone by then.
+
 Types are spelled out instead of imported: what a migration does must not change when the code does.
 """
 
@@ -30,6 +32,11 @@ def _name(length: int) -> sa.types.TypeEngine[str]:
 
 def upgrade() -> None:
     """Create them, unless a process that was killed has made them already (MariaDB knows no transaction here)."""
+    there = {column["name"] for column in sa.inspect(op.get_bind()).get_columns("delta_pipeline")}
+    if "lost_epoch" not in there:
+        op.add_column("delta_pipeline", sa.Column("lost_epoch", sa.Integer()))
+    if "lost" not in there:
+        op.add_column("delta_pipeline", sa.Column("lost", sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")))
     op.create_table(
         "delta_connector",
         sa.Column("pipeline", _name(64)),

@@ -55,7 +55,13 @@ class Store(Protocol):
 
 
 class BinlogPosition(CapturePosition):
-    """The newest offset that was stored. The connector makes the position; it begins at the log's end."""
+    """The newest offset that was stored. The connector makes the position; it begins at the log's end.
+
+    In a log that has begun anew it may go on from a position that it finds there, and overwrite the one that showed it;
+    and the log may grow beyond that.
+    """
+
+    evidence_lasts = False
 
     def __init__(self, log: Log, store: Store) -> None:
         self._log = log
