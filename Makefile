@@ -10,7 +10,7 @@ export DELTA_JARS ?= $(CURDIR)/.cache/jars
 # Each of some 300 processes would compile our modules anew, and each of pytest's workers all tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: bench help setup jars test test-containers test-elsewhere test-long checked lint types mypy pyright unit format clean
+.PHONY: bench help setup jars jars-servers jars-debezium programs test test-containers test-elsewhere test-long checked lint types mypy pyright unit format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,11 +27,17 @@ $(READY): requirements/dev.txt pyproject.toml tests/servers/install.sh
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-jars: $(READY) ## the servers that come from neither Python packages nor this machine (once, some 900 MB)
-	tests/servers/install.sh $(PYTHON) servers
+jars: jars-servers jars-debezium ## the servers that come from neither Python packages nor this machine (once, some 900 MB)
+
+jars-servers: programs
 	$(BIN)/python -m delta_debezium.engine_recording
 	$(BIN)/python -m delta_sync.testing.jars
+
+jars-debezium: programs
 	$(BIN)/python -m delta_debezium.distribution
+
+programs: $(READY)
+	tests/servers/install.sh $(PYTHON) servers
 
 # Tests wait for servers and disks half of the time, so three at once suit two cores. Which stay together is in
 # tests/conftest.py; they come in their order, the slow acceptance tests first.

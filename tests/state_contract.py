@@ -23,25 +23,19 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import sqlalchemy as sa
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 
 from delta_sync import secrets
 from delta_sync.capture import CaptureDied
-from delta_sync.delta_event import encode_key
 from delta_sync.dumps import Dump
-from delta_sync.errors import LeaseLost, LoadOverruled, PipelineStopped, StaleStateStore, StateBusy
+from delta_sync.errors import LeaseLost, LoadOverruled, PipelineStopped, StateBusy
 from delta_sync.generations import Generations, GenerationStore
 from delta_sync.kafka.consumer import Partition
 from delta_sync.kafka.topic_ids import TopicStore
 from delta_sync.refreshing import KEPT_S, NoticeStore
 from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad, identity_of
 from delta_sync.state_connector import ConnectorState
-from delta_sync.state_database import migration_lock
 from delta_sync.state_dumps import DumpStore
-from delta_sync.state_tables import METADATA, USED_KEYS, VERSION_TABLE
+from delta_sync.state_tables import METADATA, USED_KEYS
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.processes import wait_until
 from delta_sync.used_keys import UsedKeyStore, Uses
@@ -66,6 +60,22 @@ class Location(NamedTuple):
     url: str
     folder: Path
     raw_url: str
+
+
+def migrated(location: Location) -> Location:
+    """Return the location of a store that is there now."""
+    StateStore.open(location.url, location.folder).close()
+    return location
+
+
+def emptied(location: Location, folder: Path) -> Location:
+    """Return the location of a store that is there, with nothing in it, for a test with that folder."""
+    engine = sa.create_engine(location.raw_url)
+    with engine.begin() as connection:
+        for table in reversed(METADATA.sorted_tables):
+            connection.execute(sa.delete(table))
+    engine.dispose()
+    return location._replace(folder=folder)
 
 
 def _ignored(_value: object) -> None:
@@ -94,7 +104,19 @@ def keys_of(letters: list[DeadLetter]) -> list[str]:
 
 # Forked from one that has imported what takes half a second, and has neither threads nor connections.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["delta_sync.state", "delta_sync.state_dumps", "psycopg", "pymysql"])
+PROCESSES.set_forkserver_preload(
+    [
+        *(
+            "delta_sync.state",
+            "delta_sync.state_dumps",
+            "delta_sync.migrations",
+            "alembic.command",
+            "alembic.autogenerate",
+        ),
+        *(f"sqlalchemy.dialects.{name}" for name in ("mysql", "postgresql", "sqlite")),
+        *("psycopg", "pymysql", "psutil", "pytest"),
+    ]
+)
 
 
 # ── what other processes do ──
@@ -256,7 +278,7 @@ def keeping(store: StateStore) -> UsedKeyStore:
     return used
 
 
-class StateContract:
+class StateFixtures:
     @pytest.fixture
     def location(self) -> Location:
         raise NotImplementedError
@@ -272,6 +294,8 @@ class StateContract:
         yield engine
         engine.dispose()
 
+
+class StateContract(StateFixtures):
     # ── pipelines ──
 
     def test_a_pipeline_is_saved_over_what_was_there(self, store: StateStore, location: Location) -> None:
@@ -995,137 +1019,7 @@ class StateContract:
         (found,) = store.dead_letters("movies")
         assert found.error == "cannot connect with ***"
 
-    # ── migrations ──
-
-    def test_a_fresh_store_is_what_the_code_expects(self, store: StateStore, raw: sa.Engine) -> None:
-        with raw.connect() as connection:
-            context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
-            assert compare_metadata(context, METADATA) == []
-            for table in METADATA.sorted_tables:  # what compare_metadata does not look at
-                expected = [column.name for column in table.primary_key]
-                assert sa.inspect(connection).get_pk_constraint(table.name)["constrained_columns"] == expected
-
-    @staticmethod
-    def make_v0001(raw: sa.Engine) -> None:
-        """Make what the first Delta made, with a row in each table."""
-        config = Config()
-        config.set_main_option("script_location", "delta_sync:migrations")
-        with raw.begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "0001")
-        tables = sa.MetaData()
-        tables.reflect(raw)
-        rows: dict[str, dict[str, Any]] = {
-            "delta_pipeline": {"name": "movies", "epoch": 3, "system_identifier": "7", "timeline": 1, "slot_lsn": 9},
-            "delta_load": {
-                "pipeline": "movies",
-                "table_name": "a.b",
-                "state": "running",
-                "after_key": encode_key((7,)),
-                "row_count": 7,
-                "covered_from": 5,
-                "fingerprint": "f",
-                "reason": "new",
-                "epoch": 3,
-                "started_at": microseconds(NOW),
-            },
-            "delta_dead_letter": {
-                "pipeline": "movies",
-                "identity": "0" * 64,
-                "table_name": "a.b",
-                "key_text": "1",
-                "version": 8,
-                "stage": "apply",
-                "error": "e",
-                "trace": "t",
-                "event": b"\0\xff",
-                "created_at": microseconds(NOW),
-                "attempts": 2,
-            },
-            "delta_status": {"pipeline": "movies", "status": '{"n": 1}', "saved_at": microseconds(NOW)},
-        }
-        assert set(tables.tables) == {*rows, VERSION_TABLE}
-        with raw.begin() as connection:
-            for name, row in rows.items():
-                connection.execute(sa.insert(tables.tables[name]).values(**row))
-
-    @staticmethod
-    def check_what_v0001_had(store: StateStore) -> None:
-        assert store.pipeline("movies") == PipelineState("movies", 3, "7", 1, 9)
-        load = TableLoad("a.b", "running", (7,), 7, 5, "f", "new", 3, NOW)
-        assert store.loads("movies") == {"a.b": load}
-        (found,) = store.dead_letters("movies")
-        assert (found.event, found.created_at, found.attempts) == (b"\0\xff", NOW, 2)
-        assert store.status("movies") == ({"n": 1}, NOW)
-        lease = store.take_lease("movies", "load", "me", FOR_EVER_S)
-        assert lease is not None
-        store.save_load("movies", load._replace(rows=8), lease)
-        store.save_member("movies", "me", {})
-
-    def test_a_store_of_the_first_version_keeps_its_rows(self, location: Location, raw: sa.Engine) -> None:
-        self.make_v0001(raw)
-        with StateStore.open(location.url, location.folder) as store:
-            self.check_what_v0001_had(store)
-            self.test_a_fresh_store_is_what_the_code_expects(store, raw)
-        with StateStore.open(location.url, location.folder) as store:
-            assert store.loads("movies")["a.b"].rows == 8
-
-    @pytest.mark.parametrize(
-        ("statement", "occurrence"), [("CREATE TABLE", 1), ("CREATE TABLE", 2), (f"UPDATE {VERSION_TABLE}", 1)]
-    )
-    def test_killed_while_it_migrates_the_first_version(
-        self, location: Location, raw: sa.Engine, statement: str, occurrence: int
-    ) -> None:
-        self.make_v0001(raw)
-        assert run_processes(die_at, (location, statement, occurrence)) == [-signal.SIGKILL]
-        with StateStore.open(location.url, location.folder) as store:
-            self.check_what_v0001_had(store)
-
-    def test_those_who_only_look_bring_an_old_store_up_to_date(self, location: Location, raw: sa.Engine) -> None:
-        self.make_v0001(raw)
-        store = StateStore.open(location.url, location.folder, create=False)
-        assert store is not None
-        with store:
-            assert store.members("movies") == []
-
-    def test_there_is_no_way_back(self, store: StateStore, raw: sa.Engine) -> None:
-        config = Config()
-        config.set_main_option("script_location", "delta_sync:migrations")
-        with raw.connect() as connection:
-            config.attributes["connection"] = connection
-            with pytest.raises(NotImplementedError, match="not taken back"):
-                command.downgrade(config, "base")
-
-    @pytest.mark.parametrize("create", [True, False])
-    def test_a_newer_store_is_refused(
-        self, store: StateStore, location: Location, raw: sa.Engine, create: bool
-    ) -> None:
-        with raw.begin() as connection:
-            connection.execute(sa.text(f"update {VERSION_TABLE} set version_num = '9999'"))
-        with pytest.raises(StaleStateStore, match="9999"):
-            StateStore.open(location.url, location.folder, create=create)
-        with raw.connect() as connection:
-            assert connection.execute(sa.text(f"select version_num from {VERSION_TABLE}")).scalar() == "9999"
-
-    def test_nothing_is_created_for_those_who_only_look(self, location: Location, raw: sa.Engine) -> None:
-        assert StateStore.open(location.url, location.folder, create=False) is None
-        assert sa.inspect(raw).get_table_names() == []
-        StateStore.open(location.url, location.folder).close()
-        existing = StateStore.open(location.url, location.folder, create=False)
-        assert existing is not None
-        existing.close()
-
     # ── several at once ──
-
-    def test_processes_create_and_write_at_once(self, location: Location) -> None:
-        writers, count = 3, 20
-        barrier = PROCESSES.Barrier(writers)
-        assert run_processes(add_when_all_are_ready, *[(location, barrier, count)] * writers) == [0] * writers
-        with StateStore.open(location.url, location.folder) as store:
-            found = store.dead_letters("movies", limit=1000)
-            assert len(found) == count
-            assert {each.attempts for each in found} == {writers}
-            assert store.loads("movies")["public.movie"].rows == count - 1
 
     def test_threads_write_at_once(self, store: StateStore) -> None:
         def work(thread: int) -> None:
@@ -1153,13 +1047,6 @@ class StateContract:
         store.add_dead_letters("movies", [letter(1), letter(2)])
         assert [each.attempts for each in store.dead_letters("movies")] == [2, 2]
 
-    @pytest.mark.parametrize("occurrence", [1, 3])
-    def test_killed_while_it_migrates(self, location: Location, occurrence: int) -> None:
-        assert run_processes(die_at, (location, "CREATE TABLE", occurrence)) == [-signal.SIGKILL]
-        with StateStore.open(location.url, location.folder) as store:
-            store.add_dead_letters("movies", [letter(1)])
-            assert store.count_dead_letters("movies") == 1
-
 
 def add_then_die(location: Location) -> None:
     StateStore.open(location.url, location.folder).add_dead_letters("movies", [letter(1), letter(2)])
@@ -1168,12 +1055,6 @@ def add_then_die(location: Location) -> None:
 
 class ServerStateContract(StateContract):
     """What every server must do, and a file cannot: its writer's lock is the process's, for as long as it lives."""
-
-    def test_one_that_migrates_for_too_long_is_not_waited_for(self, location: Location, raw: sa.Engine) -> None:
-        with raw.begin() as connection, migration_lock(connection), pytest.raises(StateBusy):
-            StateStore.open(location.url, location.folder, busy_timeout_s=1)
-        assert not set(sa.inspect(raw).get_table_names()) & set(METADATA.tables)
-        StateStore.open(location.url, location.folder).close()
 
     @pytest.mark.parametrize("call", ["take_lease", "save_load"])
     def test_one_frozen_in_a_transaction_is_not_waited_for(

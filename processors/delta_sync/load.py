@@ -36,7 +36,7 @@ from delta_sync.versions import dump_version, version_of
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 SLICE_ROWS = 2000  # handed to the worker at once while the log rests: larger ones cost no less for a row
-SLICE_ROWS_BESIDE_LOG = 400  # while changes come: a change waits for one of them in each stage that it goes through
+SLICE_ROWS_BESIDE_LOG = 300  # while changes come: a change waits for one of them in each stage that it goes through
 SLICES_MOST = 3  # handed over and not yet acknowledged: one that is written, one that is processed, one that waits
 CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
 WAIT_NOTICE_S = 2.0  # then one wants to know for whom a dump waits
@@ -174,6 +174,7 @@ class Loader(threading.Thread):
         self._looks = 0  # rises whenever there may be something to plan
         self._plans = 0  # rises whenever there may be something to read
         self._read: deque[Rows] = deque()
+        self._behind: deque[tuple[int, list[Rows]]] = deque()  # a heartbeat's position, and what was read before it
         self._passed: deque[Rows] = deque()
         self._held_bytes = self._held_rows = 0
         self._last = 0  # the dump of which a chunk was read last
@@ -212,7 +213,12 @@ class Loader(threading.Thread):
         ]
         threads += [
             threading.Thread(target=self._guarded, args=(name, step), name=name, daemon=True)
-            for name, step in (("load log", self._pass_next), ("load write", self._write_next), ("load", self._renew))
+            for name, step in (
+                ("load ask", self._ask_next),
+                ("load log", self._pass_next),
+                ("load write", self._write_next),
+                ("load", self._renew),
+            )
         ]
         for thread in threads:
             thread.start()
@@ -526,27 +532,48 @@ class Loader(threading.Thread):
 
     # ── behind the log, to the worker ────────────────────────────────────────────────────────────────────────────
 
-    def _pass_next(self) -> None:
+    def _ask_next(self) -> None:
         with self._news:
             self._news.wait_for(lambda: bool(self._read) or self._stopping.is_set())
+        if not self._stopping.is_set():
+            self.ask_for_read()
+
+    def ask_for_read(self) -> None:
+        """Write a heartbeat behind all that was read; what is read meanwhile need not wait until it is back."""
+        with self._news:
+            read = list(self._read)
+        lsn = self._ask()
+        with self._news:
+            self._behind.append((lsn, [self._read.popleft() for _ in read]))
+            self._news.notify_all()
+
+    def _pass_next(self) -> None:
+        with self._news:
+            self._news.wait_for(lambda: bool(self._behind) or self._stopping.is_set())
         if not self._stopping.is_set():
             self.pass_log_for_read()
 
     def pass_log_for_read(self) -> None:
-        """Wait until the log has come past all that was read; one heartbeat does for all chunks read before it."""
+        """Wait until the log has come past the oldest heartbeat, and so past all that was read before it."""
+        lsn, read = self._behind[0]
+        self._wait_for(lsn)
         with self._news:
-            read = list(self._read)
-        self._pass_log()
-        with self._news:
-            for _ in read:
-                self._passed.append(self._read.popleft())
+            self._behind.popleft()
+            self._passed += read
             self._news.notify_all()
 
     def _pass_log(self) -> None:
         """Wait until every change that is visible now has come through the log and is in the sinks."""
+        self._wait_for(self._ask())
+
+    def _ask(self) -> int:
+        """Write a heartbeat, and return its position."""
         with self._asking:
             lsn = self._reader.heartbeat(self._heartbeat_prefix)
         self._position.sent(lsn)
+        return lsn
+
+    def _wait_for(self, lsn: int) -> None:
         while not self._position.wait(lsn, timeout_s=0.5):
             if self._stopping.is_set():
                 raise Stopping

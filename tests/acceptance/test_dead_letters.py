@@ -190,7 +190,10 @@ def test_what_one_store_rejects_is_a_dead_letter_of_that_store_alone(
     assert run.stop() == 0
 
 
-@pytest.mark.parametrize("while_loading", [False, True], ids=["from the log", "in the first load"])
+@pytest.mark.parametrize(
+    "while_loading",
+    [pytest.param(False, id="from the log"), pytest.param(True, id="in the first load", marks=pytest.mark.long)],
+)
 def test_too_many_failures_stop_the_pipeline(while_loading: bool, stage: Callable[..., Stage]) -> None:
     it = stage(SETUP, ["movie"], processor=FAILS, errors={"max_dead_letters_per_minute": 5})
     spoil = "UPDATE movie SET title = 'bad ' || id WHERE id > 10"

@@ -52,6 +52,7 @@ def write(shop: Shop, text: str, first: int = 0, new: int = 0) -> None:
                     shop.insert(connection, shape, number, text)
 
 
+@pytest.mark.long
 def test_on_kafka_a_replica_is_promoted(
     primary: PostgreSQL, other: PostgreSQL, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
 ) -> None:

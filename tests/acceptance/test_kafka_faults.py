@@ -57,6 +57,7 @@ def leading(*sidecars: Run) -> tuple[Run, Run]:
     return first, second
 
 
+@pytest.mark.long
 def test_everything_dies_in_turn(stage: KafkaStage, kafka_cluster: KafkaCluster) -> None:
     ports = {}
     for _ in range(2):

@@ -192,6 +192,7 @@ def noted(pipeline: KafkaPipeline) -> Path:
     return pipeline.folder / "noted.jsonl"
 
 
+@pytest.mark.long
 def test_handlers_masks_and_refreshing_on_kafka(pipeline: KafkaPipeline, kafka: Kafka) -> None:
     with contextlib.ExitStack() as exits:
 

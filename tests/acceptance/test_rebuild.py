@@ -25,6 +25,7 @@ from delta_sync.testing.processes import wait_until
 SEED = random.SystemRandom().randrange(1_000_000)
 PATIENCE_S = 300.0  # no test may depend on speed
 REBUILD_TIMEOUT_S = 600.0  # it waits for a new run, a dump and a verification
+WRITE_PAUSE_S, READ_PAUSE_S = 0.05, 0.05  # the machine has other things to do
 ROWS = 400
 QUIET = range(1, 41)  # keys that are always there; whoever reads one must find it
 TABLES = ("film", "actor")
@@ -46,7 +47,7 @@ class Writing(Actor):
     def act(self) -> None:
         rng = random.Random(f"{SEED} writer")
         with self._source.connect() as connection:
-            while not self.stopping.wait(0.03):
+            while not self.stopping.wait(WRITE_PAUSE_S):
                 table, key = rng.choice(TABLES), rng.randrange(1, ROWS + 50)
                 what = rng.choice(("insert", "update", "update", "delete")) if key not in QUIET else "update"
                 statement = {
@@ -79,7 +80,7 @@ class Reading(Actor):
     def _read_all_the_time(self, serving: Callable[[str], str], read: Callable[[str, str, int], int | None]) -> None:
         rng = random.Random(f"{SEED} reader")
         newest: dict[tuple[str, str, int], int] = {}
-        while not self.stopping.wait(0.01):
+        while not self.stopping.wait(READ_PAUSE_S):
             table, key = rng.choice(TABLES), rng.choice(QUIET)
             place = serving(table)
             n = read(place, table, key)

@@ -207,9 +207,8 @@ def test_a_table_is_dropped(dropped: str, other: str, stage: Callable[..., Stage
     assert run.stop() == 0
 
 
-@pytest.mark.parametrize(
-    "restarted", [pytest.param(False, id="in one run", marks=pytest.mark.long), pytest.param(True, id="over a restart")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("restarted", [False, True], ids=["in one run", "over a restart"])
 def test_a_table_that_is_away_for_a_while_is_loaded_again(restarted: bool, stage: Callable[..., Stage]) -> None:
     """What happens to it under another name is in the log under that name, and so it is not seen."""
     it = stage(SETUP, TABLES)

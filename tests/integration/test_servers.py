@@ -188,6 +188,7 @@ def test_what_was_acknowledged_survives_a_restart(server: Server, probe: Probe) 
     assert probe.read(GONE_TIMEOUT_S) == 4
 
 
+@pytest.mark.long
 def test_a_frozen_server_is_silent_until_it_thaws(server: Server, probe: Probe) -> None:
     probe.write(5)
     with ThreadPoolExecutor(1) as other:

@@ -13,7 +13,8 @@ from delta_sync.errors import StateBusy, StateRefused
 from delta_sync.state import StateStore
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
 from dump_contract import DumpContract
-from state_contract import CLOCK_STEP, Location, ServerStateContract, letter
+from migration_contract import ServerMigrationContract
+from state_contract import CLOCK_STEP, Location, ServerStateContract, emptied, letter, migrated
 
 
 def new_location(server: MariaDB, folder: Path) -> Location:
@@ -32,7 +33,18 @@ def execute(server: MariaDB, statement: str) -> None:
         cursor.execute(statement)
 
 
+@pytest.fixture(scope="module")
+def shared(mariadb: MariaDB, tmp_path_factory: pytest.TempPathFactory) -> Location:
+    return migrated(new_location(mariadb, tmp_path_factory.mktemp("state")))
+
+
 class TestMariaDB(ServerStateContract, DumpContract):
+    @pytest.fixture
+    def location(self, shared: Location, tmp_path: Path) -> Location:
+        return emptied(shared, tmp_path)
+
+
+class TestMigrationsOfMariaDB(ServerMigrationContract):
     @pytest.fixture
     def location(self, mariadb: MariaDB, tmp_path: Path) -> Location:
         return new_location(mariadb, tmp_path)

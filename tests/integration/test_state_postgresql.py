@@ -13,7 +13,8 @@ from delta_sync.errors import StateBusy, StateRefused
 from delta_sync.state import StateStore
 from delta_sync.testing.servers import PostgreSQL
 from dump_contract import DumpContract
-from state_contract import Location, ServerStateContract, letter
+from migration_contract import ServerMigrationContract
+from state_contract import Location, ServerStateContract, emptied, letter, migrated
 
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 
@@ -35,13 +36,36 @@ def new_location(server: PostgreSQL, folder: Path) -> Location:
     return Location(url, folder, url.replace("postgresql://", "postgresql+psycopg://"))
 
 
+@pytest.fixture(scope="module")
+def shared_18(postgresql: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> Location:
+    return migrated(new_location(postgresql, tmp_path_factory.mktemp("state")))
+
+
+@pytest.fixture(scope="module")
+def shared_15(postgresql_15: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> Location:
+    return migrated(new_location(postgresql_15, tmp_path_factory.mktemp("state")))
+
+
 class TestPostgreSQL18(ServerStateContract, DumpContract):
+    @pytest.fixture
+    def location(self, shared_18: Location, tmp_path: Path) -> Location:
+        return emptied(shared_18, tmp_path)
+
+
+class TestPostgreSQL15(ServerStateContract, DumpContract):
+    @pytest.fixture
+    def location(self, shared_15: Location, tmp_path: Path) -> Location:
+        return emptied(shared_15, tmp_path)
+
+
+class TestMigrationsOfPostgreSQL18(ServerMigrationContract):
     @pytest.fixture
     def location(self, postgresql: PostgreSQL, tmp_path: Path) -> Location:
         return new_location(postgresql, tmp_path)
 
 
-class TestPostgreSQL15(ServerStateContract, DumpContract):
+@pytest.mark.long
+class TestMigrationsOfPostgreSQL15(ServerMigrationContract):
     @pytest.fixture
     def location(self, postgresql_15: PostgreSQL, tmp_path: Path) -> Location:
         return new_location(postgresql_15, tmp_path)

@@ -298,6 +298,7 @@ def test_no_more_is_read_while_much_has_to_wait_for_the_log(make: MakeBench) -> 
         assert loader.has_room
         assert loader.read_chunk(cast("PostgresReader", bench.reader))
     assert not loader.has_room
+    loader.ask_for_read()
     loader.pass_log_for_read()
     loader.write_chunks()
     assert loader.has_room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sqlite3
 import stat
 import threading
@@ -19,7 +20,8 @@ from delta_sync.errors import StateBusy, StateRefused, UsageError
 from delta_sync.state import PipelineState, StateStore
 from delta_sync.state_tables import METADATA, REVISION
 from dump_contract import DumpContract
-from state_contract import Location, StateContract, letter
+from migration_contract import MigrationContract
+from state_contract import Location, StateContract, letter, migrated
 
 
 @pytest.fixture
@@ -35,11 +37,31 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
+def location_of(file: Path) -> Location:
+    file.parent.mkdir(exist_ok=True)
+    return Location(f"sqlite:///{file.name}", file.parent, f"sqlite:///{file}")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a store with nothing in it."""
+    file = tmp_path_factory.mktemp("state") / "state.db"
+    migrated(location_of(file))
+    return file
+
+
 class TestSQLite(StateContract, DumpContract):
     @pytest.fixture
+    def location(self, shared: Path, file: Path) -> Location:
+        location = location_of(file)
+        shutil.copy(shared, file)
+        return location
+
+
+class TestMigrationsOfSQLite(MigrationContract):
+    @pytest.fixture
     def location(self, file: Path) -> Location:
-        file.parent.mkdir()
-        return Location("sqlite:///state.db", file.parent, f"sqlite:///{file}")
+        return location_of(file)
 
 
 def test_a_relative_path_is_relative_to_the_folder(tmp_path: Path) -> None:
