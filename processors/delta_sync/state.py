@@ -235,9 +235,15 @@ class StateStore:
             row = connection.execute(sa.select(PIPELINES).where(PIPELINES.c.name == name)).one_or_none()
         if row is None:
             return None
-        values: dict[str, Any] = row._asdict()
-        lost = values.pop("lost") if values.pop("lost_epoch") == row.epoch else None
-        return PipelineState(**values, lost=lost)
+        return PipelineState(
+            name=row.name,
+            epoch=row.epoch,
+            system_identifier=row.system_identifier,
+            timeline=row.timeline,
+            slot_lsn=row.slot_lsn,
+            confirmed_most=row.confirmed_most,
+            lost=row.lost if row.lost_epoch == row.epoch else None,
+        )
 
     def save_pipeline(self, state: PipelineState, lease: Lease | None = None) -> None:
         """Save it, in place of what was saved before. With a lease: only if nobody else has it now, else LeaseLost."""

@@ -12,8 +12,9 @@ import redis
 from delta_sync.changes import APPLIED, STALE, Write
 from delta_sync.errors import SinkBusy, SinkRefused
 from delta_sync.sinks.base import Stored, Target
-from delta_sync.sinks.redis import READONLY_GRACE_S, RedisOptions, RedisSink, RedisTargetOptions
+from delta_sync.sinks.redis import RedisOptions, RedisSink, RedisTargetOptions
 from delta_sync.sinks.redis_keys import slot_of, tombstone_key
+from delta_sync.sinks.redis_link import READONLY_GRACE_S
 from delta_sync.testing.contract import MOVIE, SinkContract, apply, check_end, plan_storm, scanned
 from delta_sync.testing.processes import wait_until
 from delta_sync.testing.servers import Redis
@@ -225,7 +226,7 @@ def test_a_server_that_is_killed_and_comes_back(durable: Redis, open_sink: Calla
 
 
 def test_a_server_that_hangs(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("delta_sync.sinks.redis.REPLY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("delta_sync.sinks.redis_link.REPLY_TIMEOUT_S", 0.1)
     sink = RedisSink("cache", redis_server.url, RedisOptions(), 3600)
     redis_server.freeze()
     with pytest.raises(SinkBusy, match="did not answer in time"):

@@ -12,13 +12,11 @@ from delta_sync.errors import UsageError
 from delta_sync.sinks.redis import (
     CALL_BYTES,
     CALL_KEYS,
-    Facts,
     RedisOptions,
     RedisSink,
     RedisTargetOptions,
-    explain,
-    judge,
 )
+from delta_sync.sinks.redis_link import Facts, explain, judge
 from delta_sync.sinks.redis_scripts import ZERO
 from delta_sync.testing.contract import ACTOR, MOVIE
 
