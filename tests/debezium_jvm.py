@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 CONNECTORS = {
@@ -200,6 +201,37 @@ class _Debezium:
         """Return for each prefix of a logical message whether the connector delivers it."""
         config = self._class(CONNECTORS[options["connector.class"]])(self._configuration(options))
         return [bool(config.getMessageFilter().isIncluded(prefix)) for prefix in prefixes]
+
+    def goes_on_from(self, name: str, server: str, offset: Mapping[str, Any], file: str) -> dict[str, Any]:
+        """Have our child say the place behind a record with this offset, and write it to a file for an engine's start.
+
+        Return the place, and what an engine of that name reads for this server: the types of its numbers are Java's.
+        """
+        from delta_debezium.engine_child import Places
+
+        partition = self._class("java.util.Map").of("server", server)
+        made = self._class("java.util.HashMap")()
+        for key, value in offset.items():
+            made.put(key, self._class("java.lang.Long")(value) if isinstance(value, int) else value)
+        record = self._class("org.apache.kafka.connect.source.SourceRecord")(partition, made, "topic", None, None)
+        places = Places(name)
+        place = places.behind(SimpleNamespace(sourceRecord=lambda: record)).decode()
+        places.store(place, file)
+        converter = self._class("org.apache.kafka.connect.json.JsonConverter")()
+        converter.configure(self._class("java.util.Map").of("schemas.enable", "false"), False)
+        store = self._class("org.apache.kafka.connect.storage.FileOffsetBackingStore")(converter)
+        json_class = "org.apache.kafka.connect.json.JsonConverter"
+        settings = {"bootstrap.servers": "none:1", "key.converter": json_class, "value.converter": json_class}
+        settings["offset.storage.file.filename"] = file
+        worker = "org.apache.kafka.connect.runtime.standalone.StandaloneConfig"
+        store.configure(self._class(worker)(self._class("java.util.HashMap")(self._properties(settings))))
+        store.start()
+        try:
+            reader_class = self._class("org.apache.kafka.connect.storage.OffsetStorageReaderImpl")
+            found = reader_class(store, name, converter, converter).offset(partition)
+        finally:
+            store.stop()
+        return {"place": json.loads(place), "read": None if found is None else {str(k): str(found[k]) for k in found}}
 
     def read_properties(self, text: str) -> dict[str, str]:
         """Return what `java.util.Properties` reads from a text."""

@@ -25,13 +25,15 @@ import pytest
 import sqlalchemy as sa
 
 from delta_sync import secrets
+from delta_sync.capture import CaptureDied
 from delta_sync.dumps import Dump
-from delta_sync.errors import LeaseLost, LoadOverruled, StateBusy
+from delta_sync.errors import LeaseLost, LoadOverruled, PipelineStopped, StateBusy
 from delta_sync.generations import Generations, GenerationStore
 from delta_sync.kafka.consumer import Partition
 from delta_sync.kafka.topic_ids import TopicStore
 from delta_sync.refreshing import KEPT_S, NoticeStore
 from delta_sync.state import DeadLetter, Lease, PipelineState, StateStore, TableLoad, identity_of
+from delta_sync.state_connector import ConnectorState
 from delta_sync.state_dumps import DumpStore
 from delta_sync.state_tables import METADATA, USED_KEYS
 from delta_sync.tables import Column, Kind, Table
@@ -46,6 +48,9 @@ SECRET = "correct horse battery staple"
 FOR_EVER_S = 3600.0  # of a lease that does not expire while its test runs, however slow the machine is
 CLOCK_STEP = dt.timedelta(milliseconds=2)  # SQLite's clock has milliseconds
 TOLD = 3  # a process's exit code: its call raised StateBusy
+PLACE = (
+    rb"""["[\"movies\",{\"server\":\"delta_movies\"}]", "{\"file\":\"binlog.000012\",\"pos\":345,\"gtids\":null}"]"""
+)
 AT_ONCE_S = 1e-6  # of one that has expired before anybody can ask
 
 
@@ -127,6 +132,13 @@ def add_when_all_are_ready(location: Location, barrier: Barrier, count: int) -> 
 
 def die_at(location: Location, statement: str, occurrence: int) -> None:
     """Add three dead letters, but be killed right after the database has run such a statement so many times."""
+    kill_behind(statement, occurrence)
+    with StateStore.open(location.url, location.folder) as store:
+        store.add_dead_letters("movies", [letter(1), letter(2), letter(3)])
+
+
+def kill_behind(statement: str, occurrence: int) -> None:
+    """Have this process killed right after a database has run such a statement so many times."""
     seen = 0
 
     def look(*arguments: Any) -> None:
@@ -136,8 +148,12 @@ def die_at(location: Location, statement: str, occurrence: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sa.event.listen(sa.Engine, "after_cursor_execute", look)
+
+
+def die_saving_a_place(location: Location, statement: str) -> None:
     with StateStore.open(location.url, location.folder) as store:
-        store.add_dead_letters("movies", [letter(1), letter(2), letter(3)])
+        kill_behind(statement, 1)
+        ConnectorState(store, "movies").save("run", PLACE.replace(b"345", b"678"), b"another\n")
 
 
 def take_then_die(location: Location, ttl_s: float) -> None:
@@ -791,6 +807,8 @@ class StateContract(StateFixtures):
             UsedKeyStore(store, name).note([uses((1, 1, name))])
             VerifiedStore(store, name).begin("a.b", "it")
             TopicStore(store, name).add({Partition("delta_movies.a.b", 0): "id"})
+            ConnectorState(store, name).begin("run")
+            ConnectorState(store, name).save("run", PLACE, b"line\n")
         store.forget("movies")
         UsedKeyStore(store, "movies").sweep()
         with raw.connect() as connection:
@@ -800,6 +818,71 @@ class StateContract(StateFixtures):
                     continue
                 pipeline = table.c["name" if table.name == "delta_pipeline" else "pipeline"]
                 assert connection.execute(sa.select(pipeline)).scalars().all() == ["other"], table.name
+
+    def test_a_loss_that_was_seen_is_remembered_until_the_epoch_rises(self, store: StateStore) -> None:
+        known = PipelineState("movies", 3, "1", 1, 5)
+        store.save_pipeline(known)
+        store.note_loss("movies", 2, "of an epoch that is over")
+        assert store.pipeline("movies") == known
+        store.note_loss("movies", 3, "it was reset")
+        store.note_loss("movies", 3, "it is gone")
+        store.save_pipeline(known._replace(slot_lsn=9))  # by somebody who had not seen it
+        assert store.pipeline("movies") == known._replace(slot_lsn=9, lost="it was reset")
+        store.save_pipeline(known._replace(epoch=4))
+        assert store.pipeline("movies") == known._replace(epoch=4)
+        store.note_loss("other", 1, "nobody's")
+        assert store.pipeline("other") is None
+
+    # ── what an embedded connector keeps ──
+
+    def test_a_connector_has_its_place_with_the_history_that_belongs_to_it(self, store: StateStore) -> None:
+        kept, other = ConnectorState(store, "movies"), ConnectorState(store, "other")
+        for name in ("movies", "other"):
+            store.save_pipeline(PipelineState(name, 1, "1", 1))
+        assert kept.begin("run") == (None, b"")
+        assert (kept.newest(), kept.has_history()) == (None, False)
+        kept.save("run", PLACE, b"first \xc3\xa9\0\n" + b"x" * 100_000 + b"\n")  # beyond a MariaDB BLOB
+        kept.save("run", PLACE, b"")
+        kept.save("run", PLACE.replace(b"345", b"678"), b"last\n")
+        found = kept.newest()
+        assert found is not None
+        assert found.offset == {"file": "binlog.000012", "pos": 678, "gtids": None}
+        history = b"first \xc3\xa9\0\n" + b"x" * 100_000 + b"\nlast\n"
+        assert kept.begin("next") == (PLACE.replace(b"345", b"678"), history)
+        assert kept.has_history()
+        assert store.pipeline("movies") == PipelineState("movies", 1, "1", 1, slot_lsn=12 << 32 | 345), "the first"
+        assert store.pipeline("other") == PipelineState("other", 1, "1", 1)
+        assert other.newest() is None
+        assert not other.has_history()
+        kept.clear()
+        assert (kept.newest(), kept.has_history(), kept.begin("run")) == (None, False, (None, b""))
+
+    def test_what_a_run_says_of_another_ones_connector_is_refused(self, store: StateStore) -> None:
+        """Two runs of a pipeline on two machines would mix up the histories of their connectors."""
+        kept = ConnectorState(store, "movies")
+        kept.begin("first")
+        kept.save("first", PLACE, b"line\n")
+        begun = kept.begin("second")
+        with pytest.raises(PipelineStopped, match="movies was started by another process meanwhile"):
+            kept.save("first", PLACE.replace(b"345", b"678"), b"line\n")
+        kept.save("second", PLACE, b"another\n")
+        assert kept.begin("third") == (PLACE, begun.history + b"another\n")
+        kept.clear()  # a new epoch begins: what is left of the one before saves nothing
+        with pytest.raises(CaptureDied, match="was removed"):
+            kept.save("third", PLACE, b"line\n")
+        assert kept.begin("fourth") == (None, b"")
+
+    def test_killed_while_it_saves_where_its_connector_goes_on(self, location: Location) -> None:
+        """Place and history are saved both or neither."""
+        for statement in ("UPDATE delta_connector", "INSERT INTO delta_connector_history"):
+            with StateStore.open(location.url, location.folder) as store:
+                kept = ConnectorState(store, "movies")
+                kept.clear()
+                kept.begin("run")
+                kept.save("run", PLACE, b"line\n")
+            assert run_processes(die_saving_a_place, (location, statement)) == [-signal.SIGKILL]
+            with StateStore.open(location.url, location.folder) as store:
+                assert ConnectorState(store, "movies").begin("next") == (PLACE, b"line\n"), statement
 
     # ── keys that rows used ──
 

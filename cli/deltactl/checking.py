@@ -17,7 +17,7 @@ from delta_sync.sources import open_reader
 from delta_sync.sources.inspection import Inspector
 from delta_sync.sources.postgresql.checks import new_slot_command
 from delta_sync.spec import PipelineSpec
-from delta_sync.starting import find_loss, look, why_not_by_itself
+from delta_sync.starting import Loss, find_loss, look, why_not_by_itself
 from delta_sync.state import StateStore
 from delta_sync.tables import Table
 from delta_sync.watch import ANSWER_S
@@ -83,14 +83,20 @@ def check_history(spec: PipelineSpec, folder: Path) -> Findings:
             why_not = None if loss is None else why_not_by_itself(spec, loss, store.loads(spec.name))
     finally:
         reader.close()
-    if loss is None or (loss.overtaken and (why_not is None or spec.source.on_lost_log == "stop")):
-        return Findings((), {}, tuple(found))  # that a slot is invalidated the check of the source says itself
+    if loss is None or _says_the_source(spec, loss, why_not):
+        return Findings((), {}, tuple(found))
     if why_not is None:
         fix = "the next start begins a new epoch by itself: every table is loaded again"
     else:
         fix = f"type: {new_slot_command(spec)}, which begins a new epoch: every table is loaded again"
     found.append(Problem("source", f"changes may have been lost: {loss.why}", fix, fatal=why_not is not None))
     return Findings((), {}, tuple(found))
+
+
+def _says_the_source(spec: PipelineSpec, loss: Loss, why_not: str | None) -> bool:
+    """Tell whether the check of the source says it, too: that a slot is invalidated."""
+    is_slot = loss.overtaken and spec.source.kind == "postgresql"
+    return is_slot and (why_not is None or spec.source.on_lost_log == "stop")
 
 
 def _topics_made_anew(spec: PipelineSpec, store: StateStore) -> list[Problem]:

@@ -11,6 +11,8 @@ import click
 import psycopg
 from psycopg import sql
 
+from delta_debezium.mysql import SCHEMA_HISTORY_FILE
+from delta_debezium.render import OFFSETS_FILE
 from delta_sync.errors import CheckFailed, PipelineRunning, Problem, SinkRefused, SourceBusy, Transient, UsageError
 from delta_sync.generations import GenerationStore, open_generations
 from delta_sync.sinks import AnySink, targets_of
@@ -64,7 +66,7 @@ def delete(app: App, name: str, documents: bool, files: bool, keep_source: bool,
     if app.is_running(name):
         raise PipelineRunning(f"Pipeline {name} is running; stop it first (Ctrl-C where it runs).")
     with contextlib.nullcontext() if dry_run else app.stopped(name):
-        has_slot = spec.source.kind == "postgresql"  # of MariaDB all that it made is in Kafka
+        has_slot = spec.source.kind == "postgresql"  # in other sources nothing was made
         connection = _connect_for_delete(spec) if has_slot and not keep_source else None
         try:
             store = StateStore.open(spec.state, folder, create=False)
@@ -227,3 +229,5 @@ def _forget(spec: PipelineSpec, folder: Path, store: StateStore | None) -> None:
     if spec.state == PipelineSpec.model_fields["state"].default:
         for path in folder.glob("state.db*"):
             path.unlink(missing_ok=True)
+    for name in (OFFSETS_FILE, SCHEMA_HISTORY_FILE):  # of an embedded connector, where it has files
+        (folder / name).unlink(missing_ok=True)

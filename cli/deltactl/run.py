@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from delta_debezium import engine_recording
 from delta_debezium.engine import EmbeddedCapture
+from delta_debezium.mysql import SCHEMA_HISTORY_FILE
 from delta_debezium.render import engine_properties
 from delta_sync import logs
 from delta_sync.capture import Capture
@@ -20,21 +21,23 @@ from delta_sync.secrets import resolve
 from delta_sync.sources import check_supported
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
-from delta_sync.transport import EmbeddedTransport
+from delta_sync.transport import Begin, EmbeddedTransport
 from deltactl.app import LOCK_FILE, LOCK_PATIENCE_S, App, name_argument, pass_app, shared_options, warn
 from deltactl.processes import run_through_epochs
 
 CAPTURE_LOG = "capture.log"
 
 
-def embedded_capture(spec: PipelineSpec, folder: Path, tables: Callable[[], Mapping[str, Table]]) -> Capture:
+def embedded_capture(
+    spec: PipelineSpec, folder: Path, tables: Callable[[], Mapping[str, Table]], begin: Begin | None
+) -> Capture:
     """Return the capture of a pipeline that runs on this machine, for the tables as they are at each of its starts."""
 
     def properties() -> Mapping[str, str]:
         rendered = engine_properties(spec, tables(), str(folder))
         return {name: resolve(value) for name, value in rendered.items()}
 
-    return EmbeddedCapture(properties, folder / CAPTURE_LOG)
+    return EmbeddedCapture(properties, folder / CAPTURE_LOG, begin=begin)
 
 
 @click.command(short_help="Run a pipeline, until Ctrl-C or SIGTERM.")
@@ -80,7 +83,11 @@ def run(
                 nonlocal accepted
                 (may_lose, anew), accepted = accepted, (False, False)
                 transport = EmbeddedTransport(
-                    spec, lambda tables: embedded_capture(spec, folder, tables), new_slot=may_lose, reload=anew
+                    spec,
+                    lambda tables, begin: embedded_capture(spec, folder, tables, begin),
+                    folder / SCHEMA_HISTORY_FILE,
+                    new_slot=may_lose,
+                    reload=anew,
                 )
                 return Running(folder=folder, spec=spec, transport=transport)
 

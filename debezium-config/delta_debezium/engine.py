@@ -30,14 +30,22 @@ class EmbeddedCapture:
     """Runs the Debezium Engine in a child process, which ends when this process does, however it ends.
 
     `properties` renders its configuration (Debezium's names, secrets resolved) at each start. `log_file` receives what
-    the JVM prints.
+    the JVM prints. `begin` returns the place from which it is to go on (`Batch.place`; None: the log's end), if the
+    source keeps none: then every batch has its place.
     """
 
-    def __init__(self, properties: Callable[[], Mapping[str, str]], log_file: Path, heap_mb: int = HEAP_MB) -> None:
+    def __init__(
+        self,
+        properties: Callable[[], Mapping[str, str]],
+        log_file: Path,
+        heap_mb: int = HEAP_MB,
+        begin: Callable[[], bytes | None] | None = None,
+    ) -> None:
         self._properties = properties
         self._configuration: Mapping[str, str] = {}
         self._log_file = log_file
         self._heap_mb = heap_mb
+        self._begin = begin
         self._generation = 0
         self._child: subprocess.Popen[bytes] | None = None
         self._frames: io.FileIO | None = None
@@ -63,6 +71,9 @@ class EmbeddedCapture:
         self._confirmed = 0
         self._ended_for = None
         self._configuration = dict(self._properties())
+        begin = self._begin
+        # JSON in JSON: what the place looks like is the child's to know.
+        place = {} if begin is None else {"place": None if (known := begin()) is None else known.decode()}
         read_end, write_end = os.pipe()
         try:
             with self._log_file.open("wb") as log:
@@ -80,7 +91,7 @@ class EmbeddedCapture:
         finally:
             os.close(write_end)
         self._frames = io.FileIO(read_end, "rb")
-        configuration = json.dumps(self._configuration).encode()
+        configuration = json.dumps({"properties": self._configuration, **place}).encode()
         self._send(LENGTH.pack(len(configuration)) + configuration)
 
     def poll(self, timeout_s: float) -> Batch | None:
@@ -90,11 +101,12 @@ class EmbeddedCapture:
         ready, _, _ = select.select([self._frames], [], [], timeout_s)
         if not ready:
             return None
-        kind, sequence, count, length = FRAME.unpack(self._read(FRAME.size))
+        kind, sequence, count, length, place_length = FRAME.unpack(self._read(FRAME.size))
         payload = self._read(length)
+        place = self._read(place_length)
         if kind == FAILURE:
             raise self._died(payload.decode(errors="replace"))
-        return Batch(self._generation, sequence, count, payload)
+        return Batch(self._generation, sequence, count, payload, place)
 
     def confirm(self, batch: Batch) -> None:
         """Confirm the batch and all before it."""

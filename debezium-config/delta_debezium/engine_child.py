@@ -39,8 +39,9 @@ class Unconfirmed(NamedTuple):
 class Bridge:
     """The engine's consumer: joins each batch on the Java side, hands it over, and marks what the worker confirms."""
 
-    def __init__(self, frames: BinaryIO) -> None:
+    def __init__(self, frames: BinaryIO, places: Places | None = None) -> None:
         self._frames = frames
+        self._places = places
         self._lock = threading.Condition()
         self._unconfirmed: deque[Unconfirmed] = deque()
         self._sequence = 0
@@ -54,7 +55,8 @@ class Bridge:
             self._sequence += 1
             last_record = records.get(records.size() - 1)
             self._unconfirmed.append(Unconfirmed(self._sequence, len(payload), last_record, committer))
-            self._send(BATCH, self._sequence, records.size(), payload)
+            place = b"" if self._places is None else self._places.behind(last_record)
+            self._send(BATCH, self._sequence, records.size(), payload, place)
             self._lock.wait_for(self._has_room)
 
     def _has_room(self) -> bool:
@@ -80,13 +82,48 @@ class Bridge:
         sys.stderr.flush()
         os._exit(0 if success else 1)
 
-    def _send(self, kind: bytes, sequence: int, count: int, payload: bytes | memoryview) -> None:
+    def _send(self, kind: bytes, sequence: int, count: int, payload: bytes | memoryview, place: bytes = b"") -> None:
         try:
-            self._frames.write(FRAME.pack(kind, sequence, count, len(payload)))
+            self._frames.write(FRAME.pack(kind, sequence, count, len(payload), len(place)))
             self._frames.write(payload)
+            self._frames.write(place)
             self._frames.flush()
         except BrokenPipeError:
             os._exit(0)  # the worker is gone: whoever reads next starts behind what was confirmed
+
+
+class Places:
+    """Where the connector goes on, where the source does not keep it: in the words in which Debezium stores it."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the engine's, under which it stores its offsets."""
+        self._name = name
+        self._converter = java("org.apache.kafka.connect.json.JsonConverter")()
+        self._converter.configure(java("java.util.Map").of("schemas.enable", "false"), False)
+        # The client of the binary log says each time it connects what it does; kept, or Java forgets its level.
+        self._client_log = java("java.util.logging.Logger").getLogger("com.github.shyiko.mysql.binlog")
+        self._client_log.setLevel(java("java.util.logging.Level").WARNING)
+
+    def behind(self, record: Any) -> bytes:
+        """Return the place behind a ChangeEvent."""
+        source = record.sourceRecord()
+        key = java("java.util.ArrayList")(2)
+        key.add(self._name)
+        key.add(source.sourcePartition())
+        return json.dumps([self._text(key), self._text(source.sourceOffset())]).encode()
+
+    def _text(self, value: Any) -> str:
+        return bytes(memoryview(self._converter.fromConnectData("", None, value))).decode()
+
+    def store(self, place: str | None, file: str) -> None:
+        """Write the file from which the engine reads where to go on. What it writes there itself nobody reads."""
+        stored = java("java.util.HashMap")()
+        if place is not None:
+            key, value = (java("java.lang.String")(text).getBytes("UTF-8") for text in json.loads(place))
+            stored.put(key, value)
+        output = java("java.io.ObjectOutputStream")(java("java.io.FileOutputStream")(file))
+        output.writeObject(stored)
+        output.close()
 
 
 def _java_helpers() -> tuple[Any, Any, Any]:
@@ -138,8 +175,13 @@ def main() -> None:
     if configuration is None:
         return
     engine_start.start_jvm(int(sys.argv[2]), *engine_start.quick_start_options())
-    bridge = Bridge(frames)
-    engine = build_engine(json.loads(configuration), bridge)
+    told = json.loads(configuration)
+    properties, places = told["properties"], None
+    if "place" in told:
+        places = Places(properties["name"])
+        places.store(told["place"], properties["offset.storage.file.filename"])
+    bridge = Bridge(frames, places)
+    engine = build_engine(properties, bridge)
     java("java.util.concurrent.Executors").newSingleThreadExecutor().execute(engine)
     while (confirmation := _read_exactly(commands, CONFIRMATION.size)) is not None:
         bridge.confirm(CONFIRMATION.unpack(confirmation)[0])

@@ -1,7 +1,8 @@
 """The connectors for MariaDB and MySQL.
 
 Unlike PostgreSQL's slot, the server keeps no position for a client: positions and the history of the schema are topics
-in Kafka, or files where the transport is another. `connect.keep.alive` must stay on, because the client of the binary
+in Kafka, or in the state store where the transport is another, and the connector's files are made of that at each start
+(`delta_sync.state_connector`). `connect.keep.alive` must stay on, because the client of the binary
 log takes an orderly end of the connection for the end of its work and would wait for ever; so it reconnects by itself,
 and a failover has to be told from the server's id in the events.
 """
@@ -120,7 +121,7 @@ def _log_options(spec: PipelineSpec, state_dir: str) -> list[Option]:
 
 def _history_in_file(state_dir: str) -> list[Option]:
     file, name = "io.debezium.storage.file.history.FileSchemaHistory", f"{state_dir}/{SCHEMA_HISTORY_FILE}"
-    beside = "Beside the positions, with which it belongs together."
+    beside = "Written from the state store at each start, and saved there with the positions."
     return [
         Option(_HISTORY, file, "The default needs Kafka.", fixed=True),
         Option(f"{_HISTORY}.file.filename", name, beside, fixed=True),

@@ -21,7 +21,7 @@ from delta_sync.sources import check_supported
 from delta_sync.spec import KafkaSpec, PipelineSpec, RegistrySpec
 from delta_sync.tables import Table
 
-OFFSETS_FILE = "offsets.dat"  # of connectors whose server keeps no position for them
+OFFSETS_FILE = "offsets.dat"  # of embedded connectors whose server keeps no position for them
 SOURCE_PREFIX = "debezium.source."
 
 _REFERENCE = re.compile(r"\$\{(?:env|file):[^}]*\}")
@@ -105,7 +105,11 @@ def offset_options(spec: PipelineSpec, state_dir: str) -> list[Option]:
         ]
     return [
         Option("offset.storage", f"{storage}.FileOffsetBackingStore", "The server keeps no position for a client."),
-        Option("offset.storage.file.filename", f"{state_dir}/{OFFSETS_FILE}", "Beside the history of the schema."),
+        Option(
+            "offset.storage.file.filename",
+            f"{state_dir}/{OFFSETS_FILE}",
+            "Written from the state store at each start; what the engine writes there itself is not read.",
+        ),
         at_once,
     ]
 

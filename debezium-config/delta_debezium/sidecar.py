@@ -226,8 +226,8 @@ class Sidecar:
             try:
                 if changed.is_set():
                     changed.clear()
-                    self._take_over_columns(epoch, lease.token, reader, tables, columns)
-                found = reader.capture_position(self._spec).look()
+                    self._take_over_columns(epoch, lease.token, reader, tables, columns, state)
+                found = reader.capture_position(self._spec, state).look()
                 if found is not None and found.position is not None and found.beat > beat:
                     if beat == 0:
                         self._note_position(state, found.position, lease)
@@ -281,7 +281,7 @@ class Sidecar:
         reader.close()  # the source's name may lead to another server by now
         if not leads():
             return False
-        reader.capture_position(spec).free()  # first, so that the slot does not move while it is looked at
+        reader.capture_position(spec, state).free()  # first, so that the slot does not move while it is looked at
         seen = check_slot(spec, reader, state, self._delivered)
         assert seen.known is not None, "it was saved when this sidecar began to lead"
         if seen.there is not None:  # until this server has delivered something, Kafka does not tell how far it may be
@@ -303,7 +303,13 @@ class Sidecar:
             state.save_pipeline(known._replace(slot_lsn=position), lease)
 
     def _take_over_columns(
-        self, epoch: int, term: int, reader: SourceReader, tables: dict[str, Table], columns: dict[str, str]
+        self,
+        epoch: int,
+        term: int,
+        reader: SourceReader,
+        tables: dict[str, Table],
+        columns: dict[str, str],
+        state: StateStore,
     ) -> None:
         """Publish the tables as they are now; a connector that has to be configured anew ends."""
         current = reader.fingerprints(list(self._spec.tables))
@@ -311,7 +317,7 @@ class Sidecar:
         for name, table in found.items():
             tables[name] = table
             columns[name] = current[name]
-        place = reader.capture_position(self._spec)
+        place = reader.capture_position(self._spec, state)
         place.publish([tables[name] for name in self._spec.tables if name in current])
         if found and server_properties(self._spec, tables, epoch, term) != self._properties:
             self._server.kill()

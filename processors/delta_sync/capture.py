@@ -14,13 +14,15 @@ from delta_sync.errors import Transient
 class Batch(NamedTuple):
     """Some of the log's changes. `payload` holds so many `events`, in the transport's own form.
 
-    `generation` counts the starts of the capture; `sequence` counts batches within one, from 1.
+    `generation` counts the starts of the capture; `sequence` counts batches within one, from 1. `place` is where the
+    connector goes on behind the batch, as it says it; empty where the source, or Kafka, keeps that.
     """
 
     generation: int
     sequence: int
     events: int
     payload: Any
+    place: bytes = b""
 
 
 class CaptureDied(Transient):

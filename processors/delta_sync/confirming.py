@@ -1,4 +1,7 @@
-"""Confirming in a way that leaves a trace: a slot that somebody else moved can be told from one that Delta moved.
+"""Confirming in a way that leaves a trace, which is saved before: `RecordingCapture`.
+
+Where the source keeps no position (MySQL), the trace is the position (`state_connector`). Where it does (PostgreSQL),
+the trace is a bound, by which a slot that somebody else moved can be told from one that Delta moved:
 
 A slot that was dropped and made anew, or advanced by hand (`pg_replication_slot_advance`), looks like any other; the
 changes that it left out are lost in silence. What gives it away is its `confirmed_flush_lsn`: it is beyond all that
@@ -30,7 +33,7 @@ from collections.abc import Callable
 
 import structlog
 
-from delta_sync.capture import Batch, Capture
+from delta_sync.capture import Batch, Capture, CaptureDied
 from delta_sync.errors import Transient
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -39,26 +42,24 @@ PAUSE_S = 0.2  # between confirmations: each costs a query and a write of the st
 SLICE_S = 0.05  # how long a poll may keep a confirmation waiting: while 8 batches wait for it, nothing comes
 
 
-class BoundedCapture:
-    """A capture whose confirmations are made by `poll`, each after its bound was saved.
+class RecordingCapture:
+    """A capture whose confirmations are made by `poll`, each after `record` has saved what must be saved before.
 
-    `end_of_log` asks the source, `save_bound` the state store. When one of them does not answer, the confirmation
-    waits: what is not confirmed is only delivered again. `spent` is told how many seconds a confirmation took. Used
-    like the capture inside it.
+    It asks the source and the state store. When one of them does not answer, the confirmation waits: what is not
+    confirmed is only delivered again. `spent` is told how many seconds a confirmation took. Used like the capture
+    inside it.
     """
 
     def __init__(
         self,
         capture: Capture,
-        end_of_log: Callable[[], int],
-        save_bound: Callable[[int], None],
+        record: Callable[[Batch], None],
         close: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         spent: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._capture = capture
-        self._end_of_log = end_of_log
-        self._save_bound = save_bound
+        self._record = record
         self._close = close
         self._clock = clock
         self._spent = spent
@@ -110,9 +111,13 @@ class BoundedCapture:
 
     def stop(self) -> None:
         """Confirm what is left, and end the connector. Idempotent."""
-        self._confirm_pending()
-        self._capture.stop()
-        self._close()
+        try:
+            self._confirm_pending()
+        except CaptureDied as error:
+            log.warning("not_confirmed", reason=str(error))  # it is delivered again
+        finally:
+            self._capture.stop()
+            self._close()
 
     def _confirm_pending(self) -> None:
         with self._lock:
@@ -122,7 +127,9 @@ class BoundedCapture:
         began = self._clock()
         self._due_at = began + PAUSE_S
         try:
-            self._save_bound(self._end_of_log())
+            self._record(batch)
+        except CaptureDied:
+            raise
         except Transient as error:
             log.warning("confirmation_waits", reason=str(error))
             with self._lock:

@@ -17,6 +17,7 @@ from delta_sync.sources.postgresql.checks import new_slot_command
 from delta_sync.sources.reader import CapturePosition, Confirmed, SourceIdentity, SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import Lease, PipelineState, StateStore, TableLoad
+from delta_sync.state_connector import ConnectorState
 from delta_sync.tables import Table
 from delta_sync.versions import epoch_of, epoch_of_term
 
@@ -61,7 +62,7 @@ def prepare_source(
     tables = read_tables(spec, reader)
     columns = {name: found.get(name, "") for name in tables}
     check_columns(pipeline, tables)
-    place = reader.capture_position(spec)
+    place = reader.capture_position(spec, state)
     seen = look(spec, reader, state, delivered)
     known, there = seen.known, seen.there
     found_state = known or PipelineState(spec.name, 0, *seen.identity)
@@ -78,6 +79,7 @@ def prepare_source(
         there = None
     if delivered is not None:  # what an embedded run had saved as a bound counts no longer; the slot's position does
         known = known._replace(confirmed_most=None, slot_lsn=there.position if there is not None else None)
+        ConnectorState(state, spec.name).clear()  # nor does a position: Kafka's goes on without it
     loaded = {name: table for name, table in tables.items() if name in pipeline.tables}
     targets = {name: targets_of_table(pipeline, sinks, table, spec) for name, table in loaded.items()}
     loads = state.loads(spec.name)
@@ -213,7 +215,7 @@ def look(spec: PipelineSpec, reader: SourceReader, state: StateStore, delivered:
     While a connector runs, each is ahead of the one before: the slot, what may be confirmed, the end of the log.
     """
     identity = reader.identity()
-    place = reader.capture_position(spec)
+    place = reader.capture_position(spec, state)
     there = place.look()
     known = state.pipeline(spec.name)
     most = None
@@ -245,6 +247,8 @@ def find_loss(seen: Seen) -> Loss | None:
         return Loss(
             f"the source was promoted or restored: it is on timeline {identity.timeline}, and was on {known.timeline}"
         )
+    if known is not None and known.lost is not None:
+        return Loss(known.lost)
     if there is None:
         missing = known is not None and known.slot_lsn is not None
         return Loss(f"{place.name} is gone") if missing else None
@@ -310,6 +314,8 @@ def check_slot(spec: PipelineSpec, reader: SourceReader, state: StateStore, deli
         why_not = why_not_by_itself(spec, loss, state.loads(spec.name))
         if why_not is not None:
             raise SlotMissing(slot_missing(spec, loss, why_not))
+        if not seen.place.evidence_lasts:
+            state.note_loss(spec.name, seen.known.epoch, loss.why)
         raise EpochRose(f"A new epoch has to begin: {loss.why}.")
     return seen
 

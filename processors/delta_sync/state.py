@@ -40,6 +40,8 @@ from delta_sync.state_database import (
 )
 from delta_sync.state_tables import (
     CHUNKS,
+    CONNECTOR_HISTORY,
+    CONNECTORS,
     DEAD_LETTERS,
     DUMPS,
     GENERATIONS,
@@ -68,8 +70,9 @@ class PipelineState(NamedTuple):
     """The source as the pipeline last saw it.
 
     `system_identifier` and `timeline` tell another database from a failover; `slot_lsn` is where the slot was at the
-    last start (None: there was none yet). `confirmed_most` is a position beyond which this pipeline never confirmed
-    anything (None: not known); see `confirming`.
+    last start, or a connector that makes its position itself was at first (None: there was none yet). `confirmed_most`
+    is a position beyond which this pipeline never confirmed anything (None: not known); see `confirming`. `lost` says
+    why changes of this epoch may have been lost, where that was noted (`note_loss`, which alone saves it).
     """
 
     name: str
@@ -78,6 +81,7 @@ class PipelineState(NamedTuple):
     timeline: int
     slot_lsn: int | None = None
     confirmed_most: int | None = None
+    lost: str | None = None
 
 
 class TableLoad(NamedTuple):
@@ -229,7 +233,17 @@ class StateStore:
         """Return what was last saved of the pipeline's source; None: nothing."""
         with self._transaction() as connection:
             row = connection.execute(sa.select(PIPELINES).where(PIPELINES.c.name == name)).one_or_none()
-        return None if row is None else PipelineState(*row)
+        if row is None:
+            return None
+        return PipelineState(
+            name=row.name,
+            epoch=row.epoch,
+            system_identifier=row.system_identifier,
+            timeline=row.timeline,
+            slot_lsn=row.slot_lsn,
+            confirmed_most=row.confirmed_most,
+            lost=row.lost if row.lost_epoch == row.epoch else None,
+        )
 
     def save_pipeline(self, state: PipelineState, lease: Lease | None = None) -> None:
         """Save it, in place of what was saved before. With a lease: only if nobody else has it now, else LeaseLost.
@@ -237,6 +251,7 @@ class StateStore:
         Of two epochs the newer one stays: another process may have found out that one has to begin.
         """
         values = state._asdict()
+        del values["lost"]
         query = sa.select(PIPELINES.c.epoch).where(PIPELINES.c.name == state.name).with_for_update()
         with self._transaction(write=True) as connection:
             fence(connection, state.name, lease)
@@ -261,12 +276,19 @@ class StateStore:
         with self._transaction(write=True) as connection:
             connection.execute(sa.update(PIPELINES).where(*lower).values(epoch=epoch))
 
+    def note_loss(self, name: str, epoch: int, why: str) -> None:
+        """Save that changes of this epoch may have been lost, for as long as it is the pipeline's; the first reason."""
+        first = sa.or_(PIPELINES.c.lost_epoch.is_(None), PIPELINES.c.lost_epoch != epoch)
+        noted = sa.update(PIPELINES).where(PIPELINES.c.name == name, first).values(lost_epoch=epoch, lost=clean(why))
+        with self._transaction(write=True) as connection:
+            connection.execute(noted)
+
     def forget(self, name: str) -> None:
         """Delete all that is stored of a pipeline; but which keys its rows used is left to `UsedKeyStore.sweep`."""
         with self._transaction(write=True) as connection:
             # Leases first, as in a write with a lease: in another order the two could wait for each other.
             others = (DEAD_LETTERS, STATUSES, MEMBERS, GENERATIONS, NOTICES, VERIFIED, TOPICS, KEEPINGS)
-            for table in (LEASES, DUMPS, CHUNKS, LOADS, *others):
+            for table in (LEASES, DUMPS, CHUNKS, LOADS, CONNECTORS, CONNECTOR_HISTORY, *others):
                 connection.execute(sa.delete(table).where(table.c.pipeline == name))
             connection.execute(sa.delete(PIPELINES).where(PIPELINES.c.name == name))
 

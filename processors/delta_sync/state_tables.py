@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-REVISION = "0012"  # the newest of `migrations/`, which is what these tables are
+REVISION = "0013"  # the newest of `migrations/`, which is what these tables are
 VERSION_TABLE = "delta_schema_version"  # not Alembic's default: the database may be another application's, too
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -68,6 +68,8 @@ PIPELINES = sa.Table(
     sa.Column("timeline", sa.BigInteger, nullable=False),
     sa.Column("slot_lsn", sa.BigInteger),
     sa.Column("confirmed_most", sa.BigInteger),
+    sa.Column("lost_epoch", sa.Integer),  # of which the next is so; that one has another epoch
+    sa.Column("lost", _text()),  # why changes may have been lost
     sa.PrimaryKeyConstraint("name", name="pk_delta_pipeline"),
     **_OPTIONS,
 )
@@ -279,5 +281,25 @@ USED_KEYS = sa.Table(
     sa.Column("row_key", _blob(), nullable=False),
     sa.PrimaryKeyConstraint("keeping", "row_digest", "slot", name="pk_delta_used_key"),
     sa.Index("ix_delta_used_key", "keeping", "key_digest"),
+    **_OPTIONS,
+)
+
+CONNECTORS = sa.Table(  # what an embedded connector keeps when its source keeps nothing for it
+    "delta_connector",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("run", _name(64), nullable=False),  # of whose connector it is; another run's saves nothing
+    sa.Column("place", _text()),  # where it goes on, in the connector's own words; NULL: it has not begun
+    sa.PrimaryKeyConstraint("pipeline", name="pk_delta_connector"),
+    **_OPTIONS,
+)
+
+CONNECTOR_HISTORY = sa.Table(  # the history of the schema that belongs to the place, in pieces
+    "delta_connector_history",
+    METADATA,
+    sa.Column("pipeline", _name(64)),
+    sa.Column("number", sa.Integer, autoincrement=False),
+    sa.Column("piece", _blob(), nullable=False),
+    sa.PrimaryKeyConstraint("pipeline", "number", name="pk_delta_connector_history"),
     **_OPTIONS,
 )

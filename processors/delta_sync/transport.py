@@ -8,12 +8,13 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import orjson
 
 from delta_sync.capture import Batch, Capture
-from delta_sync.confirming import BoundedCapture
+from delta_sync.confirming import RecordingCapture
 from delta_sync.decoding import Stretch
 from delta_sync.leases import LeaseKeeper
 from delta_sync.notices import NoticeIntake
@@ -21,15 +22,20 @@ from delta_sync.pipeline import Pipeline
 from delta_sync.progress import Progress
 from delta_sync.sinks import AnySink
 from delta_sync.sources import open_reader
+from delta_sync.sources.mysql.claims import events_of_binlog
+from delta_sync.sources.mysql.position import position_in
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.starting import Source, check_slot, prepare_source
 from delta_sync.state import StateStore
+from delta_sync.state_connector import ConnectorRun, ConnectorState
 from delta_sync.tables import Table
 
 CONFIRM_ANSWER_S = 5.0  # it asks for one number; meanwhile nothing is polled, and whoever stops waits for it
 
 Tables = Callable[[], Mapping[str, Table]]
+Begin = Callable[[], bytes | None]
+"""Asked at each start of a connector that is given its place, as `Batch.place`; None: it begins at the log's end."""
 
 
 class Transport(ABC):
@@ -94,19 +100,23 @@ class Transport(ABC):
 class EmbeddedTransport(Transport):
     """All in one process and its child: the source's log is the log.
 
-    `new_slot` accepts that changes may have been lost, `reload` loads every table again.
+    `make_capture` makes the capture; `history_file` is where its connector keeps the history of the schema, if the
+    source keeps no position for it. `new_slot` accepts that changes may have been lost, `reload` loads every table
+    again.
     """
 
     def __init__(
         self,
         spec: PipelineSpec,
-        make_capture: Callable[[Tables], Capture],
+        make_capture: Callable[[Tables, Begin | None], Capture],
+        history_file: Path,
         *,
         new_slot: bool = False,
         reload: bool = False,
     ) -> None:
         self._spec = spec
         self._make_capture = make_capture
+        self._history_file = history_file
         self._new_slot = new_slot
         self._reload = reload
         self._epoch = 0
@@ -120,23 +130,30 @@ class EmbeddedTransport(Transport):
         return prepare_source(self._spec, pipeline, reader, state, sinks, new_slot=self._new_slot, reload=self._reload)
 
     def capture(self, source: Source, tables: Tables, progress: Progress, unchanged: Callable[[], None]) -> Capture:
-        """Return the child process with the Debezium Engine, what it confirms bounded in the state store."""
+        """Return the child process with the Debezium Engine. What it confirms leaves a trace in the state store."""
         del unchanged  # there is no other run: the next one begins with what this one has confirmed
         self._epoch = source.epoch
         state = self._state
         assert state is not None, "it was prepared"
-        reader = open_reader(self._spec, f"delta {self._spec.name} confirm", CONFIRM_ANSWER_S)
-        return BoundedCapture(
-            self._make_capture(tables),
-            reader.durable_end,
-            lambda lsn: state.raise_confirmed_most(self._spec.name, lsn),
-            reader.close,
-            spent=progress.stages["commit"].add,
-        )
+        spent = progress.stages["commit"].add
+        if self._spec.source.kind == "postgresql":
+            reader = open_reader(self._spec, f"delta {self._spec.name} confirm", CONFIRM_ANSWER_S)
+
+            def raise_bound(_: Batch) -> None:
+                state.raise_confirmed_most(self._spec.name, reader.durable_end())
+
+            return RecordingCapture(self._make_capture(tables, None), raise_bound, reader.close, spent=spent)
+        connector = ConnectorRun(ConnectorState(state, self._spec.name), self._history_file)
+
+        def save_position(batch: Batch) -> None:
+            progress.position.advance(position_in(connector.save(batch)))
+
+        return RecordingCapture(self._make_capture(tables, connector.begin), save_position, spent=spent)
 
     def stretches(self, batch: Batch) -> Iterable[Stretch]:
         """Return a batch's events, which are JSON."""
-        return [Stretch(self._epoch, orjson.loads(batch.payload))]
+        events = orjson.loads(batch.payload)
+        return [Stretch(self._epoch, events if self._spec.source.kind == "postgresql" else events_of_binlog(events))]
 
     def check(self, reader: SourceReader, state: StateStore) -> None:
         """Raise EpochRose or SlotMissing unless the slot goes on where the pipeline's state was."""
@@ -144,7 +161,8 @@ class EmbeddedTransport(Transport):
 
     def publish(self, reader: SourceReader, tables: Sequence[Table]) -> None:
         """Bring the publication up to date."""
-        reader.capture_position(self._spec).publish(tables)
+        assert self._state is not None, "it was prepared"
+        reader.capture_position(self._spec, self._state).publish(tables)
 
     def save_status(self, state: StateStore, document: Mapping[str, Any]) -> None:
         """Save it as the pipeline's."""

@@ -143,7 +143,7 @@ def open_verification(
         closing.callback(ended.set)
         applied = AppliedLog(
             mark=lambda: position.heartbeat(spec.heartbeat_prefix),
-            applied_to=_applied_to(spec, position, closing),
+            applied_to=_applied_to(spec, position, state, closing),
             alive=lambda: pipeline_runs(state, spec.name, members=spec.kafka is not None),
             stopping=stopping,
             clock=time.monotonic,
@@ -201,9 +201,11 @@ def _refuse_unknown(option: str, given: Collection[str], spec: PipelineSpec, kno
         raise UsageError(f"{option}: pipeline {spec.name} has no {unknown[0]!r}; it has {', '.join(known)}.")
 
 
-def _applied_to(spec: PipelineSpec, reader: SourceReader, closing: ExitStack) -> Callable[[], int | None]:
+def _applied_to(
+    spec: PipelineSpec, reader: SourceReader, state: StateStore, closing: ExitStack
+) -> Callable[[], int | None]:
     """Return how to ask how far the log is in every sink."""
-    place = reader.capture_position(spec)
+    place = reader.capture_position(spec, state)
     if spec.kafka is None:
 
         def confirmed() -> int | None:

@@ -74,8 +74,10 @@ class Watch(threading.Thread):
             try:
                 sample = self._reader.sample()
                 self._samples.add(sample)
-                self._progress.insert_lsn = sample.position
                 now = self._clock()
+                if sample.position < (self._progress.insert_lsn or 0):
+                    due_check = now  # the log may have begun anew, and what shows it may soon be gone
+                self._progress.insert_lsn = sample.position
                 if self._heartbeat_s is not None and now >= due_heartbeat:
                     due_heartbeat = now + self._heartbeat_s
                     self._position.sent(self._reader.heartbeat(self._heartbeat_prefix))

@@ -1,27 +1,29 @@
-"""A database in MariaDB, its pipeline on Kafka, and what must hold at the end."""
+"""A database in MariaDB or MySQL, its pipeline, on Kafka or embedded, and what must hold at the end."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from acceptance.harness import PATIENCE_S, Key, Run, Source
+from acceptance.harness import PATIENCE_S, Key, Pipeline, Run, Source
 from acceptance.kafka_harness import KafkaPipeline
 from delta_sync.errors import SinkBusy, Transient
 from delta_sync.kafka.connector import ConnectorStore
-from delta_sync.sinks import open_sinks, target_for
-from delta_sync.sources.mysql.claims import Snapshot, position_of
+from delta_sync.sinks import AnySink, open_sinks, target_for
+from delta_sync.sources.mysql.claims import Snapshot
 from delta_sync.sources.mysql.connection import Session, connect
+from delta_sync.sources.mysql.position import position_in
 from delta_sync.sources.mysql.reader import MariaReader
-from delta_sync.spec import SourceSpec, load_spec
+from delta_sync.spec import PipelineSpec, SourceSpec, load_spec
 from delta_sync.state import StateStore
+from delta_sync.state_connector import ConnectorState
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.testing.mariadb import PASSWORD, USER, MariaDB
@@ -88,43 +90,35 @@ def execute(session: Session, *statements: str) -> None:
             cursor.execute(statement)
 
 
-class MariaPipeline(KafkaPipeline):
-    """A pipeline of tables in MariaDB, each to the sink `cache`."""
+class BinlogPipeline(Pipeline):
+    """A pipeline of tables in a database with a binary log, each to the sink `cache`."""
 
-    def __init__(
-        self, source: MariaSource, folder: Path, cache: Redis, kafka: Server, registry: Server, tables: list[str]
-    ) -> None:
-        super().__init__(
-            source,
-            folder,
-            {"cache": cache.url},
-            source.schema,
-            tables,
-            bootstrap_servers=kafka.url,
-            registry=registry.url,
-            load={"chunk_rows": 100},
-        )
+    source: MariaSource
+    spec: PipelineSpec
+    sinks: dict[str, AnySink]
+    keep_alive_ms: ClassVar[int] = 1500
+
+    def begin(self, source: MariaSource, **options: Mapping[str, Any]) -> None:
+        """Add to what `create` wrote (`options` to its parts), and take it over."""
         self.write_processor("return row")  # with columns that come later
         file = self.home / "pipeline.yaml"
         written = yaml.safe_load(file.read_text())
-        written["kafka"]["session_timeout"] = "6s"  # or the partitions of a worker that was killed rest for 45 s
+        for part, more in options.items():
+            written[part] |= more
         written["source"]["heartbeat"] = "300ms"
-        written["connector"] = {
-            "connect.keep.alive.interval.ms": 1500
-        }  # while nothing is written, positions come so often
+        # While nothing is written, positions come so often.
+        written["connector"] = {"connect.keep.alive.interval.ms": self.keep_alive_ms}
         file.write_text(yaml.safe_dump(written, sort_keys=False))
         self.source = source
         self.spec = load_spec(self.home)
-        self.connector = ConnectorStore(self.spec)
         self.sinks = open_sinks(self.spec)
 
     def confirmed(self) -> int:
         """Return where the connector goes on; 0: it has not begun."""
-        found = self.connector.newest()
-        return 0 if found is None else position_of(found.offset["file"], found.offset["pos"])
+        raise NotImplementedError
 
     def epoch(self) -> int:
-        """Return the epoch that the sidecar decided last; 0 before."""
+        """Return the epoch that was decided last; 0 before."""
         store = StateStore.open("sqlite:///state.db", self.home, create=False)
         if store is None:
             return 0
@@ -194,10 +188,59 @@ class MariaPipeline(KafkaPipeline):
 
     def close(self) -> None:
         """Release connections."""
-        self.connector.close()
         self.source.reader.close()
         for sink in self.sinks.values():
             sink.close()
+
+
+class MariaPipeline(BinlogPipeline, KafkaPipeline):
+    """One on Kafka."""
+
+    def __init__(
+        self, source: MariaSource, folder: Path, cache: Redis, kafka: Server, registry: Server, tables: list[str]
+    ) -> None:
+        KafkaPipeline.__init__(
+            self,
+            source,
+            folder,
+            {"cache": cache.url},
+            source.schema,
+            tables,
+            bootstrap_servers=kafka.url,
+            registry=registry.url,
+            load={"chunk_rows": 100},
+        )
+        self.begin(source, kafka={"session_timeout": "6s"})  # or the partitions of a killed worker rest for 45 s
+        self.connector = ConnectorStore(self.spec)
+
+    def confirmed(self) -> int:
+        """Return where the connector goes on; 0: it has not begun."""
+        found = self.connector.newest()
+        return 0 if found is None else position_in(found.offset)
+
+    def close(self) -> None:
+        """Release connections."""
+        self.connector.close()
+        super().close()
+
+
+class EmbeddedPipeline(BinlogPipeline):
+    """One that runs in a process, with the connector's position in its state store."""
+
+    keep_alive_ms = 3000  # the engine shares its machine with the test; it connects anew when it is silent for longer
+
+    def __init__(self, source: MariaSource, folder: Path, cache_url: str, tables: list[str]) -> None:
+        super().__init__(source, folder, {"cache": cache_url}, source.schema, tables, load={"chunk_rows": 100})
+        self.begin(source)
+
+    def confirmed(self) -> int:
+        """Return where the connector goes on; 0: it has not begun."""
+        store = StateStore.open("sqlite:///state.db", self.home, create=False)
+        if store is None:
+            return 0
+        with store:
+            found = ConnectorState(store, self.name).newest()
+        return 0 if found is None else position_in(found.offset)
 
 
 @contextlib.contextmanager
@@ -211,12 +254,21 @@ def maria_pipeline(
     kind: type[T],
     source_class: type[MariaSource] = MariaSource,
 ) -> Iterator[T]:
-    """Make a database with tables, by the statement that makes each, and a pipeline of all of them."""
-    source = source_class(server, f"maria_{uuid.uuid4().hex[:8]}", folder)
+    """Make a database with tables, by the statement that makes each, and a pipeline of all of them on Kafka."""
+    with binlog_source(server, folder, tables, source_class) as source:
+        pipeline = kind(source, folder, cache, kafka, registry, list(tables))
+        with contextlib.closing(pipeline):
+            yield pipeline
+
+
+@contextlib.contextmanager
+def binlog_source(
+    server: MariaDB, folder: Path, tables: dict[str, str], kind: type[MariaSource]
+) -> Iterator[MariaSource]:
+    """Make a database with tables, by the statement that makes each."""
+    source = kind(server, f"maria_{uuid.uuid4().hex[:8]}", folder)
     source.execute(*tables.values())
-    pipeline = kind(source, folder, cache, kafka, registry, list(tables))
     try:
-        yield pipeline
+        yield source
     finally:
         source.execute(f"DROP DATABASE {source.schema}", f"DROP USER {source.schema}@'%'")
-        pipeline.close()

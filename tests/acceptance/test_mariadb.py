@@ -16,7 +16,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from acceptance.harness import Actor, Key, Run
 from acceptance.kafka_harness import child_of, dump_by_both
-from acceptance.mariadb_harness import MariaPipeline, execute, maria_pipeline
+from acceptance.mariadb_harness import BinlogPipeline, MariaPipeline, execute, maria_pipeline
 from delta_sync.decoding import Event
 from delta_sync.kafka.avro import HEADER_BYTES, AvroDecoder
 from delta_sync.kafka.consumer import Partition, Records
@@ -61,7 +61,7 @@ def pipeline(
 class Writing(Actor):
     """Changes random rows until it is stopped: all kinds of changes, several to a transaction, some rolled back."""
 
-    def __init__(self, pipeline: MariaPipeline) -> None:
+    def __init__(self, pipeline: BinlogPipeline) -> None:
         super().__init__("writer")
         self.transactions = 0
         self._source = pipeline.source

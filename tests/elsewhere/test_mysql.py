@@ -14,7 +14,7 @@ import pytest
 
 from acceptance.harness import Run
 from acceptance.kafka_harness import child_of
-from acceptance.mariadb_harness import MariaPipeline, MariaSource, execute, maria_pipeline
+from acceptance.mariadb_harness import BinlogPipeline, MariaPipeline, MariaSource, execute, maria_pipeline
 from acceptance.test_mariadb import BEGINS_S, LOADS_S, ROWS, SOME, Writing
 from delta_sync.sinks import target_for
 from delta_sync.sources.mysql.connection import Session
@@ -101,12 +101,6 @@ def fill(session: Session) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def mysql() -> Iterator[MySQL]:
-    with MySQL() as server:
-        yield server
-
-
 @pytest.fixture
 def pipeline(
     mysql: MySQL, redis_server: Redis, kafka: Kafka, registry: Apicurio, tmp_path: Path
@@ -171,7 +165,7 @@ def test_a_pipeline_from_mysql(pipeline: MariaPipeline) -> None:
     assert all(not problem["fatal"] for problem in json.loads(checked.stdout)["problems"])
 
 
-def check_types(pipeline: MariaPipeline) -> None:
+def check_types(pipeline: BinlogPipeline) -> None:
     """Row 1 came by a load and row 2 by the log: both documents have every value as it is."""
     table = pipeline.source.reader.tables([pipeline.tables[-1]])[pipeline.tables[-1]]
     loaded, logged = (pipeline.document(table, (id_,)) for id_ in (1, 2))
@@ -186,7 +180,7 @@ def check_types(pipeline: MariaPipeline) -> None:
             assert loaded[column.name] == expected[column.name], (type_, text)
 
 
-def check_repair(pipeline: MariaPipeline) -> None:
+def check_repair(pipeline: BinlogPipeline) -> None:
     """Of a document that is gone verify finds the row, and nothing that is on its way."""
     types = pipeline.tables[-1]
     table = pipeline.source.reader.tables([types])[types]

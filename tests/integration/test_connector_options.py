@@ -78,6 +78,17 @@ def test_every_option_is_known_and_valid(jvm: DebeziumJvm, url: str) -> None:
     assert jvm.ask("validate", options=options) == {"unknown": [], "errors": {}}
 
 
+def test_an_engine_goes_on_from_the_place_that_the_last_one_said(jvm: DebeziumJvm, tmp_path: Path) -> None:
+    """Where the source keeps none. It is read by Kafka Connect's own reader, as the engine does."""
+    offset = {"file": "binlog.000012", "pos": 345, "gtids": "3d26fb2a-eca5-11f1-8512-02fc00000001:1-9", "row": 2}
+    asked = {"name": "movies", "server": "delta_movies", "offset": offset, "file": str(tmp_path / "offsets.dat")}
+    found = jvm.ask("goes_on_from", **asked)
+    key, value = found["place"]
+    assert json.loads(key) == ["movies", {"server": "delta_movies"}]
+    assert json.loads(value) == offset
+    assert found["read"] == {name: str(value) for name, value in offset.items()}
+
+
 def test_the_servers_source_options_are_known_and_valid(jvm: DebeziumJvm) -> None:
     text = server_properties(*pipeline(POSTGRESQL, *TABLES, transport="kafka", kafka=KAFKA), 1)
     entries: dict[str, str] = jvm.ask("read_properties", text=text)

@@ -377,7 +377,7 @@ import itertools, sys
 from pathlib import Path
 import psycopg
 from delta_sync.capture import Batch
-from delta_sync.confirming import BoundedCapture
+from delta_sync.confirming import RecordingCapture
 from delta_sync.state import StateStore
 
 url, folder, slot = sys.argv[1:]
@@ -401,15 +401,13 @@ class Slot:
         source.execute("SELECT pg_replication_slot_advance(%s, %s::pg_lsn)", [slot, batch.payload])
 
 
-def end_of_log():
+def record(batch):
     (lsn,) = source.execute("SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint").fetchone()
-    return lsn
+    state.raise_confirmed_most("starting", lsn)
 
 
 never_waits = itertools.count().__next__
-capture = BoundedCapture(
-    Slot(), end_of_log, lambda lsn: state.raise_confirmed_most("starting", lsn), clock=never_waits
-)
+capture = RecordingCapture(Slot(), record, clock=never_waits)
 capture.start()
 capture.confirm(capture.poll(0.0))
 capture.poll(0.0)

@@ -1,9 +1,11 @@
-"""Confirming: the bound is saved first, and nothing that fails meanwhile is confirmed."""
+"""Confirming: what must be saved is saved first, and nothing that fails meanwhile is confirmed."""
 
 from __future__ import annotations
 
-from delta_sync.capture import Batch
-from delta_sync.confirming import PAUSE_S, BoundedCapture
+import pytest
+
+from delta_sync.capture import Batch, CaptureDied
+from delta_sync.confirming import PAUSE_S, RecordingCapture
 from delta_sync.errors import SourceBusy, StateBusy
 
 
@@ -16,22 +18,17 @@ class Recorded:
         self.pid = None
         self.sequence = 0
         self.now = 0.0
-        self.end = 100
         self.fails: Exception | None = None
         self.delivers = True
-        self.capture = BoundedCapture(self, self.end_of_log, self.save, lambda: self.calls.append("close"), self.clock)
+        self.capture = RecordingCapture(self, self.record, lambda: self.calls.append("close"), self.clock)
 
     def clock(self) -> float:
         return self.now
 
-    def end_of_log(self) -> int:
-        self.calls.append("end of log")
-        return self.end
-
-    def save(self, lsn: int) -> None:
+    def record(self, batch: Batch) -> None:
         if self.fails is not None:
             raise self.fails
-        self.calls.append(f"save {lsn}")
+        self.calls.append(f"record {batch.generation}.{batch.sequence}")
 
     def start(self) -> None:
         self.generation += 1
@@ -65,22 +62,22 @@ def started() -> Recorded:
     return it
 
 
-def test_the_bound_is_asked_for_and_saved_before_the_confirmation() -> None:
+def test_what_is_recorded_is_so_before_the_confirmation() -> None:
     it = started()
     it.capture.confirm(it.deliver())
     assert it.calls == []
     it.deliver()
-    assert it.calls == ["end of log", "save 100", "confirm 1.1"]
+    assert it.calls == ["record 1.1", "confirm 1.1"]
 
 
 def test_confirmations_are_joined() -> None:
     it = started()
     for _ in range(5):
         it.capture.confirm(it.deliver())
-    assert it.calls == ["end of log", "save 100", "confirm 1.1"]
+    assert it.calls == ["record 1.1", "confirm 1.1"]
     it.now += PAUSE_S
     it.deliver()
-    assert it.calls[3:] == ["end of log", "save 100", "confirm 1.5"]
+    assert it.calls[2:] == ["record 1.5", "confirm 1.5"]
 
 
 def test_one_that_comes_while_nothing_is_delivered_does_not_wait_for_the_poll_to_end() -> None:
@@ -99,18 +96,18 @@ def test_one_that_comes_while_nothing_is_delivered_does_not_wait_for_the_poll_to
     assert "confirm 1.1" in it.calls
 
 
-def test_what_cannot_be_bounded_is_not_confirmed_until_it_can() -> None:
+def test_what_cannot_be_recorded_is_not_confirmed_until_it_can() -> None:
     it = started()
     it.capture.confirm(it.deliver())
     for error in (StateBusy("locked"), SourceBusy("away")):
         it.fails = error
         it.now += PAUSE_S
         it.deliver()
-    assert it.calls == ["end of log"] * 2
+    assert it.calls == []
     it.fails = None
     it.now += PAUSE_S
     it.deliver()
-    assert it.calls[2:] == ["end of log", "save 100", "confirm 1.1"]
+    assert it.calls == ["record 1.1", "confirm 1.1"]
 
 
 def test_what_an_earlier_start_delivered_is_not_confirmed() -> None:
@@ -125,4 +122,16 @@ def test_the_end_confirms_what_is_left() -> None:
     it = started()
     it.capture.confirm(it.deliver())
     it.capture.stop()
-    assert it.calls == ["end of log", "save 100", "confirm 1.1", "stop", "close"]
+    assert it.calls == ["record 1.1", "confirm 1.1", "stop", "close"]
+
+
+def test_a_capture_that_has_to_start_anew_is_not_waited_for() -> None:
+    """And at the end it is no reason to leave it running: what it delivered comes again."""
+    it = started()
+    it.capture.confirm(it.deliver())
+    it.fails = CaptureDied("its history is gone")
+    with pytest.raises(CaptureDied, match="its history is gone"):
+        it.deliver()
+    it.capture.confirm(Batch(1, 1, 1, None))
+    it.capture.stop()
+    assert it.calls == ["stop", "close"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -12,12 +13,13 @@ from delta_sync.errors import EpochRose, SlotMissing, SourceBusy
 from delta_sync.kafka.delivered import confirmable
 from delta_sync.load import SharedSamples
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.sources.mysql.position import BinlogPosition
 from delta_sync.sources.postgresql.claims import Sample, Samples
 from delta_sync.sources.postgresql.reader import PostgresReader, Slot
 from delta_sync.sources.reader import Confirmed, SourceIdentity
 from delta_sync.spec import PipelineSpec, spec_from
-from delta_sync.starting import Seen, find_loss, why_not_by_itself
-from delta_sync.state import PipelineState, TableLoad
+from delta_sync.starting import Seen, check_slot, find_loss, why_not_by_itself
+from delta_sync.state import PipelineState, StateStore, TableLoad
 from delta_sync.watch import Watch
 
 LOADED = {"public.movie": TableLoad("public.movie", state="done")}
@@ -63,6 +65,11 @@ def test_no_loss(seen: Seen) -> None:
         (SOUND._replace(identity=SourceIdentity("7", 3), there=None), "on timeline 3, and was on 2", True),
         (SOUND._replace(identity=SourceIdentity("7", 1)), "left behind is back", False),
         (SOUND._replace(identity=SourceIdentity("8", 3)), "another server", False),
+        (
+            SOUND._replace(known=KNOWN._replace(lost="it was reset")),
+            "it was reset",
+            True,
+        ),  # which cannot be seen any more
         (SOUND._replace(there=None), "is gone", True),
         (SOUND._replace(there=Confirmed(150, "the source removed log", overtaken=True)), "removed log", True),
         (
@@ -144,3 +151,85 @@ def test_the_watch_tells_of_a_loss_once_and_ends(error: Exception, monkeypatch: 
     watching.run()
     assert told == [error]
     assert answers == []
+
+
+def test_a_log_that_goes_back_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shows that it began anew may be gone by the next look."""
+    monkeypatch.setattr(watch, "SAMPLE_RESTING_S", 0.0)
+    stopping = threading.Event()
+    position = LogPosition(lambda: 0.0)
+    ends = [100, 120, 90]
+    told: list[BaseException] = []
+
+    class Restarted(Reader):
+        def sample(self) -> Sample:
+            return Sample(ends.pop(0), 1)
+
+    def check() -> None:
+        raise EpochRose("It was reset.")
+
+    Watch(
+        reader=cast("PostgresReader", Restarted()),
+        samples=SharedSamples(Samples),
+        position=position,
+        progress=Progress(position, lambda: 0.0),
+        heartbeat_prefix="beat",
+        heartbeat_s=None,
+        loading=lambda: False,
+        fingerprints=dict,
+        schema_changed=lambda _: None,
+        stopping=stopping,
+        check=check,
+        failed=told.append,
+        clock=lambda: 0.0,  # it is never time to look
+    ).run()
+    assert [str(error) for error in told] == ["It was reset."]
+    assert ends == []
+
+
+class Place(BinlogPosition):
+    """A position of a connector that overwrites it."""
+
+    def __init__(self, there: Confirmed) -> None:
+        self.name = "the position"
+        self._there = there
+
+    def look(self) -> Confirmed:
+        return self._there
+
+
+class Source:
+    """A source of which the connector's position is asked."""
+
+    def __init__(self, there: Confirmed) -> None:
+        self.there = there
+
+    def close(self) -> None:
+        pass
+
+    def identity(self) -> SourceIdentity:
+        return SourceIdentity("7", 2)
+
+    def durable_end(self) -> int:
+        return 300
+
+    def capture_position(self, spec: PipelineSpec, state: StateStore) -> BinlogPosition:
+        del spec, state
+        return Place(self.there)
+
+
+def test_a_loss_that_can_be_seen_no_more_is_one_all_the_same(tmp_path: Path) -> None:
+    """A connector that goes on in a log that began anew overwrites the position that showed it."""
+    spec, source = spec_of(), Source(Confirmed(150))
+    asked = cast("PostgresReader", source)
+    with StateStore.open("sqlite:///state.db", tmp_path) as state:
+        state.save_pipeline(KNOWN)
+        assert check_slot(spec, asked, state).there == source.there
+        source.there = Confirmed(150, "it was reset")
+        with pytest.raises(EpochRose, match="it was reset"):
+            check_slot(spec, asked, state)
+        source.there = Confirmed(150)
+        with pytest.raises(EpochRose, match="it was reset"):
+            check_slot(spec, asked, state)
+        state.save_pipeline(KNOWN._replace(epoch=4))
+        assert check_slot(spec, asked, state).there == source.there

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from delta_sync.documents import DocumentSpec
 from delta_sync.errors import UsageError
-from delta_sync.kafka.connector import ConnectorStore, StoredOffset
 from delta_sync.sources import check_supported, open_reader, position_text
 from delta_sync.sources.mysql.gtid_reader import MySQLReader
-from delta_sync.sources.mysql.position import BinlogPosition
+from delta_sync.sources.mysql.position import BinlogPosition, StoredOffset
 from delta_sync.sources.mysql.reader import behind
 from delta_sync.spec import PipelineSpec, spec_from
 
 
 class FakeStore:
-    topic = "delta_movies.offsets"
+    where = "Kafka (topic delta_movies.offsets)"
 
     def __init__(self, **offset: Any) -> None:
-        self.found = StoredOffset(b"key", offset, 41) if offset else None
+        self.found = StoredOffset(offset, 41, b"key") if offset else None
         self.history = True
         self.cleared = False
 
@@ -32,6 +31,9 @@ class FakeStore:
 
     def clear(self) -> None:
         self.cleared = True
+
+    def close(self) -> None:
+        pass
 
 
 class FakeLog:
@@ -45,7 +47,7 @@ class FakeLog:
 
 
 def place_of(store: FakeStore, log: FakeLog) -> BinlogPosition:
-    return BinlogPosition(log, spec(), cast("ConnectorStore", store))
+    return BinlogPosition(log, store)
 
 
 def spec(url: str = "mariadb://delta@db/studio", *, kafka: bool = True) -> PipelineSpec:
@@ -84,7 +86,7 @@ def test_a_log_or_a_history_that_is_gone_is_a_loss() -> None:
     store.history = False
     found = place_of(store, FakeLog()).look()
     assert found is not None
-    assert "history of the schema" in (found.lost or "")
+    assert found.lost == "the history of the schema is gone from Kafka (topic delta_movies.offsets)"
 
 
 @pytest.mark.parametrize(
@@ -106,8 +108,7 @@ def test_what_no_pipeline_runs_on_is_refused_with_its_reason() -> None:
     check_supported(spec())
     with pytest.raises(UsageError, match=r"embedded engine has no connector for MariaDB .* use transport: kafka"):
         check_supported(spec(kafka=False))
-    with pytest.raises(UsageError, match=r"mysql://, and Delta keeps .* use transport: kafka"):
-        check_supported(spec("mysql://delta@db/studio", kafka=False))
+    check_supported(spec("mysql://delta@db/studio", kafka=False))
     documents = {"studio.movie": DocumentSpec("studio.movie", {})}
     with pytest.raises(UsageError, match=r"several tables \(studio.movie\) cannot be built from MySQL"):
         open_reader(spec("mysql://delta@db/studio"), "test", documents=documents)

@@ -13,7 +13,7 @@ from debezium_avro import MOVIE, envelope
 from delta_sync.changes import Write
 from delta_sync.errors import SlotMissing, SourceBusy, TablesChanged
 from delta_sync.kafka.capture import POSITIONS_EXPIRED, TOPIC_MADE_ANEW
-from delta_sync.kafka.connector import ConnectorStore, StoredOffset
+from delta_sync.kafka.connector import ConnectorStore
 from delta_sync.kafka.consumer import Partition
 from delta_sync.kafka.names import topic_name
 from delta_sync.kafka.transport import KafkaTransport
@@ -23,6 +23,7 @@ from delta_sync.sinks import AnySink, target_for
 from delta_sync.sinks.memory import MemorySink
 from delta_sync.sources.debezium.catalogue import TopicCatalogue, table_of
 from delta_sync.sources.debezium.reader import ConnectorPosition, TopicReader
+from delta_sync.sources.mysql.position import StoredOffset
 from delta_sync.spec import PipelineSpec, spec_from
 from delta_sync.starting import Source, fill_fingerprints, prepare_signalled
 from delta_sync.state import StateStore
@@ -39,7 +40,7 @@ TTL_S = 3600.0
 class Topics:
     """In the place of Kafka: the tables of which a record has come, and the connector's newest position."""
 
-    topic = "delta_orders.offsets"
+    where = "Kafka (topic delta_orders.offsets)"
 
     def __init__(self) -> None:
         self.known: dict[str, Table] = {}
@@ -50,7 +51,7 @@ class Topics:
         return {name: self.known[name] for name in names if name in self.known}
 
     def newest(self) -> StoredOffset | None:
-        return None if self.number is None else StoredOffset(b"", {}, self.number)
+        return None if self.number is None else StoredOffset({}, self.number)
 
     def clear(self) -> None:
         self.number = None

@@ -23,7 +23,7 @@ from fastavro import schemaless_reader as _untyped_reader  # pyright: ignore[rep
 from delta_sync.decoding import Event, Image, Stretch
 from delta_sync.errors import SchemaUnfit, UndecodableChange
 from delta_sync.kafka.consumer import Partition, Records
-from delta_sync.sources.mysql.claims import MAX_OFFSET, OFFSET_BITS, event_position, position_of
+from delta_sync.sources.mysql.claims import MAX_OFFSET, OFFSET_BITS, binlog_source, position_of
 from delta_sync.versions import MAX_EPOCH, POSITION_BITS
 
 Json = Any  # an Avro schema or a part of it
@@ -361,7 +361,7 @@ class _Reader:
         if end != len(value):
             raise UndecodableChange(f"The record goes on for {len(value) - end} bytes after the event's end.")
         if self._has_binlog:
-            event["source"] = _binlog_source(event["source"], event["op"])
+            event["source"] = binlog_source(event["source"], event["op"])
         source = event["source"]
         lsn, xid = source["lsn"], source["txId"]
         if type(lsn) is not int or lsn >> POSITION_BITS or type(source["ts_ms"]) is not int:
@@ -427,19 +427,6 @@ class _Reader:
         found = _long(raw_ts), _long(raw_xid), template.position(raw_lsn), op.decode()
         if found == (source["ts_ms"], source["txId"], source["lsn"], event["op"]):
             self.template = template
-
-
-def _binlog_source(source: Mapping[str, Any], op: str) -> dict[str, Any]:
-    """Return `source` of a connector for MariaDB as one for PostgreSQL has it: `lsn` is the change's position.
-
-    The row's number says nothing of a TRUNCATE: it is that of the change before.
-    """
-    try:
-        lsn = event_position(source["file"], source["pos"], 0 if op == "t" else source["row"])
-    except (ValueError, TypeError) as error:
-        place = f"{source['file']!r}:{source['pos']!r}, row {source['row']!r}"
-        raise UndecodableChange(f"The event's place in the log is {place}.") from error
-    return {"schema": source["db"], "table": source["table"], "lsn": lsn, "txId": 0, "ts_ms": source["ts_ms"]}
 
 
 def row_of(fields: Mapping[str, Json]) -> dict[str, Any] | None:

@@ -6,9 +6,9 @@ of that topic says from where the connector goes on, whichever sidecar starts it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import orjson
 from kafka.errors import KafkaError
@@ -18,6 +18,7 @@ from delta_sync.kafka import settings
 from delta_sync.kafka.consumer import KafkaBusy
 from delta_sync.kafka.names import history_topic, offsets_topic
 from delta_sync.secrets import redact
+from delta_sync.sources.mysql.position import StoredOffset
 from delta_sync.spec import PipelineSpec
 
 # Imported by name: it has no types, and the stubs that pyright brings are of an older version.
@@ -26,15 +27,6 @@ _admin: Any = import_module("kafka.admin")
 T = TypeVar("T")
 
 RECORD_S = 10.0  # for the broker's answer, which takes milliseconds
-
-
-class StoredOffset(NamedTuple):
-    """The newest record: the connector's own key, its offset by Debezium's names, the record's number and time."""
-
-    key: bytes
-    offset: Mapping[str, Any]
-    number: int
-    timestamp_ms: int = 0
 
 
 class ConnectorStore:
@@ -48,9 +40,9 @@ class ConnectorStore:
         self._consumer: Any = None
 
     @property
-    def topic(self) -> str:
-        """The topic of the position."""
-        return str(self._offsets.topic)
+    def where(self) -> str:
+        """The place, for messages."""
+        return f"Kafka (topic {self._offsets.topic})"
 
     def close(self) -> None:
         """Release connections. Idempotent."""
@@ -112,7 +104,7 @@ class ConnectorStore:
             what = f"its newest record is none of Debezium's: {record.value[:100]!r}"
             fix = "let nobody else write to it; delete the topic, and begin a new epoch"
             raise CheckFailed([Problem(f"topic {self._offsets.topic}", what, fix)])
-        return StoredOffset(record.key, cast("dict[str, Any]", offset), record.offset, record.timestamp)
+        return StoredOffset(cast("dict[str, Any]", offset), record.offset, record.key, record.timestamp)
 
     def _asked(self, question: Callable[[Any], T]) -> T:
         try:

@@ -194,8 +194,9 @@ class KafkaTransport(Transport):
 
     def background(self, progress: Progress, stopping: threading.Event) -> Sequence[threading.Thread]:
         """Return the thread that finds out how far the group is, and whether topics are still the same."""
-        capture, store = self._capture, self._topic_store()
+        capture, state, store = self._capture, self._state, self._topic_store()
         assert capture is not None, "it is made before"
+        assert state is not None, "it was prepared"
 
         def waits(reason: str | None) -> None:
             progress.waits("kafka", reason)
@@ -205,7 +206,7 @@ class KafkaTransport(Transport):
         return [
             GroupProgress(
                 reader=reader,
-                place=reader.capture_position(self._spec),
+                place=reader.capture_position(self._spec, state),
                 offsets=offsets,
                 position=progress.position,
                 waits=waits,

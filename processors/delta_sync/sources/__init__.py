@@ -103,15 +103,11 @@ def check_supported(spec: PipelineSpec) -> None:
             return
         case "mariadb" | "mysql" as kind:
             need_package()
-            if spec.transport != "kafka":
-                why = (
-                    "the embedded engine has no connector for MariaDB (only Debezium Server has)"
-                    if kind == "mariadb"
-                    else "Delta keeps the position of a connector for MySQL in Kafka only"
-                )
+            if kind == "mariadb" and spec.transport != "kafka":
                 raise UsageError(
-                    f"source.url begins with {kind}://, and {why}: use transport: kafka (`deltactl pipeline create`"
-                    " with --kafka and --registry)."
+                    "source.url begins with mariadb://, and the embedded engine has no connector for MariaDB (only"
+                    " Debezium Server has): use transport: kafka (`deltactl pipeline create` with --kafka and"
+                    " --registry)."
                 )
         case "debezium":
             if spec.transport != "kafka":

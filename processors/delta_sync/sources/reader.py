@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from delta_sync.changes import Key
 from delta_sync.decoding import TableCodec
@@ -20,6 +20,9 @@ from delta_sync.spec import PipelineSpec, ShapeSpec
 from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version, version_of
+
+if TYPE_CHECKING:
+    from delta_sync.state import StateStore
 
 
 class Chunk(NamedTuple):
@@ -105,6 +108,7 @@ class CapturePosition(ABC):
     """
 
     name: str  # for messages: `replication slot delta_movies`
+    evidence_lasts: ClassVar[bool] = True  # whether a loss that is seen can still be seen when somebody acts upon it
 
     @abstractmethod
     def look(self) -> Confirmed | None:
@@ -243,8 +247,11 @@ class SourceReader(ABC):
         """Return the transactions, as text (`str`), for whose end claims wait, oldest first."""
 
     @abstractmethod
-    def capture_position(self, spec: PipelineSpec) -> CapturePosition:
-        """Return where a pipeline's connector keeps its position. It uses this reader, and ends with it."""
+    def capture_position(self, spec: PipelineSpec, state: StateStore) -> CapturePosition:
+        """Return where a pipeline's connector keeps its position: in the source, in Kafka, or in the state store.
+
+        It uses this reader, and ends with it.
+        """
 
     @abstractmethod
     def check_condition(self, table: Table, where: str) -> None:

@@ -20,6 +20,7 @@ from delta_sync.sources.debezium.catalogue import TopicCatalogue
 from delta_sync.sources.debezium.codec import table_codec
 from delta_sync.sources.reader import CapturePosition, Chunk, Confirmed, Samples, SourceIdentity, SourceReader
 from delta_sync.spec import PipelineSpec
+from delta_sync.state import StateStore
 from delta_sync.tables import Table
 
 
@@ -48,7 +49,7 @@ class ConnectorPosition(CapturePosition):
 
     def __init__(self, spec: PipelineSpec, store: ConnectorStore | None = None) -> None:
         self._store = store or ConnectorStore(spec)
-        self.name = f"the connector's position in Kafka (topic {self._store.topic})"
+        self.name = f"the connector's position in {self._store.where}"
 
     def close(self) -> None:
         """Release the connection to Kafka. Idempotent."""
@@ -74,7 +75,7 @@ class ConnectorPosition(CapturePosition):
 
     def text(self, position: int) -> str:
         """Return a position for people."""
-        return f"record {position} of {self._store.topic}"
+        return f"record {position} in {self._store.where}"
 
 
 class TopicReader(SourceReader):
@@ -125,15 +126,19 @@ class TopicReader(SourceReader):
         return SourceIdentity(self._spec.source.connector_class, 0)
 
     @override
-    def capture_position(self, spec: PipelineSpec) -> CapturePosition:
+    def capture_position(self, spec: PipelineSpec, state: StateStore) -> CapturePosition:
         """Return where the connector keeps its position: in Kafka."""
+        del state
+        return self._position(spec)
+
+    def _position(self, spec: PipelineSpec) -> ConnectorPosition:
         if self._place is None:
             self._place = ConnectorPosition(spec)
         return self._place
 
     def log_end(self) -> int:
         """Return how far the connector is."""
-        found = self.capture_position(self._spec).confirmed()
+        found = self._position(self._spec).confirmed()
         return 0 if found is None else found
 
     @override

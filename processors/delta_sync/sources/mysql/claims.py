@@ -29,10 +29,10 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from delta_sync.errors import PipelineStopped
+from delta_sync.errors import PipelineStopped, UndecodableChange
 from delta_sync.versions import MAX_POSITION
 
 OFFSET_BITS = 32  # of an event's position in its file: the header has no more
@@ -168,6 +168,27 @@ def event_position(file: str, offset: int, row: int) -> int:
     Strictly rising for each key, because each row takes at least a byte of the event.
     """
     return position_of(file, offset + row)
+
+
+def binlog_source(source: Mapping[str, Any], op: str) -> dict[str, Any]:
+    """Return an event's `source` as one of PostgreSQL has it: `lsn` is the change's position. Raises UndecodableChange.
+
+    The row's number says nothing of a TRUNCATE: it is that of the change before.
+    """
+    try:
+        lsn = event_position(source["file"], source["pos"], 0 if op == "t" else source["row"])
+    except (ValueError, TypeError) as error:
+        place = f"{source['file']!r}:{source['pos']!r}, row {source['row']!r}"
+        raise UndecodableChange(f"The event's place in the log is {place}.") from error
+    return {"schema": source["db"], "table": source["table"], "lsn": lsn, "txId": 0, "ts_ms": source["ts_ms"]}
+
+
+def events_of_binlog(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events among a connector's records, with a `source` as PostgreSQL's. Others are its heartbeats."""
+    events = [record for record in records if "source" in record]
+    for event in events:
+        event["source"] = binlog_source(event["source"], event["op"])
+    return events
 
 
 def format_position(position: int) -> str:

@@ -1,17 +1,25 @@
-"""Where a connector for MariaDB goes on: the server keeps no position for it, so it is in a topic, beside the schema's
-history."""
+"""Where a connector for MariaDB or MySQL goes on: the server keeps no position for it, so it is in Kafka, or in the
+state store where there is none, beside the schema's history."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from delta_sync.kafka.connector import ConnectorStore, StoredOffset
 from delta_sync.sources.mysql.claims import format_position, position_of
-from delta_sync.sources.mysql.reader import PURGED
 from delta_sync.sources.reader import CapturePosition, Confirmed
-from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
+
+PURGED = "the source has removed the file of its log that holds it"
+
+
+class StoredOffset(NamedTuple):
+    """Where a connector goes on: its offset by Debezium's names; in Kafka, the record's number, key and time."""
+
+    offset: Mapping[str, Any]
+    number: int = 0
+    key: bytes = b""
+    timestamp_ms: int = 0
 
 
 class Log(Protocol):
@@ -22,16 +30,47 @@ class Log(Protocol):
         ...
 
 
-class BinlogPosition(CapturePosition):
-    """The newest record of the topic of offsets. The connector makes the position; it begins at the log's end."""
+class Store(Protocol):
+    """Where offsets and history are: `ConnectorStore` (Kafka), `ConnectorState`. Methods raise Transient."""
 
-    def __init__(self, log: Log, spec: PipelineSpec, store: ConnectorStore | None = None) -> None:
-        self._log = log
-        self._store = store or ConnectorStore(spec)
-        self.name = f"the connector's position in Kafka (topic {self._store.topic})"
+    @property
+    def where(self) -> str:
+        """The place, for messages: `Kafka (topic …)`."""
+        ...
+
+    def newest(self) -> StoredOffset | None:
+        """Return the connector's position; None when it has none."""
+        ...
+
+    def has_history(self) -> bool:
+        """Tell whether the history of the schema holds anything."""
+        ...
+
+    def clear(self) -> None:
+        """Remove position and history, so that the connector begins at the log's end. It must not run."""
+        ...
 
     def close(self) -> None:
-        """Release the connection to Kafka. Idempotent."""
+        """Release connections. Idempotent."""
+        ...
+
+
+class BinlogPosition(CapturePosition):
+    """The newest offset that was stored. The connector makes the position; it begins at the log's end.
+
+    In a log that has begun anew it may go on from a position that it finds there, and overwrite the one that showed it;
+    and the log may grow beyond that.
+    """
+
+    evidence_lasts = False
+
+    def __init__(self, log: Log, store: Store) -> None:
+        self._log = log
+        self._store = store
+        self.name = f"the connector's position in {store.where}"
+
+    def close(self) -> None:
+        """Release the connection to the store. Idempotent."""
         self._store.close()
 
     def look(self) -> Confirmed | None:
@@ -39,16 +78,16 @@ class BinlogPosition(CapturePosition):
         found = self._store.newest()
         if found is None:
             return None
-        position = _position(found)
+        position = position_in(found.offset)
         lost = self._log.why_lost(position, found.offset.get("gtids"))
         if lost is None and not self._store.has_history():
-            lost = "the history of the schema in Kafka is gone"
+            lost = f"the history of the schema is gone from {self._store.where}"
         return Confirmed(position, lost, found.number + 1, overtaken=lost == PURGED)
 
     def confirmed(self) -> int | None:
         """Return the position alone."""
         found = self._store.newest()
-        return None if found is None else _position(found)
+        return None if found is None else position_in(found.offset)
 
     def create(self) -> None:
         """Nothing: the connector begins at the log's end."""
@@ -68,6 +107,6 @@ class BinlogPosition(CapturePosition):
         return format_position(position)
 
 
-def _position(found: StoredOffset) -> int:
+def position_in(offset: Mapping[str, Any]) -> int:
     """Return the beginning of the transaction that is not delivered as a whole."""
-    return position_of(str(found.offset["file"]), int(found.offset["pos"]))
+    return position_of(str(offset["file"]), int(offset["pos"]))

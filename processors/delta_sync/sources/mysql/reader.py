@@ -32,6 +32,7 @@ from delta_sync.sources.mysql.claims import (
 )
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session, code_of, connect, patience
+from delta_sync.sources.mysql.position import PURGED, BinlogPosition, Store
 from delta_sync.sources.mysql.statements import fetch, having, key_values, qualified, stream
 from delta_sync.sources.reader import Chunk, SourceIdentity, SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
@@ -39,11 +40,10 @@ from delta_sync.tables import Table, keys_alone
 from delta_sync.values import Row
 
 if TYPE_CHECKING:
-    from delta_sync.sources.mysql.position import BinlogPosition
+    from delta_sync.state import StateStore
 
 KEYS_BYTES = 16 << 20  # of rows read by key at once: a batch may lack thousands, each of them megabytes long
 KEYS_AT_ONCE = 500  # keys in a statement: from 1,000 on the server makes a temporary table of them
-PURGED = "the source has removed the file of its log that holds it"
 READS = 3  # of a snapshot's position, which must agree
 SNAPSHOTS_MOST = 20  # until they do; each fails for one in twenty only beside monitors that ask all the time
 
@@ -210,12 +210,10 @@ class MariaReader(SourceReader):
         del prefix
         return self.log_end()
 
-    def capture_position(self, spec: PipelineSpec) -> BinlogPosition:
-        """Return where the pipeline's connector keeps its position: in Kafka."""
-        from delta_sync.sources.mysql.position import BinlogPosition  # which needs Kafka's client
-
+    def capture_position(self, spec: PipelineSpec, state: StateStore) -> BinlogPosition:
+        """Return where the pipeline's connector keeps its position: in Kafka, or in the state store."""
         if self._place is None:
-            self._place = BinlogPosition(self, spec)
+            self._place = BinlogPosition(self, _store_of(spec, state))
         return self._place
 
     def why_lost(self, position: int, gtids: str | None = None) -> str | None:
@@ -512,6 +510,16 @@ class MariaReader(SourceReader):
                 self._drop()
                 return True
         return size >= bytes_most
+
+
+def _store_of(spec: PipelineSpec, state: StateStore) -> Store:
+    if spec.kafka is None:
+        from delta_sync.state_connector import ConnectorState
+
+        return ConnectorState(state, spec.name)
+    from delta_sync.kafka.connector import ConnectorStore  # which needs Kafka's client
+
+    return ConnectorStore(spec)
 
 
 def end_of_log(session: Session, statement: str) -> int:

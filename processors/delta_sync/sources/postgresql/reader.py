@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, LiteralString, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, LiteralString, NamedTuple
 
 import psycopg
 import structlog
@@ -46,6 +46,9 @@ from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.tables import Table, keys_alone
 from delta_sync.values import Row
 from delta_sync.versions import format_lsn, parse_lsn
+
+if TYPE_CHECKING:
+    from delta_sync.state import StateStore
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -266,8 +269,9 @@ class PostgresReader(SourceReader):
 
     # ── slot and publication ─────────────────────────────────────────────────────────────────────────────────────
 
-    def capture_position(self, spec: PipelineSpec) -> CapturePosition:
+    def capture_position(self, spec: PipelineSpec, state: StateStore) -> CapturePosition:
         """Return the pipeline's slot, and its publication."""
+        del state
         return Slot(self, spec)
 
     def slot(self, name: str) -> SlotState | None:
