@@ -170,7 +170,10 @@ def handlers_have_each_change_in_order_though_the_worker_is_killed(
 
     assert {rev for _, rev in noted()} == {rev}
     gate.write_text(str(rev + 2))
-    revs = [change(it, 1, f"change {number}") for number in range(6)]
+    with it.shop.connect() as connection, connection.transaction():  # not in more batches than the worker has in hand
+        for number in range(6):
+            assert it.shop.update(connection, ACCOUNT, 1, f"change {number}", whole=True)
+    revs = list(range(rev + 1, rev + 7))
     wait_for_revision(it, "cache", 1, revs[-1], run)  # the sinks do not wait for handlers
     wait_for_event(run, "handler_busy")
     stays_unconfirmed(it, it.shop.insert_lsn())

@@ -219,7 +219,13 @@ def test_what_was_damaged_is_found_and_mended_while_rows_change(it: Scene, port:
         print(writer.done)
         # Whoever verifies, the pipeline shows it: three times and two rounds at least, of which one found the damage.
         rows = 5 * len(SHAPES) * len(QUIET)
-        wait_until(lambda: metrics(port).get("delta_verified_rows_total", 0.0) >= rows, PATIENCE_S, "the numbers")
+
+        def all_is_shown() -> bool:
+            shown = metrics(port)
+            repaired = shown.get("delta_verified_repaired_total", 0.0)
+            return shown.get("delta_verified_rows_total", 0.0) >= rows and repaired >= len(expected)
+
+        wait_until(all_is_shown, PATIENCE_S, "the numbers")
         measured = metrics(port)
         assert measured["delta_verified_differences_total"] == len(expected)
         assert measured["delta_verified_repaired_total"] == len(expected)

@@ -122,7 +122,6 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
     ("no scheme", {"source": "db/studio"}, 2, "has no scheme"),
     ("empty source", {"source": ""}, 2, "has no scheme"),
     ("other database", {"source": "oracle://u@h/db"}, 2, "oracle:// is not a source"),
-    ("MySQL without Kafka", {"source": "mysql://u@h/db"}, 2, "use transport: kafka"),
     ("mariadb without Kafka", {"source": "mariadb://u@h/db"}, 2, "use transport: kafka"),
     ("port no number", {"source": "postgresql://u@h:port/db"}, 2, "port"),
     ("two hosts", {"source": "postgresql://u@a,b/db"}, 2, "several hosts"),
@@ -218,7 +217,8 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["pipeline", "create", "movies"], "--source"),
+        (["pipeline", "create", "movies"], "--table"),
+        (["pipeline", "create", "movies", "--table", "a", "--sink", "redis://h"], "--source or --source-connector"),
         (["pipeline", "create"], "NAME"),
         (["pipeline", "create", "movies", "--source"], "--source"),
         (["pipeline", "show", "nope"], "no pipeline nope"),

@@ -138,6 +138,7 @@ class KafkaCluster(Server):
             Kafka(self.directory / str(node_id), port=port, node_id=node_id, voters=voters, heap_mb=heap_mb, **settings)
             for node_id, port in voters.items()
         ]
+        self._in_sync: list[int] = []  # the processes that were, when they were asked last
 
     @property
     def url(self) -> str:
@@ -153,6 +154,9 @@ class KafkaCluster(Server):
 
     def start(self) -> None:
         self._each(Kafka.start)  # at once: one alone has no majority, and answers nobody
+        processes = [node.pid for node in self.nodes]
+        if processes == self._in_sync:
+            return  # so that it costs nothing to call it after each test
         with admin_client(self.url) as admin:
             wait_until(
                 lambda: _every_partition(
@@ -161,6 +165,7 @@ class KafkaCluster(Server):
                 START_TIMEOUT_S,
                 "replication to all nodes",
             )
+        self._in_sync = processes
 
     def stop(self) -> None:
         self._each(Kafka.stop)
@@ -169,6 +174,7 @@ class KafkaCluster(Server):
         self._each(Kafka.kill)
 
     def freeze(self) -> None:
+        self._in_sync = []
         self._each(Kafka.freeze)
 
     def thaw(self) -> None:
