@@ -109,6 +109,7 @@ class CapturePosition(ABC):
 
     name: str  # for messages: `replication slot delta_movies`
     evidence_lasts: ClassVar[bool] = True  # whether a loss that is seen can still be seen when somebody acts upon it
+    ways_back: ClassVar[str] = "it was restored from a copy of its files"  # how the source's log can end before it did
 
     @abstractmethod
     def look(self) -> Confirmed | None:

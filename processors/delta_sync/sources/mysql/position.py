@@ -63,6 +63,7 @@ class BinlogPosition(CapturePosition):
     """
 
     evidence_lasts = False
+    ways_back = "it was reset (RESET MASTER), restored from a copy of its files"
 
     def __init__(self, log: Log, store: Store) -> None:
         self._log = log
