@@ -257,8 +257,8 @@ def find_loss(seen: Seen) -> Loss | None:
     reached = max((known.slot_lsn or 0) if known is not None else 0, seen.most or 0)
     if seen.end < reached:
         return Loss(
-            f"the source's log ends at {place.text(seen.end)}, and had reached {place.text(reached)}: {place.ways_back},"
-            " or crashed without having written what it said it had"
+            f"the source's log ends at {place.text(seen.end)}, and had reached {place.text(reached)}: {place.ways_back}"
+            ", or crashed without having written what it said it had"
         )
     if there.position is not None and seen.most is not None and there.position > seen.most:
         return Loss(
