@@ -150,7 +150,7 @@ def check_commands(pipeline: EmbeddedPipeline, run: Run) -> None:
     assert all(not problem["fatal"] for problem in json.loads(checked.stdout)["problems"])
     deleted = pipeline.deltactl("pipeline", "delete", pipeline.name, "--documents", "--yes")
     assert deleted.returncode == 0, deleted.stderr
-    left = sorted(path.name for path in pipeline.home.iterdir())
+    left = sorted(path.name for path in pipeline.home.iterdir() if path.name != "__pycache__")
     assert left == [".gitignore", "capture.log", "connector.json", "pipeline.yaml", "processor.py", "run.lock"]
 
 
