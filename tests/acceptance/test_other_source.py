@@ -283,7 +283,7 @@ def test_rows_are_loaded_and_dumped_while_they_change_and_processes_die(
         (third,) = (found["id"] for found in pipeline.dump("start", name, "--table", part))
         wait_until(lambda: said(board).place is not None, PATIENCE_S, "the midst of a dump that is cancelled")
         pipeline.dump("pause", name, str(third))
-        wait_until(lambda: said(board).paused or ended(board, third), PATIENCE_S, "a pause before the cancellation")
+        wait_until(lambda: said(board).paused or ended(board, third), PATIENCE_S, "a pause")  # noqa: B023 -- called at once
         if said(board).paused:
             break
         pipeline.dump("resume", name, str(third))  # Debezium had read everything before it was told to pause
