@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import click
 
 from delta_debezium.connection import connection as connection_parts
-from delta_debezium.render import connector_json
+from delta_debezium.render import connector_json, connector_options
 from delta_sync.errors import UsageError
 from delta_sync.generations import known_generations
 from delta_sync.sinks import installed, kind_of, open_sinks, targets_of
@@ -174,6 +174,8 @@ def create(
     with environment(secrets):
         resolvable(draft.spec)
         open_sinks(draft.spec)
+        if draft.spec.source.kind == "debezium":
+            connector_options(draft.spec, {})  # its tables are not known before their first record
         if draft.spec.source.kind == "postgresql":
             connection_parts(draft.spec.source, DEFAULT_PORT)  # what the connector cannot be told, whoever answers
         plan = _plan(folder, draft.spec, tables, existing, check=not no_check, running=app.is_running(name))._replace(

@@ -199,10 +199,10 @@ def tls_options(query: str) -> dict[str, Any]:
     """Return PyMySQL's options for the URL's query. Pure but for the system's certificates. Raises UsageError."""
     mode = "if offered"
     for name, value in parse_qsl(query, keep_blank_values=True):
-        if name not in ("ssl-mode", "ssl_mode", "sslmode") or value.lower() not in TLS_MODES:
-            raise UsageError(
-                f"source.url has the parameter {name}, and only ssl-mode is known: {', '.join(TLS_MODES)}."
-            )
+        if name not in ("ssl-mode", "ssl_mode", "sslmode"):
+            raise UsageError(f"source.url has the parameter {name}, and only ssl-mode is known; leave it out.")
+        if value.lower() not in TLS_MODES:
+            raise UsageError(f"source.url: {name} must be one of {', '.join(TLS_MODES)}.")
         mode = TLS_MODES[value.lower()]
     if mode == "off":
         return {"ssl_disabled": True}
