@@ -152,6 +152,33 @@ yes_option = click.option("--yes", "-y", is_flag=True, help="Do it without askin
 dry_run_option = click.option("--dry-run", is_flag=True, help="Show what would happen, and change nothing.")
 
 
+def key_texts(keys: str | None, keys_file: Path | None) -> list[str]:
+    """Return the texts of the keys that `--keys` has, with commas between them, or else `--keys-file`, one a line.
+
+    A line is taken as it is, blanks included, because a key may begin with one; empty ones are left out. Raises
+    UsageError when there is none, or when no key can be written so.
+    """
+    if keys_file is None:
+        texts = [text.strip() for text in (keys or "").split(",")]
+    else:
+        try:
+            text = keys_file.read_text(encoding="utf-8-sig")  # with what Windows' editors put first
+        except OSError as error:
+            raise UsageError(f"--keys-file: {keys_file} cannot be read: {error.strerror}.") from None
+        except ValueError:
+            raise UsageError(f"--keys-file: {keys_file} is no text in UTF-8.") from None
+        texts = [line.removesuffix("\r") for line in text.split("\n")]
+    option = "--keys" if keys_file is None else "--keys-file"
+    found = [text for text in texts if text.strip()]
+    if not found:
+        raise UsageError(f"{option} names no key.")
+    try:
+        "".join(found).encode()
+    except UnicodeEncodeError:  # of an argument the shell passes on any bytes
+        raise UsageError(f"{option} has bytes that are no text in UTF-8.") from None
+    return found
+
+
 def pass_app(function: Callable[..., object]) -> Callable[..., object]:
     """Call the command with the App first."""
     return click.make_pass_decorator(App, ensure=True)(function)

@@ -25,6 +25,7 @@ from delta_sync.watch import ANSWER_S
 from deltactl.app import (
     App,
     DeltaGroup,
+    key_texts,
     name_argument,
     pass_app,
     print_json,
@@ -113,7 +114,11 @@ def start(
     unknown = [sink for sink in sinks if sink not in spec.sinks]
     if unknown:
         raise UsageError(f"--sink: pipeline {name} has no {unknown[0]!r}; it has {', '.join(spec.sinks)}.")
-    parts = [option for option, given in (("--keys", keys), ("--keys-file", keys_file), ("--where", where)) if given]
+    parts = [
+        option
+        for option, given in (("--keys", keys), ("--keys-file", keys_file), ("--where", where))
+        if given is not None
+    ]
     if len(parts) > 1:
         raise UsageError(f"Give one of {' and '.join(parts)}; a dump has one way to choose rows.")
     if parts and len(tables) != 1:
@@ -122,11 +127,11 @@ def start(
     if by_signal:
         given = {"--sink": sinks, "--rows-per-second": rows_per_second, "--parallel": parallel, "--timeout": timeout}
         _refuse_what_debezium_cannot(next((option for option, value in given.items() if value), None))
-    kind: Kind = "table" if not parts else "where" if where else "keys"
-    texts = keys.split(",") if keys else keys_file.read_text().splitlines() if keys_file else []
-    wanted = _checked(spec, tables[0], [text for text in texts if text.strip()], where) if parts else []
-    if kind == "keys" and not wanted:
-        raise UsageError(f"{parts[0]} names no key.")
+    kind: Kind = "table" if not parts else "where" if where is not None else "keys"
+    if where is not None and not where.strip():
+        raise UsageError("--where has no condition.")
+    texts = key_texts(keys, keys_file) if kind == "keys" else []
+    wanted = _checked(spec, tables[0], texts, where) if parts else []
     with _dumps(app, name) as (_, store):
         ids = [
             store.add(
@@ -378,7 +383,7 @@ def _checked(spec: PipelineSpec, table: str, texts: Sequence[str], where: str | 
             raise UsageError(f"The source has no table {table}.")
         if where is not None:
             reader.check_condition(found, where)
-        return [key_from_text(found, text.strip()) for text in texts]
+        return [key_from_text(found, text) for text in texts]
     finally:
         reader.close()
 

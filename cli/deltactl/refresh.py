@@ -29,7 +29,7 @@ from delta_sync.sources.debezium.limits import need_client
 from delta_sync.starting import read_tables
 from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
-from deltactl.app import App, dry_run_option, name_argument, pass_app, print_json, say, shared_options, warn
+from deltactl.app import App, dry_run_option, key_texts, name_argument, pass_app, print_json, say, shared_options, warn
 from deltactl.dump import DumpEnded, as_json, follow
 
 
@@ -63,10 +63,7 @@ def refresh(
     """
     if (keys is None) == (keys_file is None):
         raise UsageError("Give --keys or --keys-file: for which keys the answers have changed.")
-    given = keys.split(",") if keys is not None else keys_file.read_text().splitlines() if keys_file is not None else []
-    texts = [text.strip() for text in given if text.strip()]
-    if not texts:
-        raise UsageError(f"{'--keys' if keys is not None else '--keys-file'} names no key.")
+    texts = key_texts(keys, keys_file)
     if len(texts) > KEYS_MOST:
         raise UsageError(f"{len(texts):,} keys are more than {KEYS_MOST:,}; give fewer at once, or dump the tables.")
     spec = app.load(name)

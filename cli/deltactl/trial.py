@@ -15,7 +15,7 @@ from delta_sync.sources import open_reader
 from delta_sync.starting import read_tables
 from delta_sync.trial import as_json, lines_of, recorded_changes, rows_of_keys, try_changes
 from delta_sync.watch import ANSWER_S
-from deltactl.app import App, name_argument, pass_app, print_json, say, shared_options, warn
+from deltactl.app import App, key_texts, name_argument, pass_app, print_json, say, shared_options, warn
 
 
 @click.command(short_help="Show what would be written, for some rows; write nothing.")
@@ -55,9 +55,7 @@ def test(app: App, name: str, table: str | None, keys: str | None, events: Path 
         changes: dict[str, list[Change]]
         if keys is not None:
             chosen = tables[table or next(iter(pipeline.tables))]
-            wanted = [key_from_text(chosen, text.strip()) for text in keys.split(",") if text.strip()]
-            if not wanted:
-                raise UsageError("--keys names no key.")
+            wanted = [key_from_text(chosen, text) for text in key_texts(keys, None)]
             changes = {chosen.id: rows_of_keys(reader, chosen, wanted)}
         else:
             assert events is not None

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from delta_sync.changes import Key
 from delta_sync.errors import UsageError
-from delta_sync.tables import Column, Table
+from delta_sync.tables import Column, Table, moment_of_text
 from delta_sync.tables import Kind as ColumnKind
 
 Kind = Literal["load", "table", "keys", "where", "refresh"]
@@ -192,7 +194,13 @@ def key_from_text(table: Table, text: str) -> Key:
 
 def value_from_text(column: Column, text: str) -> Any:
     """Return a column's value from its text. Raises ValueError or ArithmeticError for one that is not of its type."""
-    return _VALUES.get(column.kind, str)(text)
+    if column.kind is ColumnKind.TEXT:  # and what is no type of Python's
+        return text
+    value = _VALUES.get(column.kind, str)(text.strip())
+    bits = _INTEGER_BITS.get(column.type)
+    if bits is not None and not -(1 << bits) <= value < 1 << bits:
+        raise ValueError(f"{text} is beyond {column.type}")
+    return value
 
 
 def _unescaped(part: str) -> str:
@@ -203,20 +211,29 @@ def _bool(text: str) -> bool:
     return {"true": True, "false": False}[text] if text in ("true", "false") else bool(int(text))
 
 
-def _timestamp_tz(text: str) -> dt.datetime:
-    found = dt.datetime.fromisoformat(text)
+def _timestamp_tz(text: str) -> Any:
+    found = moment_of_text(ColumnKind.TIMESTAMP_TZ, text)
+    if not isinstance(found, dt.datetime):
+        return found
     return found.replace(tzinfo=dt.UTC) if found.tzinfo is None else found.astimezone(dt.UTC)
 
 
+def _int(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]+", text):  # Python would take 1_000, too
+        raise ValueError(f"{text!r} is no whole number")
+    return int(text)
+
+
+_INTEGER_BITS = {"smallint": 15, "integer": 31, "bigint": 63}  # beyond them a source finds no row, or refuses to look
 _VALUES: dict[ColumnKind, Callable[[str], Any]] = {
     ColumnKind.BOOLEAN: _bool,
-    ColumnKind.INTEGER: int,
+    ColumnKind.INTEGER: _int,
     ColumnKind.FLOAT: float,
     ColumnKind.DECIMAL: Decimal,
     ColumnKind.UUID: UUID,
-    ColumnKind.DATE: dt.date.fromisoformat,
-    ColumnKind.TIME: dt.time.fromisoformat,
-    ColumnKind.TIMESTAMP: dt.datetime.fromisoformat,
+    ColumnKind.DATE: partial(moment_of_text, ColumnKind.DATE),
+    ColumnKind.TIME: partial(moment_of_text, ColumnKind.TIME),
+    ColumnKind.TIMESTAMP: partial(moment_of_text, ColumnKind.TIMESTAMP),
     ColumnKind.TIMESTAMP_TZ: _timestamp_tz,
     ColumnKind.BYTES: bytes.fromhex,
 }

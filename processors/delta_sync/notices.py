@@ -99,6 +99,10 @@ def _text(key: object) -> str:
     """Return a key as `--keys` would have it. Raises UsageError."""
     match key:
         case str():
+            try:
+                key.encode()
+            except UnicodeEncodeError:  # JSON can write it
+                raise UsageError("A notice's keys are texts, and one of them has half a character.") from None
             return key
         case bool():
             return "true" if key else "false"

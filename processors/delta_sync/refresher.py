@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import structlog
 
+from delta_sync.changes import Key
 from delta_sync.dumps import Dump
 from delta_sync.errors import Transient, UsageError
 from delta_sync.leases import LeaseKeeper
@@ -160,14 +161,11 @@ class Refresher(threading.Thread):
 
     def _heed(self, lookup: str, notices: list[Notice]) -> None:
         """Have the rows of one look-up's notices dumped. One that died before it recorded that is done once more."""
-        tables = self._tables()
         texts = [scalar_text(key) for key in dict.fromkeys(key for notice in notices for key in notice.keys)]
-        try:
-            wanted = wanted_of(self._pipeline, tables, lookup, texts)
-            found = RowFinder(self._reader, self._state, self._pipeline).find(tables, lookup, wanted, ROWS_MOST)
-        except UsageError as error:  # processor or table have become others since they were taken
-            log.warning("notices_dropped", lookup=lookup, reason=str(error))
-            found = {}
+        refused: list[str] = []
+        found = self._rows_of(lookup, self._tables(), texts, refused)
+        if refused:  # or processor or tables have become others since they were taken
+            log.warning("notices_dropped", lookup=lookup, keys=len(refused), reason=refused[-1])
         ids: list[int] = []
         for table, keys in found.items():
             dump = dump_of(lookup, table, keys)
@@ -175,6 +173,29 @@ class Refresher(threading.Thread):
                 ids.append(self._dumps.add(dump, keys or ()))
         self._notices.settle([notice.id for notice in notices])
         log.info("notices_heeded", lookup=lookup, notices=len(notices), keys=len(texts), dumps=ids)
+
+    def _rows_of(
+        self, lookup: str, tables: Mapping[str, Table], texts: list[str], refused: list[str]
+    ) -> dict[str, list[Key] | None]:
+        """Return the keys of the rows that used a look-up's keys, by table; None: of too many. `refused` gets reasons.
+
+        A key that a column cannot have (no member of an enumeration, …) must not cost those that came with it, so they
+        are halved until it is alone.
+        """
+        try:
+            wanted = wanted_of(self._pipeline, tables, lookup, texts)
+            return RowFinder(self._reader, self._state, self._pipeline).find(tables, lookup, wanted, ROWS_MOST)
+        except UsageError as error:
+            if len(texts) <= 1:
+                refused.append(str(error))
+                return {}
+        middle = len(texts) // 2
+        found = self._rows_of(lookup, tables, texts[:middle], refused)
+        for table, keys in self._rows_of(lookup, tables, texts[middle:], refused).items():
+            before = found.get(table, [])
+            both = None if before is None or keys is None else list(dict.fromkeys([*before, *keys]))
+            found[table] = None if both is None or len(both) > ROWS_MOST else both
+        return found
 
     def _turn(self) -> None:
         """Begin, hasten or complain about each table's round."""

@@ -161,12 +161,12 @@ def _scalar_of_text(kind: Kind, text: str) -> object:
         case Kind.UUID:
             return uuid.UUID(text)
         case Kind.DATE | Kind.TIME | Kind.TIMESTAMP | Kind.TIMESTAMP_TZ:
-            return _moment_of_text(kind, text)
+            return moment_of_text(kind, text)
         case _:
             return text
 
 
-def _moment_of_text(kind: Kind, text: str) -> object:
+def moment_of_text(kind: Kind, text: str) -> object:
     """Return a date or time, or the text itself where it is one that Python cannot hold (infinity, the year 12345)."""
     try:
         match kind:

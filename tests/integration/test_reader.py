@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 import psycopg
 import pytest
 
+from delta_sync.changes import Key
 from delta_sync.errors import SourceBusy, UsageError
 from delta_sync.sources.postgresql import reader as module
 from delta_sync.sources.postgresql.connection import KEEP_ALIVE, connect
@@ -87,6 +90,27 @@ def test_rows_of_more_keys_than_a_statement_takes(
             assert set(found) <= {(9,), (5,), (1,), (3,)}
         finally:
             connection.execute("DROP TABLE sized")
+            reader.close()
+
+
+def test_keys_beyond_python_stand_beside_others_and_those_beyond_their_type_have_no_row(postgresql: PostgreSQL) -> None:
+    """`valid_to = infinity` is in many a key; psycopg takes no list of datetimes and texts."""
+    reader = PostgresReader(source_of(postgresql), "test")
+    day = dt.datetime(2024, 2, 29, 1, 2, 3, 4, tzinfo=dt.UTC)
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        connection.execute("CREATE TYPE grade AS ENUM ('a', 'b')")
+        connection.execute("CREATE TABLE valid (id int, upto timestamptz, grade grade, PRIMARY KEY (id, upto, grade))")
+        connection.execute("INSERT INTO valid VALUES (1, 'infinity', 'a'), (1, %s, 'a')", [day])
+        try:
+            table = reader.tables(["public.valid"])["public.valid"]
+            keys: list[Key] = [(1, "infinity", "a"), (1, day, "a")]
+            for others in ([], [(1, day, "z")], [(1 << 40, day, "a"), (1, day, "\x00"), (1, day, "\ud800")]):
+                chunk = reader.read_keys(table, [*others, *keys], lambda _: True)
+                assert chunk is not None
+                assert {key for key, _ in chunk.rows} == set(keys)
+            assert set(reader.keys_having(table, "upto", ["infinity", day])) == set(keys)
+        finally:
+            connection.execute("DROP TABLE valid; DROP TYPE grade")
             reader.close()
 
 

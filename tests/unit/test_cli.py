@@ -15,9 +15,10 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
+from delta_sync.errors import UsageError
 from delta_sync.secrets import remember
 from delta_sync.sinks import installed
-from deltactl.app import App, DeltaGroup, dir_option
+from deltactl.app import App, DeltaGroup, dir_option, key_texts
 from deltactl.main import main
 from deltactl.reference import PAGE
 from deltactl.schema import schema
@@ -122,6 +123,36 @@ def test_errors_end_as_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     long = CliRunner().invoke(main, ["pipeline", "list", "--debug"])
     assert "Traceback" in long.stderr
     assert "hunter2-secret" not in short.output + long.output
+
+
+def test_keys_are_taken_from_an_argument_or_from_the_lines_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes("\ufeff17\r\n\n blanks \na,b\nline\u2028separator\n".encode())
+    assert key_texts(None, file) == ["17", " blanks ", "a,b", "line\u2028separator"]
+    assert key_texts("17, 21,,x y", None) == ["17", "21", "x y"]
+    for given, said in (("", "names no key"), (" , ", "names no key"), ("a\udcff", "no text in UTF-8")):
+        with pytest.raises(UsageError, match=f"--keys .*{said}"):
+            key_texts(given, None)
+    for content, said in ((b"\n \n", "names no key"), (b"\xff", "no text in UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=f"--keys-file.*{said}"):
+            key_texts(None, file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        key_texts(None, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("options", [["--keys", ""], ["--where", " "], ["--keys-file", ""]])
+def test_a_dump_of_nothing_is_none_of_everything(tmp_path: Path, options: list[str]) -> None:
+    """A variable of a script may be empty."""
+    (tmp_path / "movies").mkdir()
+    (tmp_path / "movies" / "pipeline.yaml").write_text(
+        "{name: movies, source: {url: postgresql://delta@db/studio}, tables: {public.movie: {shape: {}}},"
+        " sinks: {cache: {url: redis://cache/0}}}"
+    )
+    starting = ["dump", "start", "movies", "--table", "public.movie", "--dir", str(tmp_path)]
+    started = CliRunner().invoke(main, [*starting, *options])
+    assert started.exit_code == 2
+    assert options[0] in started.stderr
 
 
 def test_usage_errors_as_json() -> None:

@@ -119,10 +119,15 @@ KEYS: list[tuple[Kind, str, object]] = [
     (Kind.TIMESTAMP, "timestamp", dt.datetime(2024, 2, 29, 1, 2, 3, 4)),  # noqa: DTZ001 -- a timestamp without a zone
     (Kind.TIMESTAMP_TZ, "timestamptz", dt.datetime(2024, 2, 29, 1, 2, 3, 4, tzinfo=dt.UTC)),
     (Kind.BOOLEAN, "boolean", True),
+    (Kind.TIMESTAMP_TZ, "timestamptz", "infinity"),
+    (Kind.TIMESTAMP, "timestamp", "0044-03-15 00:00:00 BC"),
+    (Kind.DATE, "date", "-infinity"),
+    (Kind.TIME, "time", "24:00:00"),
+    (Kind.TEXT, "text", " blanks "),
 ]
 
 
-@pytest.mark.parametrize(("kind", "type_", "value"), KEYS, ids=[kind.name for kind, _, _ in KEYS])
+@pytest.mark.parametrize(("kind", "type_", "value"), KEYS, ids=[f"{kind.name} {value}" for kind, _, value in KEYS])
 def test_a_key_is_read_from_the_text_in_which_it_is_shown(kind: Kind, type_: str, value: object) -> None:
     one, two = Column("one", type_, kind), Column("two", "text", Kind.TEXT)
     assert key_from_text(Table("a", "b", (one,), ("one",)), key_text((value,))) == (value,)
@@ -136,6 +141,11 @@ def test_what_is_no_key() -> None:
         key_from_text(table, "1")
     with pytest.raises(UsageError, match="is no key of"):
         key_from_text(table, "x:y")
+    for type_, text in (("bigint", str(1 << 63)), ("integer", "-2147483649"), ("smallint", "32768"), ("int", "1_0")):
+        alone = Table("a", "b", (Column("n", type_, Kind.INTEGER),), ("n",))
+        with pytest.raises(UsageError, match="is no key of"):
+            key_from_text(alone, text)
+    assert key_from_text(Table("a", "b", (Column("n", "bigint", Kind.INTEGER),), ("n",)), " -17 ") == (-17,)
 
 
 def test_rate_and_time_left() -> None:

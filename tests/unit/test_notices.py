@@ -108,6 +108,7 @@ def test_keys_are_texts_numbers_or_booleans() -> None:
         (body(*range(KEYS_MOST + 1)), "from one to"),
         (body(None), "texts, numbers or booleans"),
         (body([1]), "texts, numbers or booleans"),
+        (b'{"lookup": "ratings", "keys": ["\\ud800"]}', "half a character"),
         (b" " * (BYTES_MOST + 1), "MiB at most"),
     ],
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
-from typing import Any
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -13,8 +16,11 @@ from hypothesis import strategies as st
 from delta_sync.dumps import Dump
 from delta_sync.errors import UsageError
 from delta_sync.pipeline import Pipeline
-from delta_sync.refresher import Round, Standing, rate_of, rounds_of, standing_of, step_of
-from delta_sync.state import TableLoad
+from delta_sync.refresher import Refresher, Round, Standing, rate_of, rounds_of, standing_of, step_of
+from delta_sync.refreshing import NoticeStore
+from delta_sync.state import StateStore, TableLoad
+from delta_sync.state_dumps import DumpStore
+from delta_sync.tables import Column, Kind, Table
 
 NOW = dt.datetime(2026, 11, 29, tzinfo=dt.UTC)
 HOUR = 3600.0
@@ -106,3 +112,43 @@ def test_no_enrichment_becomes_older_than_is_promised(within_s: float, begun: li
 def test_the_rate_is_spread_over_half_of_the_time() -> None:
     assert rate_of(Round("ratings", 86400.0), 1_000_000) == 93  # in three hours, and six are allowed
     assert rate_of(Round("ratings", 86400.0), 0) == 1
+
+
+def test_a_key_that_no_column_can_have_does_not_cost_those_that_came_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PostgreSQL refuses a whole list for one that is no member of an enumeration."""
+    monkeypatch.setattr("delta_sync.refreshing.NOTICED_S", -1.0)  # every process has dropped them
+    table = Table("public", "movie", (Column("id", "int4", Kind.INTEGER), Column("genre", "genre", Kind.TEXT)), ("id",))
+    pipeline = Pipeline("movies")
+
+    @pipeline.lookup()
+    def genres(keys: list[Any]) -> dict[Any, Any]:
+        return dict.fromkeys(keys)
+
+    @pipeline.table("public.movie", enrich={"about": genres.by("genre")})
+    def movie(row: dict[str, Any], about: Any) -> dict[str, Any]:
+        return row | {"about": about}
+
+    del movie
+
+    class Source:
+        def keys_having(self, _of: Table, _column: str, values: Sequence[str], _most: int | None) -> list[tuple[int]]:
+            if "none" in values:
+                raise UsageError("no member of the enumeration")
+            return [(len(value),) for value in values]
+
+    with StateStore.open("sqlite:///state.db", tmp_path) as state:
+        notices, dumps = NoticeStore(state, "movies"), DumpStore(state, "movies")
+        for keys in (["a", "bb"], ["none"], ["dddd"]):
+            notices.add("genres", keys, pending=True)
+        Refresher(
+            pipeline=pipeline,
+            state=state,
+            reader=cast("Any", Source()),
+            tables=lambda: {"public.movie": table},
+            ages=lambda _: None,
+            stopping=threading.Event(),
+        ).look()
+        assert [(dump.table, dump.estimate) for dump in dumps.all()] == [("public.movie", 3)]
+        assert not notices.due()

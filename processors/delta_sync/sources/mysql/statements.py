@@ -11,7 +11,7 @@ from delta_sync.changes import Key
 from delta_sync.sources.mysql import codec
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session
-from delta_sync.tables import Table
+from delta_sync.tables import Column, Table
 
 
 def stream(session: Session, query: str, parameters: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
@@ -44,11 +44,20 @@ def having(
     """
     names = [f"{alias}.{quoted(name)}" for name in columns]
     of = [table.column(name) for name in columns]
-    given = tuple(codec.parameter(*one) for some in values for one in zip(of, some, strict=True))
+    given = tuple(_compared(*one) for some in values for one in zip(of, some, strict=True))
     if len(names) == 1:
         return f"{names[0]} IN ({', '.join(['%s'] * len(values))})", given
     one = " AND ".join(f"{name} = %s" for name in names)
     return "(" + " OR ".join([f"({one})"] * len(values)) + ")", given
+
+
+def _compared(column: Column, value: Any) -> Any:
+    """Return a value as a parameter; NULL, which no row equals, for one that the column cannot have."""
+    try:
+        found = codec.parameter(column, value)
+        return found if not isinstance(found, str) else found.encode().decode()
+    except ValueError:  # no member of an enumeration, or a text with half a character
+        return None
 
 
 def key_values(table: Table, key: Key) -> list[Any]:

@@ -21,7 +21,7 @@ from delta_sync.secrets import redact
 from delta_sync.sources import parts
 from delta_sync.sources.parts import Owners, ReadPart, Rows, TooMuch
 from delta_sync.sources.postgresql import codec
-from delta_sync.sources.postgresql.statements import fixed, qualified, row_maker, type_of
+from delta_sync.sources.postgresql.statements import array, fixed, qualified, row_maker, type_of
 from delta_sync.tables import Part, Table
 from delta_sync.values import Row
 
@@ -70,7 +70,7 @@ def _rows_of(connection: psycopg.Connection, part: Part, above: Table, values: O
         most=sql.Literal(part.most + 1 if part.many else 1),
         limit=sql.Literal(parts.ROWS_AT_ONCE + 1),
     )
-    found = connection.execute(query, [list(column) for column in zip(*values, strict=True)]).fetchall()
+    found = connection.execute(query, [array(column) for column in zip(*values, strict=True)]).fetchall()
     if len(found) > parts.ROWS_AT_ONCE or _bytes_in(found) > parts.BYTES_AT_ONCE:
         raise TooMuch
     to_row = row_maker(part.table)
@@ -112,7 +112,7 @@ def _run(connection: psycopg.Connection, table: Table, keys: Sequence[Key], quer
 
     Raises UsageError: it fails, or does not return the whole key.
     """
-    parameters = {name: [key[place] for key in keys] for place, name in enumerate(table.key)}
+    parameters = {name: array(key[place] for key in keys) for place, name in enumerate(table.key)}
     try:
         with connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(query.encode(), parameters).fetchall()
@@ -136,13 +136,13 @@ def root_keys(connection: psycopg.Connection, watch: Watch, values: Sequence[Key
     )
     to_row = row_maker(narrow)
     with connection.cursor() as cursor:
-        rows = cursor.execute(query, [list(column) for column in zip(*values, strict=True)]).fetchall()
+        rows = cursor.execute(query, [array(column) for column in zip(*values, strict=True)]).fetchall()
     return [key for key, _ in map(to_row, rows) if None not in key]
 
 
 def root_condition(connection: psycopg.Connection, root: Table, watch: Watch, values: Sequence[Key]) -> str:
     """Return the condition on the root's rows `t`, without parameters, that values of a watch lead to them."""
-    arrays = [fixed(sql.Literal(list(column)), connection) for column in zip(*values, strict=True)]
+    arrays = [fixed(sql.Literal(array(column)), connection) for column in zip(*values, strict=True)]
     given = _values(watch.table, watch.columns, arrays)
     condition = sql.SQL("({}) IN (SELECT {} FROM ({}) AS u)").format(
         fixed(_columns("t", root.key)), fixed(_columns("u", watch.hops[-1].take)), _hopped(watch, given)

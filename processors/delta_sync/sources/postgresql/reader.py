@@ -33,6 +33,7 @@ from delta_sync.sources.postgresql.catalogue import (
 from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot, parse_snapshot, sample_of
 from delta_sync.sources.postgresql.connection import connect
 from delta_sync.sources.postgresql.statements import (
+    array,
     fixed,
     key_columns,
     key_rows,
@@ -417,7 +418,7 @@ class PostgresReader(SourceReader):
         to_row, wanted = row_maker(narrow), frozenset(values)
         try:
             with self._connected() as connection:
-                found = map(to_row, connection.execute(query, [list(values), None if most is None else most + 1]))
+                found = map(to_row, connection.execute(query, [array(values), None if most is None else most + 1]))
                 # A collation, or a padded type, takes for equal what a look-up was not asked with.
                 return [key for key, row in found if row[column] in wanted]
         except (psycopg.DataError, psycopg.ProgrammingError) as error:
@@ -427,8 +428,30 @@ class PostgresReader(SourceReader):
     def read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
         """Read the rows of these keys in one snapshot, or return None if that is not `usable`.
 
-        A row that is gone is absent. When the values have KEYS_BYTES bytes the rest is left out, and `last_key` set.
+        A row that is gone is absent, and so is one whose key no row can have: beyond its type, or of no enumeration.
+        When the values have KEYS_BYTES bytes the rest is left out, and `last_key` set.
         """
+        try:
+            return self._read_keys(table, keys, usable)
+        except (psycopg.DataError, UnicodeEncodeError):  # of one key, but psycopg and the server refuse all of them
+            possible = self._possible(table, keys)
+            if len(possible) == len(keys):
+                raise
+            return self._read_keys(table, possible, usable)
+
+    def _possible(self, table: Table, keys: Sequence[Key]) -> list[Key]:
+        """Return those of the keys that the types of the key's columns can hold, asked one by one."""
+        of = sql.SQL(", ").join(parameter(table.column(name)) for name in table.key)
+        query = sql.SQL("SELECT {}").format(of)
+        found: list[Key] = []
+        with self._connected() as connection:
+            for key in keys:
+                with contextlib.suppress(psycopg.DataError, UnicodeEncodeError):
+                    connection.execute(query, key)
+                    found.append(key)
+        return found
+
+    def _read_keys(self, table: Table, keys: Sequence[Key], usable: Callable[[Snapshot], bool]) -> Chunk | None:
         own = keys_alone(table) if table.query is not None else table
         query = sql.SQL("SELECT {} FROM {} AS t JOIN {} USING ({})").format(
             fixed(codec.select_list(own)),
@@ -444,7 +467,7 @@ class PostgresReader(SourceReader):
             rows: list[tuple[Key, Row]] = []
             left = KEYS_BYTES
             for start in range(0, len(keys), KEYS_AT_ONCE):
-                columns = [list(column) for column in zip(*keys[start : start + KEYS_AT_ONCE], strict=True)]
+                columns = [array(column) for column in zip(*keys[start : start + KEYS_AT_ONCE], strict=True)]
                 if has_long_values:
                     left = _limited(connection, query, columns, to_row, rows, left)
                 else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import psycopg
@@ -10,7 +10,7 @@ from psycopg import sql
 
 from delta_sync.changes import Key
 from delta_sync.tables import Column, Table
-from delta_sync.values import Row
+from delta_sync.values import Row, scalar_text
 
 
 def parameter(column: Column) -> sql.Composable:
@@ -27,6 +27,18 @@ def key_rows(table: Table) -> sql.Composable:
     """The keys, passed as one array per key column, as a relation with the key's column names."""
     types = [sql.SQL("%s::{}[]").format(type_of(table.column(name))) for name in table.key]
     return sql.SQL("unnest({}) AS k({})").format(sql.SQL(", ").join(types), key_columns(table))
+
+
+def array(values: Iterable[Any]) -> list[Any]:
+    """Return values of one column as the parameter for an array of its type.
+
+    Psycopg takes values of one type only. Where Python cannot hold some of them (infinity, years before Christ) these
+    are text, so all are.
+    """
+    found = list(values)
+    if len({*map(type, found)} - {type(None)}) > 1 and any(isinstance(value, str) for value in found):
+        return [None if value is None else scalar_text(value) for value in found]
+    return found
 
 
 def row_maker(table: Table) -> Callable[[Sequence[Any]], tuple[Key, Row]]:
