@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import random
 import uuid
 from collections.abc import Iterator
@@ -142,6 +143,26 @@ def test_a_row_comes_with_its_parts_as_the_types_that_rows_have(library: Library
     bare = read(reader, 3, 9, 77)
     assert bare.keys() == {(3,), (9,)}
     assert (bare[9,]["studio"], bare[9,]["reviews"]) == (None, [])
+
+
+def test_dates_that_python_cannot_hold_stand_beside_others(library: Library) -> None:
+    """As values to find parts by, as values of these, and on the way back to the roots."""
+    library.admin.execute(
+        "CREATE TABLE edition (since timestamptz, movie_id int REFERENCES movie, PRIMARY KEY (since, movie_id))"
+    )
+    library.admin.execute(
+        "CREATE TABLE copy (since timestamptz, movie_id int, n int, PRIMARY KEY (since, movie_id, n),"
+        " FOREIGN KEY (since, movie_id) REFERENCES edition)"
+    )
+    library.admin.execute("INSERT INTO edition VALUES ('-infinity', 1), ('2024-02-29Z', 1), ('2024-02-29Z', 2)")
+    library.admin.execute("INSERT INTO copy SELECT since, movie_id, n FROM edition, generate_series(1, 2) AS n")
+    reader = library.reader({"editions": many("public.edition", parts={"copies": many("public.copy")})})
+    leap_day = dt.datetime(2024, 2, 29, tzinfo=dt.UTC)
+    expected = {1: ["-infinity", leap_day], 2: [leap_day], 3: []}
+    for (id_,), row in read(reader, 1, 2, 3).items():
+        assert [edition["since"] for edition in row["editions"]] == expected[id_]
+        assert all([copy["n"] for copy in edition["copies"]] == [1, 2] for edition in row["editions"])
+    assert roots(reader, "copy", ("-infinity", 1), (leap_day, 2)) == {(1,), (2,)}
 
 
 def test_chunks_have_their_parts_and_the_snapshot_s_clock(library: Library) -> None:
