@@ -78,7 +78,9 @@ id_argument = click.argument("id_", metavar="ID", type=int)
 @rate_option
 @parallel_option
 @click.option(
-    "--timeout", type=click.FloatRange(min=0), help="Fail when old transactions hold it up for so many seconds."
+    "--timeout",
+    type=click.FloatRange(min=0, max=1e9),
+    help="Fail when old transactions hold it up for so many seconds.",
 )
 @click.option("--wait", is_flag=True, help="Show how far it is until it has ended; exit status 1 unless it is done.")
 @shared_options

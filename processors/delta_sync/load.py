@@ -439,6 +439,10 @@ class Loader(threading.Thread):
         try:
             rows = self._rows_of(reader, lease)
         except UsageError as error:
+            if lease.dump.kind == "load":  # without it the sinks lack rows: it would only be begun again, for ever
+                with contextlib.suppress(StateBusy):
+                    self._dumps.release_chunk(lease)
+                raise
             log.warning("dump_failed", dump=lease.dump.id, reason=str(error))
             self._dumps.end(lease.dump.id, "failed", str(error))
             return True

@@ -276,7 +276,7 @@ class Pipeline:
 
         The trap: it is called again for changes that it has had, whenever a process dies. `event.id` is the same then.
 
-        Raises UsageError: a name that is taken, a wrong signature, a number below 1.
+        Raises UsageError: a name that is taken, a wrong signature, a number below 1, a `when` that is no function.
         """
         if callable(table):  # pyright: ignore[reportUnnecessaryComparison] -- users need not type-check
             raise UsageError(f'{_where(table)}: @….on needs the table\'s name; write @….on("schema.name").')
@@ -290,6 +290,8 @@ class Pipeline:
                 raise UsageError(f"{where}: a handler is a plain function that takes one argument, the event.")
             if min(concurrency, attempts, batch) < 1:
                 raise UsageError(f"{where}: concurrency, attempts and batch must be above 0.")
+            if when is not None and not callable(when):  # pyright: ignore[reportUnnecessaryComparison] -- users need not type-check
+                raise UsageError(f"{where}: when={when!r} is no function; write when=lambda event: ….")
             spec = _spec_beside(function)
             if spec is not None:
                 _check_against(spec, self.name, table, (), where)

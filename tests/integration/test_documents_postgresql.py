@@ -236,6 +236,16 @@ def test_a_query_of_the_user_s_is_read_instead(library: Library) -> None:
     reader.check_query(movie_of(reader))
 
 
+def test_parts_whose_columns_cannot_be_compared_are_told_of(library: Library) -> None:
+    reader = library.reader()
+    reader.check_query(movie_of(reader))
+    wrong = library.reader({"reviews": many("public.review", parts={"tags": many("public.review", on={"body": "id"})})})
+    with pytest.raises(
+        UsageError, match=r"document public\.movie, part tags: .* operator does not exist: text = bigint"
+    ):
+        wrong.check_query(movie_of(wrong))
+
+
 # ── which documents a change is about ────────────────────────────────────────────────────────────────────────────
 
 

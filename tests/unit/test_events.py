@@ -434,6 +434,8 @@ def test_what_cannot_be_meant_is_refused() -> None:
         movies.on("public.movie", name="other")(lambda: None)  # type: ignore[type-var]  # that is the mistake
     with pytest.raises(UsageError, match="above 0"):
         movies.on("public.movie", name="other", concurrency=0)(notify)
+    with pytest.raises(UsageError, match="when='insert' is no function"):
+        movies.on("public.movie", name="other", when="insert")(notify)  # type: ignore[arg-type]  # that is the mistake
     with pytest.raises(UsageError, match="needs the table's name"):
         movies.on(notify)  # type: ignore[arg-type]  # that is the mistake
     assert list(movies.handlers) == ["notify"]

@@ -658,6 +658,16 @@ def test_a_condition_that_fails_ends_its_dump_and_nothing_else(loaded: Bench) ->
     assert loaded.failures == []
 
 
+def test_a_load_that_cannot_be_read_stops_the_pipeline_and_is_not_begun_again_for_ever(make: MakeBench) -> None:
+    """As a document's query that fails for one of the rows."""
+    bench = make(rows=8)
+    bench.reader.conditions_fail = True
+    bench.loader().run()
+    assert [str(error) for error in bench.failures] == ["The condition None fails."]
+    (load,) = bench.dumps.all()
+    assert load.state == "running", "it goes on once the query is corrected"
+
+
 def test_the_wait_for_a_transaction_is_told_of_and_bounded(loaded: Bench) -> None:
     loaded.reader.snapshots = [Snapshot(9, 12, frozenset({9}))]
     id_ = loaded.dumps.add(Dump(table=MOVIE, kind="table", timeout_s=5.0))

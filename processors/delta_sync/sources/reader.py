@@ -297,7 +297,7 @@ class SourceReader(ABC):
 
     @abstractmethod
     def check_query(self, table: Table) -> None:
-        """Raise UsageError when a document's query, if it has one, fails or does not return the key."""
+        """Raise UsageError when a document cannot be read: its query fails or lacks the key, its parts cannot be found."""
 
     @abstractmethod
     def root_keys(

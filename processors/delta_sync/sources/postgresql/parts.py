@@ -70,7 +70,8 @@ def _rows_of(connection: psycopg.Connection, part: Part, above: Table, values: O
         most=sql.Literal(part.most + 1 if part.many else 1),
         limit=sql.Literal(parts.ROWS_AT_ONCE + 1),
     )
-    found = connection.execute(query, [array(column) for column in zip(*values, strict=True)]).fetchall()
+    given = [array(column) for column in zip(*values, strict=True)] or [[] for _ in part.of]
+    found = connection.execute(query, given).fetchall()
     if len(found) > parts.ROWS_AT_ONCE or _bytes_in(found) > parts.BYTES_AT_ONCE:
         raise TooMuch
     to_row = row_maker(part.table)
@@ -107,6 +108,18 @@ def _belonging(part: Part) -> sql.Composable:
 def check_query(connection: psycopg.Connection, table: Table) -> None:
     """Have the server plan the user's query. Raises UsageError: it fails, or does not return the whole key."""
     _run(connection, table, [], parts.planned(table))
+
+
+def check_parts(connection: psycopg.Connection, table: Table, root: str) -> None:
+    """Have the server plan how parts are found. Raises UsageError: columns that cannot be compared."""
+    for part in table.parts:
+        try:
+            _rows_of(connection, part, table, [])
+        except psycopg.errors.UndefinedFunction as error:
+            raise UsageError(
+                f"document {root}, part {part.name}: its rows cannot be found: {error.diag.message_primary}."
+            ) from error
+        check_parts(connection, part.table, root)
 
 
 def _run(connection: psycopg.Connection, table: Table, keys: Sequence[Key], query: str) -> list[Row]:

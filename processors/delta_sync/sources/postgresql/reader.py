@@ -482,10 +482,13 @@ class PostgresReader(SourceReader):
         return parse_snapshot(self._value("SELECT pg_current_snapshot()::text")).clock
 
     def check_query(self, table: Table) -> None:
-        """Have the server plan a document's query, and see what it returns. Raises UsageError."""
-        if table.query is not None:
+        """Have the server plan how a document is read, by its query or by its parts. Raises UsageError."""
+        if table.is_document:
             with self._snapshot() as (connection, _, _):
-                parts.check_query(connection, table)
+                if table.query is not None:
+                    parts.check_query(connection, table)
+                else:
+                    parts.check_parts(connection, table, table.id)
 
     def root_keys(
         self, watch: Watch, values: Sequence[Key], most: int, usable: Callable[[Snapshot], bool]
