@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Generator, Sequence
@@ -45,6 +46,16 @@ class DumpEnded(DeltaError):
     """A dump that was waited for ended without being done."""
 
 
+class _Seconds(click.FloatRange):
+    """Seconds, which `nan` and `inf` are not, though Python takes them for floats."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+        return seconds
+
+
 @click.group(cls=DeltaGroup, short_help="Read rows from the source again, at any time.")
 def dump() -> None:
     """Read rows of the source again, at any time and as many dumps at once as wanted, while changes stream.
@@ -79,7 +90,7 @@ id_argument = click.argument("id_", metavar="ID", type=int)
 @parallel_option
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, max=1e9),
+    type=_Seconds(min=0),
     help="Fail when old transactions hold it up for so many seconds.",
 )
 @click.option("--wait", is_flag=True, help="Show how far it is until it has ended; exit status 1 unless it is done.")

@@ -141,7 +141,7 @@ def test_keys_are_taken_from_an_argument_or_from_the_lines_of_a_file(tmp_path: P
         key_texts(None, tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("options", [["--keys", ""], ["--where", " "], ["--keys-file", ""]])
+@pytest.mark.parametrize("options", [["--keys", ""], ["--where", " "], ["--keys-file", ""], ["--timeout", "nan"]])
 def test_a_dump_of_nothing_is_none_of_everything(tmp_path: Path, options: list[str]) -> None:
     """A variable of a script may be empty."""
     (tmp_path / "movies").mkdir()

@@ -297,7 +297,7 @@ class SourceReader(ABC):
 
     @abstractmethod
     def check_query(self, table: Table) -> None:
-        """Raise UsageError when a document cannot be read: its query fails or lacks the key, its parts cannot be found."""
+        """Raise UsageError when a document cannot be read: its query fails or lacks the key, parts cannot be found."""
 
     @abstractmethod
     def root_keys(
