@@ -77,6 +77,12 @@ class Table(NamedTuple):
         """Whether rows are read with their parts, so that their versions are those of snapshots, not of changes."""
         return bool(self.parts) or self.query is not None
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether a column is masked, or one of its parts' tables."""
+        below = [part.table for part in self.parts] + [part.through.table for part in self.parts if part.through]
+        return any(column.mask for column in self.columns) or any(table.has_masks for table in below)
+
     def column(self, name: str) -> Column:
         """Return the column of that name. Raises KeyError."""
         for column in self.columns:

@@ -9,6 +9,7 @@ import pytest
 
 from delta_sync.changes import Key
 from delta_sync.errors import SourceBusy, UsageError
+from delta_sync.masking import Mask
 from delta_sync.sources.postgresql import reader as module
 from delta_sync.sources.postgresql.connection import KEEP_ALIVE, connect
 from delta_sync.sources.postgresql.reader import PostgresReader
@@ -111,6 +112,28 @@ def test_keys_beyond_python_stand_beside_others_and_those_beyond_their_type_have
             assert set(reader.keys_having(table, "upto", ["infinity", day])) == set(keys)
         finally:
             connection.execute("DROP TABLE valid; DROP TYPE grade")
+            reader.close()
+
+
+def test_what_the_server_says_of_a_condition_quotes_no_value_that_is_masked(postgresql: PostgreSQL) -> None:
+    reader = PostgresReader(source_of(postgresql), "test")
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE hidden (id int PRIMARY KEY, mail text)")
+        connection.execute("INSERT INTO hidden VALUES (1, 'ann@example.org')")
+        try:
+            table = reader.tables(["public.hidden"])["public.hidden"]
+            columns = [column._replace(mask=Mask("redact", "***")) for column in table.columns if column.name == "mail"]
+            for read, said in (
+                (table, "ann@example"),
+                (table._replace(columns=(table.columns[0], *columns)), "masked"),
+            ):
+                with pytest.raises(UsageError, match=f"The condition .* fails: .*{said}") as raised:
+                    reader.read_chunk(read, None, 10, 1 << 20, lambda _: True, where="mail::int = 1")
+            assert "ann" not in str(raised.value)
+            with pytest.raises(UsageError, match='column "nothing" does not exist'):
+                reader.read_chunk(read, None, 10, 1 << 20, lambda _: True, where="nothing = 1")
+        finally:
+            connection.execute("DROP TABLE hidden")
             reader.close()
 
 

@@ -16,12 +16,11 @@ from pymysql.constants import FIELD_TYPE
 from delta_sync.changes import Key
 from delta_sync.documents import Watch
 from delta_sync.errors import UsageError
-from delta_sync.secrets import redact
 from delta_sync.sources import parts
 from delta_sync.sources.mysql import codec
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session, code_of
-from delta_sync.sources.mysql.statements import fetch, having, qualified, stream
+from delta_sync.sources.mysql.statements import fetch, having, qualified, said_of, stream
 from delta_sync.sources.parts import Owners, ReadPart, Rows, TooMuch
 from delta_sync.tables import Column, Kind, Part, Table
 from delta_sync.values import Row
@@ -134,7 +133,7 @@ def _run(session: Session, table: Table, keys: Sequence[Key], query: str) -> lis
     except (pymysql.ProgrammingError, pymysql.DataError, pymysql.NotSupportedError, pymysql.OperationalError) as error:
         if not session.open or code_of(error) in _TABLE_GONE:
             raise
-        raise UsageError(f"The query of document {table.id} fails: {redact(str(error.args[-1]))}.") from error
+        raise UsageError(f"The query of document {table.id} fails: {said_of(table, error)}.") from error
     except (KeyError, TypeError, ValueError) as error:  # of Python's own placeholders
         raise UsageError(
             f"The query of document {table.id} fails: its placeholders are"

@@ -33,7 +33,7 @@ from delta_sync.sources.mysql.claims import (
 from delta_sync.sources.mysql.codec import quoted
 from delta_sync.sources.mysql.connection import Session, code_of, connect, patience
 from delta_sync.sources.mysql.position import PURGED, BinlogPosition, Store
-from delta_sync.sources.mysql.statements import fetch, having, key_values, qualified, stream
+from delta_sync.sources.mysql.statements import UNKNOWN_COLUMN, fetch, having, key_values, qualified, said_of, stream
 from delta_sync.sources.reader import Chunk, SourceIdentity, SourceReader
 from delta_sync.spec import PipelineSpec, SourceSpec
 from delta_sync.tables import Table, keys_alone
@@ -57,7 +57,6 @@ _STATUS = (
 )
 
 _SCHEMA_CHANGED = frozenset({1412, 1146, 1054, 1109, 1356, 1049})  # the table's definition, table, column, database
-UNKNOWN_COLUMN = 1054
 _REFUSED = frozenset({1142, 1143, 1044, 1227, 1370})
 
 _asking = threading.Lock()
@@ -305,7 +304,7 @@ class MariaReader(SourceReader):
     def check_condition(self, table: Table, where: str) -> None:
         """Have the source plan a query with the condition. Raises UsageError."""
         condition, parameters = _within(table, None, None, where)
-        with self._connected() as session, _condition(where):
+        with self._connected() as session, _condition(table, where):
             fetch(session, f"EXPLAIN SELECT 1 FROM {qualified(table)} AS t{condition}", parameters)  # noqa: S608 -- quoted
 
     def read_chunk(
@@ -332,7 +331,7 @@ class MariaReader(SourceReader):
             if not usable(snapshot):
                 return None
             rows: list[tuple[Key, Row]] = []
-            with _condition(where):
+            with _condition(table, where):
                 full = self._collect(
                     session, own, query, (*parameters, rows_most), rows, bytes_most, keep=table.is_document
                 )
@@ -606,15 +605,15 @@ def _beside(table: Table, key: Key, sign: str, last: str) -> tuple[str, list[Any
 
 
 @contextmanager
-def _condition(where: str | None) -> Generator[None]:
+def _condition(table: Table, where: str | None) -> Generator[None]:
     """Say of an error that it is the condition's, where there is one."""
     try:
         yield
     except (pymysql.err.ProgrammingError, pymysql.err.DataError) as error:
         if where is None:
             raise
-        raise UsageError(f"The condition {where!r} fails: {redact(str(error.args[-1]))}.") from error
+        raise UsageError(f"The condition {where!r} fails: {said_of(table, error)}.") from error
     except pymysql.err.OperationalError as error:
         if where is None or code_of(error) != UNKNOWN_COLUMN:
             raise
-        raise UsageError(f"The condition {where!r} fails: {redact(str(error.args[-1]))}.") from error
+        raise UsageError(f"The condition {where!r} fails: {said_of(table, error)}.") from error

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pymysql
 from pymysql.cursors import SSCursor
 
 from delta_sync.changes import Key
+from delta_sync.secrets import redact
 from delta_sync.sources.mysql import codec
 from delta_sync.sources.mysql.codec import quoted
-from delta_sync.sources.mysql.connection import Session
+from delta_sync.sources.mysql.connection import Session, code_of
 from delta_sync.tables import Column, Table
+
+UNKNOWN_COLUMN = 1054
 
 
 def stream(session: Session, query: str, parameters: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
@@ -63,3 +67,10 @@ def _compared(column: Column, value: Any) -> Any:
 def key_values(table: Table, key: Key) -> list[Any]:
     """Return a key's values as parameters."""
     return [codec.parameter(table.column(name), value) for name, value in zip(table.key, key, strict=True)]
+
+
+def said_of(table: Table, error: pymysql.Error) -> str:
+    """Return what the server says of a user's SQL; not where it may quote a value of a column that is masked."""
+    if table.has_masks and not isinstance(error, pymysql.err.ProgrammingError) and code_of(error) != UNKNOWN_COLUMN:
+        return f"error {code_of(error)}; more is not said, because it may quote a value that is masked"
+    return redact(str(error.args[-1]))

@@ -17,11 +17,10 @@ from psycopg.rows import dict_row
 from delta_sync.changes import Key
 from delta_sync.documents import Hop, Watch
 from delta_sync.errors import UsageError
-from delta_sync.secrets import redact
 from delta_sync.sources import parts
 from delta_sync.sources.parts import Owners, ReadPart, Rows, TooMuch
 from delta_sync.sources.postgresql import codec
-from delta_sync.sources.postgresql.statements import array, fixed, qualified, row_maker, type_of
+from delta_sync.sources.postgresql.statements import array, fixed, qualified, row_maker, said_of, type_of
 from delta_sync.tables import Part, Table
 from delta_sync.values import Row
 
@@ -133,8 +132,7 @@ def _run(connection: psycopg.Connection, table: Table, keys: Sequence[Key], quer
             rows = cursor.execute(query.encode(), parameters).fetchall()
             returned = [column.name for column in cursor.description or ()]
     except (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError) as error:
-        told = redact(error.diag.message_primary or str(error))
-        raise UsageError(f"The query of document {table.id} fails: {told}.") from error
+        raise UsageError(f"The query of document {table.id} fails: {said_of(table, error)}.") from error
     parts.check_has_key(table, returned)
     return rows
 

@@ -40,6 +40,7 @@ from delta_sync.sources.postgresql.statements import (
     parameter,
     qualified,
     row_maker,
+    said_of,
     type_of,
 )
 from delta_sync.sources.reader import CapturePosition, Chunk, Confirmed, SourceIdentity, SourceReader
@@ -351,7 +352,7 @@ class PostgresReader(SourceReader):
         query = sql.SQL("EXPLAIN SELECT FROM {} AS t{} LIMIT %s").format(
             fixed(qualified(table)), _within(table, None, None, where)
         )
-        with self._connected() as connection, _condition(where):
+        with self._connected() as connection, _condition(table, where):
             connection.execute(query, [1])
 
     def read_chunk(
@@ -384,7 +385,7 @@ class PostgresReader(SourceReader):
                 return None
             to_row = row_maker(own)
             left = bytes_most
-            with _condition(where):
+            with _condition(table, where):
                 if self._has_long_values(connection, table):
                     left = _limited(connection, query, parameters, to_row, rows, bytes_most)
                 else:
@@ -637,14 +638,14 @@ def _within(table: Table, after: Key | None, to: Key | None, where: str | None) 
 
 
 @contextmanager
-def _condition(where: str | None) -> Generator[None]:
+def _condition(table: Table, where: str | None) -> Generator[None]:
     """Say of an error that it is the condition's, where there is one."""
     try:
         yield
     except (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError) as error:
         if where is None:
             raise
-        raise UsageError(f"The condition {where!r} fails: {error.diag.message_primary or error}.") from error
+        raise UsageError(f"The condition {where!r} fails: {said_of(table, error)}.") from error
 
 
 def _row(cursor: psycopg.Cursor[Any]) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import psycopg
 from psycopg import sql
 
 from delta_sync.changes import Key
+from delta_sync.secrets import redact
 from delta_sync.tables import Column, Table
 from delta_sync.values import Row, scalar_text
 
@@ -81,3 +82,10 @@ def fixed(part: sql.Composable, connection: psycopg.Connection | None = None) ->
 def qualified(table: Table) -> sql.Identifier:
     """The table's name with its schema."""
     return sql.Identifier(table.schema, table.name)
+
+
+def said_of(table: Table, error: psycopg.Error) -> str:
+    """Return what the server says of a user's SQL; not where it may quote a value of a column that is masked."""
+    if isinstance(error, psycopg.DataError) and table.has_masks:
+        return f"{type(error).__name__}; more is not said, because it may quote a value that is masked"
+    return redact(error.diag.message_primary or str(error))
