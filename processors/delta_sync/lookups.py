@@ -187,6 +187,7 @@ class LookupCaller:
         """
         done: list[tuple[Batch, Mapping[Any, Any] | Exception]] = []
         pending = batches
+        told: str | None = None
         deadline = None if self.required else began + (self._lookup.deadline_s or 0.0)
 
         def ask_round() -> None:
@@ -222,8 +223,12 @@ class LookupCaller:
             return opened or self._stopping.is_set() or self._clock() + state.upcoming_sleep >= deadline
 
         def before_sleep(state: tenacity.RetryCallState) -> None:
-            if self.required and state.attempt_number == 1 and state.outcome is not None:
-                self._waiting(str(state.outcome.exception()))
+            nonlocal told
+            error = state.outcome.exception() if state.outcome is not None else None
+            # An open breaker says no more than the call that opened it, and another number of seconds each time.
+            if self.required and not (told and isinstance(error, _Open)) and str(error) != told:
+                told = str(error)
+                self._waiting(told)
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(LookupBusy),

@@ -102,7 +102,8 @@ def shaped_table(table: Table, shape: ShapeSpec | None) -> Table:
     if shape is None:
         return table
     kept = shape.include or [column.name for column in table.columns if column.name not in shape.exclude]
-    columns = {shape.rename.get(name, name): _as_masked(table.column(name), shape) for name in kept}
+    there = {column.name: column for column in table.columns}  # one that is not is told of by `masked`
+    columns = {shape.rename.get(name, name): _as_masked(there[name], shape) for name in kept if name in there}
     of_key = {name: table.column(name) for name in table.key if name not in columns}
     made = tuple(column._replace(name=name) for name, column in columns.items())
     return table._replace(columns=(*of_key.values(), *made))

@@ -240,6 +240,14 @@ def test_a_failure_that_may_pass_is_retried(bench: MakeBench, error: Exception) 
     assert made.reasons[1:] == [None]  # said once, and taken back
 
 
+def test_another_reason_to_wait_is_told(bench: MakeBench) -> None:
+    """Who reads the status looks for what is amiss now, not for what was an hour ago."""
+    late, refused = requests.Timeout("late"), requests.ConnectionError("refused")
+    made = bench(failing(late, late, refused, refused), trip_after=2)
+    made.caller.fetch([1])
+    assert [reason and reason.split(": ")[-1] for reason in made.reasons] == ["late", "refused", None]
+
+
 def test_only_the_batch_that_failed_is_repeated(bench: MakeBench) -> None:
     made = bench(failing(requests.Timeout("late")), batch=2)
     assert made.caller.fetch([1, 2, 3, 4]).found == {1: 2, 2: 4, 3: 6, 4: 8}

@@ -295,6 +295,8 @@ def test_a_sinks_mapping_is_of_the_fields_and_keeps_the_key() -> None:
         ("cost", Kind.TEXT),  # what a mask leaves is a text
     ]
     assert found.key == ("id",)
+    unknown = shaped_table(PERSON, shape(include=["id", "nothing"]))  # which `masked` tells of
+    assert [column.name for column in unknown.columns] == ["id"]
 
 
 SPEC = """name: people
