@@ -127,6 +127,7 @@ def start(
     unknown = [sink for sink in sinks if sink not in spec.sinks]
     if unknown:
         raise UsageError(f"--sink: pipeline {name} has no {unknown[0]!r}; it has {', '.join(spec.sinks)}.")
+    chosen = pipeline.going_to(sinks, tables)
     parts = [
         option
         for option, given in (("--keys", keys), ("--keys-file", keys_file), ("--where", where))
@@ -160,7 +161,7 @@ def start(
                 ),
                 wanted,
             )
-            for table in dict.fromkeys(tables or pipeline.tables)
+            for table in chosen
         ]
         runs = spec.transport == "kafka" or app.is_running(name)
         if not runs:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -137,6 +137,23 @@ class Pipeline:
                 f"{option}: rows of {table} are parts of documents of {', '.join(roots)}; name that table."
             )
         raise UsageError(f"{option}: pipeline {self.name} has no {table!r}; it has {', '.join(self.tables)}.")
+
+    def going_to(self, sinks: Collection[str], named: Collection[str]) -> list[str]:
+        """Return the tables of which documents go to some of these sinks (all of them, if none is given).
+
+        Of all tables, unless some are `named`. Raises UsageError when one of these has none there, or none at all has:
+        who is told that all is done, or equal, takes it for more than nothing.
+        """
+        wanted = {sink.partition(".")[0] for sink in sinks}  # without the numbers of generations
+        chosen = list(dict.fromkeys(named or self.tables))
+        found = [name for name in chosen if not wanted or not self.tables[name].to or wanted & {*self.tables[name].to}]
+        left_out = next((name for name in chosen if name not in found), None)
+        if left_out is not None and (named or not found):
+            raise UsageError(
+                f"--sink: no document of {left_out} goes to {', '.join(sorted(wanted))}; they go to"
+                f" {', '.join(self.tables[left_out].to)}."
+            )
+        return found
 
     def document(
         self,

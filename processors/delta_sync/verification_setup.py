@@ -69,6 +69,7 @@ def open_verification(
     pipeline = load_processor(folder, spec)
     for named in wanted.tables:
         pipeline.check_has_documents(named, "--table")
+    chosen_tables = pipeline.going_to(wanted.sinks, wanted.tables)
     with ExitStack() as closing:
         state = StateStore.open(spec.state, folder, create=False)
         if state is None:
@@ -95,11 +96,7 @@ def open_verification(
         if by_key.identity() != (known_state.system_identifier, known_state.timeline):
             problem = "it is another server than the pipeline's, or was promoted or restored"
             raise CheckFailed([Problem("source", problem, "run the pipeline first; it says what to do")])
-        tables = {
-            name: table
-            for name, table in read_tables(spec, by_key).items()
-            if name in pipeline.tables and (not wanted.tables or name in wanted.tables)
-        }
+        tables = {name: table for name, table in read_tables(spec, by_key).items() if name in chosen_tables}
         check_columns(pipeline, tables)
         loads = state.loads(spec.name)
         unloaded = [problem for name in tables for problem in _unloaded(name, loads.get(name), known_state.epoch)]

@@ -271,6 +271,28 @@ def test_a_part_has_no_documents_of_its_own() -> None:
         movies.check_has_documents("public.other", "--table")
 
 
+def test_tables_are_chosen_by_where_their_documents_go() -> None:
+    movies = Pipeline("movies")
+
+    @movies.table("public.movie", to=["cache", "search"])
+    def movie(row: dict[str, Any]) -> dict[str, Any]:
+        return row
+
+    @movies.table("public.studio", to=["cache"])
+    def studio(row: dict[str, Any]) -> dict[str, Any]:
+        return row
+
+    del movie, studio
+    assert movies.going_to([], []) == ["public.movie", "public.studio"]
+    assert movies.going_to(["search.2"], []) == ["public.movie"]
+    assert movies.going_to([], ["public.studio", "public.studio"]) == ["public.studio"]
+    for sinks, tables in ((["search"], ["public.movie", "public.studio"]), (["lake"], ["public.studio"])):
+        with pytest.raises(UsageError, match=r"--sink: no document of public\.studio goes to (search|lake); .* cache"):
+            movies.going_to(sinks, tables)
+    with pytest.raises(UsageError, match=r"no document of public\.movie goes to lake"):
+        movies.going_to(["lake"], [])
+
+
 # ── what the log says ────────────────────────────────────────────────────────────────────────────────────────────
 
 REVIEWS = Watch(TABLES["public.review"], ("movie_id",), ())
