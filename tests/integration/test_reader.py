@@ -130,6 +130,11 @@ def test_what_the_server_says_of_a_condition_quotes_no_value_that_is_masked(post
                 with pytest.raises(UsageError, match=f"The condition .* fails: .*{said}") as raised:
                     reader.read_chunk(read, None, 10, 1 << 20, lambda _: True, where="mail::int = 1")
             assert "ann" not in str(raised.value)
+            for where in ("id = 1) OR (id = 2", "id = 1 THEN 1 END) OR (CASE WHEN true", "id = 1; DROP TABLE hidden"):
+                with pytest.raises(UsageError, match=r"The condition .* fails: syntax error"):
+                    reader.check_condition(table, where)
+            for where in ("mail LIKE '%n%' -- Ann", "id IN (SELECT 1) AND (true)", "id = 1 /* one */"):
+                reader.check_condition(table, where)
             with pytest.raises(UsageError, match='column "nothing" does not exist'):
                 reader.read_chunk(read, None, 10, 1 << 20, lambda _: True, where="nothing = 1")
         finally:

@@ -306,6 +306,8 @@ class MariaReader(SourceReader):
         condition, parameters = _within(table, None, None, where)
         with self._connected() as session, _condition(table, where):
             fetch(session, f"EXPLAIN SELECT 1 FROM {qualified(table)} AS t{condition}", parameters)  # noqa: S608 -- quoted
+            # `a) OR (b` would take the bounds of a chunk for a part of it; it is no condition between other words.
+            fetch(session, f"EXPLAIN SELECT CASE WHEN\n{where}\nTHEN 1 END FROM {qualified(table)} AS t")  # noqa: S608 -- a user's SQL
 
     def read_chunk(
         self,

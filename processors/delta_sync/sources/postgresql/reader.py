@@ -352,8 +352,14 @@ class PostgresReader(SourceReader):
         query = sql.SQL("EXPLAIN SELECT FROM {} AS t{} LIMIT %s").format(
             fixed(qualified(table)), _within(table, None, None, where)
         )
+        # `a) OR (b` would take the bounds of a chunk for a part of it; it is no condition between other words.
+        alone = sql.SQL("EXPLAIN SELECT CASE WHEN\n{}\nTHEN 1 END FROM {} AS t LIMIT %s").format(
+            fixed(sql.SQL(where)),  # pyright: ignore[reportArgumentType] -- it is meant to be SQL
+            fixed(qualified(table)),
+        )
         with self._connected() as connection, _condition(table, where):
             connection.execute(query, [1])
+            connection.execute(alone, [1])
 
     def read_chunk(
         self,
