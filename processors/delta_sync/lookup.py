@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from urllib.parse import quote
 
 from delta_sync.errors import LookupBusy, ProcessorError, UsageError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
 Function = Callable[[list[Any]], Mapping[Any, Any]]
+Form = Literal["json", "text", "hash"]
 
 CONNECTIONS_MOST = 64  # to one service: as many as a look-up may well have calls at once
 SECONDS = 5.0  # for an answer of a database: below the look-up's own `timeout` of 10 s
@@ -115,12 +116,22 @@ def sql(name: str, url: str, query: str, *, key: str, many: bool = False) -> Fun
 
     if ":keys" not in query:
         raise UsageError(f"Look-up {name}: the query has no :keys; write it like … WHERE id IN :keys.")
+    if "${" not in url:  # a reference is resolved when the look-up is asked for the first time
+        try:
+            sa.make_url(url)
+        except (exc.ArgumentError, ValueError):
+            raise UsageError(
+                f"Look-up {name}: its URL is none; write it like postgresql://user@host/database."
+            ) from None
     statement = sa.text(query).bindparams(sa.bindparam("keys", expanding=True))
 
     @functools.cache
     def engine() -> sa.Engine:
         parsed = sa.make_url(resolve_url(url))
-        driver = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mariadb": "mariadb+pymysql"}
+        driver = {
+            **dict.fromkeys(("postgresql", "postgres"), "postgresql+psycopg"),
+            **{kind: f"{kind}+pymysql" for kind in ("mariadb", "mysql")},
+        }
         made = parsed.set(drivername=driver.get(parsed.drivername, parsed.drivername))
         pool: dict[str, Any] = {} if made.drivername == "sqlite" else {"pool_size": CONNECTIONS_MOST}
         return sa.create_engine(made, pool_pre_ping=True, **pool)
@@ -152,7 +163,7 @@ def redis(
     url: str,
     template: str,
     *,
-    form: Literal["json", "text", "hash"] = "json",
+    form: Form = "json",
     cluster: bool = False,
 ) -> Function:
     """Return a look-up in Redis: the values of `template`, such as `rating:{key}`, for a batch in one round trip.
@@ -173,6 +184,8 @@ def redis(
     )
     if "{key}" not in template:
         raise UsageError(f"Look-up {name}: the template has no {{key}}; write it like rating:{{key}}.")
+    if form not in get_args(Form):
+        raise UsageError(f"Look-up {name}: form is one of {', '.join(get_args(Form))}, not {form!r}.")
 
     @functools.cache
     def client() -> Any:

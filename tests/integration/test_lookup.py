@@ -141,6 +141,8 @@ def test_mistakes_are_said_at_import() -> None:
         lambda: lookup.http("my ratings", "http://x", key="id"),
         lambda: lookup.sql("ratings", "sqlite://", "SELECT 1", key="id"),
         lambda: lookup.redis("ratings", "redis://x", "rating"),
+        lambda: lookup.redis("ratings", "redis://x", "{key}", form="yaml"),  # type: ignore[arg-type]  # that is the mistake
+        lambda: lookup.sql("ratings", "database", "SELECT … WHERE id IN :keys", key="id"),
     ]
     for make in makes:
         with pytest.raises(UsageError):
