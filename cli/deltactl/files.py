@@ -16,11 +16,11 @@ FOLDER_MODE = 0o755  # mkdtemp makes it 0700, and a pipeline's files hold no sec
 
 
 def read_all(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the texts of those files that exist."""
+    """Return the texts of those files that exist. What is no UTF-8 is replaced: they are compared, not written."""
     found: dict[str, str] = {}
     for name in names:
         with contextlib.suppress(FileNotFoundError):
-            found[name] = (folder / name).read_text(encoding="utf-8")
+            found[name] = (folder / name).read_text(encoding="utf-8", errors="replace")
     return found
 
 

@@ -76,6 +76,8 @@ def resolve(text: str, environ: Mapping[str, str] | None = None) -> str:
                 found = Path(name).read_text(encoding="utf-8").rstrip("\r\n")
             except OSError as error:
                 raise UsageError(f"${{file:{name}}} cannot be read: {error.strerror}.") from error
+            except UnicodeDecodeError:  # whose own text has some of the bytes
+                raise UsageError(f"${{file:{name}}} is no text in UTF-8.") from None
         remember(found)
         return found
 

@@ -680,6 +680,8 @@ def load_spec(folder: Path) -> PipelineSpec:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"There is no {path}; `deltactl pipeline create` writes one.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no text in UTF-8.") from None
     spec = parse_spec(text, str(path))
     if spec.name != folder.name:
         raise UsageError(f"{path}: name is {spec.name!r}, but the folder is {folder.name!r}; they must be the same.")

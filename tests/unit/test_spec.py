@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from delta_sync.errors import UsageError
+from delta_sync.secrets import resolve
 from delta_sync.sinks import open_sinks
-from delta_sync.spec import parse_spec
+from delta_sync.spec import load_spec, parse_spec
+from deltactl.files import read_all
 
 SPEC = """# line 1
 name: movies
@@ -85,3 +89,15 @@ def test_nothing_is_said_twice() -> None:
 
 def test_what_is_right_is_let_through() -> None:
     assert parse_spec(SPEC, "it").errors.max_dead_letters_per_minute == 5
+
+
+def test_files_that_are_no_text_are_told_of(tmp_path: Path) -> None:
+    """Also by `deltactl pipeline list`, which shows the others all the same."""
+    for name in ("movies", "music"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pipeline.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"pipeline\.yaml is no text in UTF-8"):
+        load_spec(tmp_path / "movies")
+    with pytest.raises(UsageError, match=r"pipeline\.yaml\} is no text in UTF-8"):
+        resolve(f"${{file:{tmp_path / 'movies' / 'pipeline.yaml'}}}")
+    assert read_all(tmp_path / "movies", ["pipeline.yaml"]) == {"pipeline.yaml": "\ufffd\ufffd"}
