@@ -7,7 +7,7 @@ import sys
 import click
 from click.shell_completion import get_completion_class
 
-from deltactl.app import say, shared_options, warn
+from deltactl.app import App, pass_app, print_json, say, shared_options, warn
 
 VARIABLE = "_DELTACTL_COMPLETE"
 PLACES = {
@@ -21,7 +21,8 @@ PLACES = {
 @click.argument("shell", type=click.Choice(tuple(PLACES)))
 @shared_options
 @click.pass_context
-def completion(context: click.Context, shell: str) -> None:
+@pass_app
+def completion(app: App, context: click.Context, shell: str) -> None:
     """Print the completion script of a shell; where to put it is printed when a person looks.
 
     \b
@@ -31,6 +32,10 @@ def completion(context: click.Context, shell: str) -> None:
     cls = get_completion_class(shell)
     assert cls is not None, shell
     root = context.find_root()
-    say(cls(root.command, {}, "deltactl", VARIABLE).source().rstrip("\n"), has_secrets=False)
+    script = cls(root.command, {}, "deltactl", VARIABLE).source().rstrip("\n")
+    if app.json:
+        print_json({"shell": shell, "place": PLACES[shell], "script": script}, has_secrets=False)
+        return
+    say(script, has_secrets=False)
     if sys.stdout.isatty():
         warn(f"\nPut this into {PLACES[shell]}, and start a new shell.")

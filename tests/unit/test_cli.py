@@ -295,6 +295,8 @@ def test_completion_prints_a_script(shell: str) -> None:
     result = CliRunner().invoke(main, ["completion", shell])
     assert result.exit_code == 0
     assert "_DELTACTL_COMPLETE" in result.stdout
+    found = json.loads(CliRunner().invoke(main, ["completion", shell, "--json"]).stdout)
+    assert (found["shell"], found["script"] + "\n") == (shell, result.stdout)
 
 
 def test_bash_completes_with_the_script(pipelines: Path) -> None:
