@@ -18,6 +18,7 @@ import structlog
 from delta_sync import documents
 from delta_sync.applying import SinkWriter
 from delta_sync.building import DocumentBuilder
+from delta_sync.dumping import FIRST_LOAD
 from delta_sync.dumps import Dump
 from delta_sync.errors import (
     DeltaError,
@@ -32,7 +33,7 @@ from delta_sync.errors import (
 from delta_sync.events import HandlerRunner
 from delta_sync.generations import Generations, GenerationStore, follow, meant, open_generations, written
 from delta_sync.leases import LeaseKeeper
-from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
+from delta_sync.load import Loader
 from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Mender
 from delta_sync.notices import NoticeIntake
@@ -42,6 +43,7 @@ from delta_sync.progress import LogPosition, News, Progress
 from delta_sync.refresher import Refresher
 from delta_sync.refreshing import NoticeReader, NoticeStore
 from delta_sync.rereads import Rereader
+from delta_sync.samples import SharedSamples
 from delta_sync.secrets import redact, resolve
 from delta_sync.sinks import AnySink, base_name, open_sink, open_sinks
 from delta_sync.sources import open_reader
