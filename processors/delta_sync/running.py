@@ -52,6 +52,7 @@ from delta_sync.spec import PipelineSpec
 from delta_sync.starting import load_fingerprint, targets_of_sink, targets_of_table
 from delta_sync.state import StateStore, TableLoad
 from delta_sync.state_dumps import DumpStore
+from delta_sync.submitting import TableRuntime
 from delta_sync.tables import Table
 from delta_sync.transport import Transport
 from delta_sync.used_keys import UsedKeyStore, kept_of
@@ -59,7 +60,7 @@ from delta_sync.verified import VerifiedStore
 from delta_sync.versions import dump_version
 from delta_sync.watch import ANSWER_S, Watch
 from delta_sync.watchdog import AtHand, Watchdog
-from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
+from delta_sync.worker import DRAIN_BUDGET_S, Worker
 
 if TYPE_CHECKING:
     from delta_sync.signalled import SignalledLoader
