@@ -198,7 +198,7 @@ def test_what_rows_use_is_noted_before_it_is_asked_for_and_written(
     it: Bench, monkeypatch: pytest.MonkeyPatch, origin: str
 ) -> None:
     """An answer that was asked for before the note would be in no dump of a notice that came in between."""
-    monkeypatch.setattr("delta_sync.worker.EVENTS_RETRY_S", 0.0)
+    monkeypatch.setattr("delta_sync.submitting.STATE_RETRY_S", 0.0)
     busy = [StateBusy("locked")]
 
     def note(uses: Sequence[Uses], emptied: Mapping[str, int]) -> None:
