@@ -42,18 +42,19 @@ programs: $(READY)
 # Tests wait for servers and disks half of the time, so three at once suit two cores. Which stay together is in
 # tests/conftest.py; they come in their order, the slow acceptance tests first.
 TOGETHER := --numprocesses 3 --no-loadscope-reorder --maxfail 25
+SERVERLESS := tests/unit tests/simulation
 
 test: setup ## everything that must be clean before a commit
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target checked
-	$(BIN)/pytest $(TOGETHER) -m "not long"
+	$(BIN)/pytest $(TOGETHER) -m "not long" $(addprefix --ignore=,$(SERVERLESS))
 
 test-long: setup jars ## the scenes that take longest, beside those of make test: before a release, and after a change of what they are about
 	$(BIN)/pytest $(TOGETHER) -m long
 
-checked: jars lint types # side by side: fetching waits for the network, mypy and pyright use one core each
+checked: jars lint types unit # side by side: fetching waits for the network, and takes as long as all the others
 
 unit: setup ## the tests that need no server
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest --numprocesses 2 --maxfail 25 $(SERVERLESS)
 
 # A test's time includes that of building its images. Ryuk, which removes what a killed test run leaves, is one more
 # image that may not be had.
