@@ -65,9 +65,9 @@ test-containers: setup jars ## images, compose/dev and the servers as containers
 		$(BIN)/pytest -k "not kafka_cluster and not redis_cluster" \
 			tests/integration/test_servers.py tests/integration/test_kafka_topics.py tests/contract/test_redis_store.py'
 
-test-elsewhere: setup jars ## what takes servers and packages that `make test` has not: MySQL, a store of objects
+test-elsewhere: setup jars ## what takes servers and packages that `make test` has not: MySQL, stores of objects
 	tests/servers/mysql.sh
-	tests/servers/objects.sh $(CURDIR)/.cache/elsewhere/bin
+	tests/servers/objects.sh $(CURDIR)/.cache/elsewhere
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --upgrade \
 		--target .cache/elsewhere/python -r requirements/elsewhere.txt
 	PYTHONPATH=$(CURDIR)/.cache/elsewhere/python $(BIN)/pytest tests/elsewhere

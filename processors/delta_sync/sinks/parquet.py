@@ -86,6 +86,8 @@ READ_ATTEMPTS = 10  # at a listing whose files a compaction removes meanwhile: e
 COMPACT_FILES = 8  # fewer files of changes than that are not worth writing every bucket again
 ANSWER_S = 300  # for one file to be listed, read or written: some are large, and lines slow
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}  # what fsspec needs beside it
+# What Azure's answers mean, by status.
+ERRORS: Mapping[int, type[OSError]] = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
 # s3fs tries five times, and botocore five times each: of a store that hangs nobody would hear for six minutes.
 STORAGE = {"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}
 
@@ -416,7 +418,8 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
             raise SinkRefused(f"{self._root}: the file system does not take this: {redact(str(error))}") from error
         except Exception as error:
             # botocore's, aiohttp's and other libraries' errors of connections and logins have no base in common
-            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+            kind = ERRORS.get(getattr(error, "status_code", 0), ConnectionError)
+            raise kind(f"{type(error).__name__}: {error}") from error
 
     def _files(self, target: Target) -> list[str]:
         """Return the paths of all files with rows."""
@@ -430,6 +433,8 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         """Return the paths of all files below a folder: none, if it is not there."""
         try:
             found: list[str] = self._ask("find", folder)
+            if not found and self._protocol == "abfs":  # adlfs finds nothing where there is no container, either
+                self._ask("info", self._root.partition("/")[0])
         except FileNotFoundError as error:  # folders are nothing to an object store, buckets are
             raise self._no_bucket() from error
         return found
