@@ -31,7 +31,7 @@ jars: jars-servers jars-debezium ## the servers that come from neither Python pa
 
 jars-servers: programs
 	$(BIN)/python -m delta_debezium.engine_recording
-	$(BIN)/python -m delta_sync.testing.jars
+	$(BIN)/python -m delta_sync.testing.prepare
 
 jars-debezium: programs
 	$(BIN)/python -m delta_debezium.distribution
