@@ -64,7 +64,7 @@ from pymongo.write_concern import WriteConcern
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import DeltaError, Problem, SinkBusy, SinkRefused, Unstorable, UsageError
-from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
+from delta_sync.sinks.base import VERSION_FIELD, LoginOptions, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.tables import Kind, Table, key_text
 from delta_sync.urls import parts_of, split_url
 from delta_sync.values import Document, Interval, decimal_text, scalar_text
@@ -91,11 +91,9 @@ _Operation = ReplaceOne[dict[str, Any]] | UpdateOne | DeleteOne
 _Collection = MongoCollection[dict[str, Any]]
 
 
-class MongoOptions(Options):
+class MongoOptions(LoginOptions):
     """What a MongoDB sink may say beside its URL. The URL may have MongoDB's own options, such as `tls=true`."""
 
-    username: str | None = Field(default=None, description="User name, if it is not in the URL.")
-    password: str | None = Field(default=None, description="Password: a reference, ${env:NAME} or ${file:/path}.")
     write_concern: Literal["majority"] | Annotated[int, Field(ge=1)] = Field(
         default="majority",
         description="How many members of the replica set must have a write before it counts. Fewer than the majority "
@@ -512,10 +510,6 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
                 for batch in _batches(collection.find({}, {field: 1})):
                     newest = max([newest, *(int(one.get(field, 0)) for one in batch)])
         return newest
-
-    def id_of(self, target: Target, key: Key) -> str:
-        del target
-        return key_text(key)
 
     def stored_form(self, target: Target, document: Document) -> dict[str, Any]:
         place: Place = target.settings

@@ -39,7 +39,7 @@ from requests.utils import get_environ_proxies
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import DeltaError, Problem, SinkBusy, SinkRefused, UsageError
-from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
+from delta_sync.sinks.base import VERSION_FIELD, LoginOptions, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.sinks.search_mapping import DELETED, DELETED_AT, OWN_PREFIX, VERSION, index_body, read_mapping
 from delta_sync.tables import Table, key_text
 from delta_sync.urls import split_url
@@ -68,11 +68,9 @@ FORGETTING_PAUSE_S = 0.25  # the store's clock for it ticks five times a second
 MIN_ELASTICSEARCH = (7, 10)  # `require_alias`
 
 
-class SearchOptions(Options):
+class SearchOptions(LoginOptions):
     """What a search sink may say beside its URL."""
 
-    username: str | None = Field(default=None, description="User name, if it is not in the URL.")
-    password: str | None = Field(default=None, description="Password: a reference, ${env:NAME} or ${file:/path}.")
     api_key: str | None = Field(
         default=None, description="API key, encoded, instead of user and password: a reference."
     )
@@ -490,10 +488,6 @@ class SearchSink(Sink[SearchOptions, SearchTargetOptions]):
         self._expect(self._request("POST", f"/{index}/_refresh"))
         hits = self._search(index, {"size": 1, "sort": [{VERSION: "desc"}]})  # tombstones among them
         return max([self._floor(place), *(int(hit["_version"]) for hit in hits)])
-
-    def id_of(self, target: Target, key: Key) -> str:
-        del target
-        return key_text(key)
 
     def discard(self, target: Target, items: Sequence[tuple[Key, int]]) -> None:
         """Delete for good. The store would refuse lower versions for `index.gc_deletes`, so that is 0 meanwhile.

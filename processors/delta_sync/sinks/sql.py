@@ -51,15 +51,15 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import ColumnsAdded, DeltaError, Problem, SinkBusy, SinkRefused, Unstorable, UsageError
-from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
+from delta_sync.sinks.base import VERSION_FIELD, LoginOptions, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.sinks.columns import (
     ID_COLUMN,
     MAX_NAME_BYTES,
     Kind,
     checked_text,
+    fields_of,
     fitted,
     folded,
-    kind_of_value,
     name_conflict,
     number,
     numbers,
@@ -84,11 +84,9 @@ SHAPE_LOOKS = 5  # at a table to which others add columns; each adds all of a ba
 SQLITE_NEEDED = (3, 35, 0)  # RETURNING
 
 
-class SqlOptions(Options):
+class SqlOptions(LoginOptions):
     """What a SQL sink may say beside its URL."""
 
-    username: str | None = Field(default=None, description="User name, if it is not in the URL.")
-    password: str | None = Field(default=None, description="Password: a reference, ${env:NAME} or ${file:/path}.")
     db_schema: str | None = Field(
         default=None,
         min_length=1,
@@ -431,7 +429,7 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
         wanted: dict[str, Kind] = {}
         for index, write in enumerate(writes):
             try:
-                fields = None if write.document is None else self._fields(place, write.document)
+                fields = None if write.document is None else fields_of(write.document, self.is_sqlite)
                 id_ = checked_text(key_text(write.key), self.is_sqlite)
             except Unstorable as error:
                 outcomes[index] = rejected(str(error).rstrip("."))
@@ -458,18 +456,6 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
                 looks += 1
                 if looks == SHAPE_LOOKS:
                     raise
-
-    def _fields(self, place: Place, document: Document) -> dict[str, tuple[Kind, Any]]:
-        """Return the kind and value of each field that has one. Raises Unstorable."""
-        fields: dict[str, tuple[Kind, Any]] = {}
-        for name, value in document.items():
-            reason = name_conflict(name)
-            if reason is not None:
-                raise Unstorable(f"{reason}.")
-            found = kind_of_value(name, value, place.columns.get(name), self.is_sqlite)
-            if found is not None:
-                fields[name] = found
-        return fields
 
     def _write(self, target: Target, shape: Shape, rows: Sequence[Row]) -> dict[int, Outcome]:
         """Write the rows that fit the table, and return the outcome of each by its index."""
@@ -652,13 +638,10 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             least = connection.scalar(sa.select(floor.c.version))
         return max(newest or 0, least or 0)
 
-    def id_of(self, target: Target, key: Key) -> str:
-        del target
-        return key_text(key)
-
     def stored_form(self, target: Target, document: Document) -> dict[str, Any]:
         """Return the fields that have a value, as JSON values; numbers in one form, whatever their column's type."""
-        fields = self._fields(target.settings, document)
+        del target
+        fields = fields_of(document, self.is_sqlite)
         return {name: plain(kind, value) for name, (kind, value) in fields.items()}
 
     # ── the connection ───────────────────────────────────────────────────────────────────────────────────────────
