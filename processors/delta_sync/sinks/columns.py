@@ -102,7 +102,10 @@ def kind_of_value(name: str, value: object, zero_bytes: bool) -> tuple[Kind, Any
         case dt.datetime():
             if value.tzinfo is None:
                 return "timestamp", value
-            return "timestamptz", value.astimezone(dt.UTC)
+            try:
+                return "timestamptz", value.astimezone(dt.UTC)
+            except OverflowError as error:
+                raise Unstorable(f"the field {name} is {value.isoformat()}, which no column holds in UTC.") from error
         case dt.date():
             return "date", value
         case dt.time():
