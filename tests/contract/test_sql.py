@@ -19,7 +19,8 @@ from columns_contract import ColumnsContract
 from delta_sync.changes import APPLIED, STALE, Write
 from delta_sync.errors import SinkBusy, SinkRefused, UsageError
 from delta_sync.sinks.base import Stored, Target
-from delta_sync.sinks.sql import ROWS, SqlOptions, SqlSink, SqlTargetOptions
+from delta_sync.sinks.sql import SqlOptions, SqlSink, SqlTargetOptions
+from delta_sync.sinks.sql_tables import ROWS
 from delta_sync.testing.contract import MOVIE, AnySink, apply, scanned, storm
 from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.servers import PostgreSQL
@@ -80,7 +81,7 @@ def target(sink: SqlSink) -> Iterator[Target]:
 
 
 def query(sink: SqlSink, statement: str) -> list[Mapping[str, Any]]:
-    with sink._connected().begin() as connection:
+    with sink._link.reading() as connection:
         found = connection.execute(sa.text(statement))
         return [dict(row) for row in found.mappings()] if found.returns_rows else []
 
@@ -318,7 +319,7 @@ def test_a_new_generation_is_built_beside_the_old_one_and_takes_the_view_over(
 
 
 def names_in(sink: SqlSink) -> list[str]:
-    with sink._connected().begin() as connection:
+    with sink._link.reading() as connection:
         inspector = sa.inspect(connection)
         return [*inspector.get_table_names(), *inspector.get_view_names()]
 
