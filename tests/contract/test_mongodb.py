@@ -19,16 +19,11 @@ from pymongo.database import Database
 
 from delta_sync.changes import APPLIED, STALE, Write
 from delta_sync.errors import SinkBusy, SinkRefused, UsageError
-from delta_sync.sinks import mongodb as module
+from delta_sync.sinks import mongodb_link
 from delta_sync.sinks.base import Stored, Target
-from delta_sync.sinks.mongodb import (
-    CODEC,
-    FLOOR_ID,
-    TOMBSTONES,
-    MongoOptions,
-    MongoSink,
-    MongoTargetOptions,
-)
+from delta_sync.sinks.mongodb import MongoOptions, MongoSink, MongoTargetOptions
+from delta_sync.sinks.mongodb_collections import TOMBSTONES
+from delta_sync.sinks.mongodb_documents import CODEC, FLOOR_ID
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.contract import (
     MOVIE,
@@ -293,7 +288,7 @@ def test_all_documents_are_looked_at_until_a_floor_has_settled(
 def test_a_sweep_looks_at_everything_in_parts(
     clocked: MongoSink, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SCAN_BATCH", 40)
+    monkeypatch.setattr(mongodb_link, "SCAN_BATCH", 40)
     count = 50
     writes = [Write((n,), 5, {"n": n}) for n in range(count)]
 

@@ -15,18 +15,10 @@ from hypothesis import strategies as st
 from pymongo.errors import AutoReconnect, ConfigurationError, OperationFailure, ServerSelectionTimeoutError
 
 from delta_sync.errors import SinkBusy, SinkRefused, UsageError
-from delta_sync.sinks.mongodb import (
-    CODEC,
-    MongoOptions,
-    MongoSink,
-    MongoTargetOptions,
-    bson_decimal,
-    bson_id,
-    client_options,
-    key_of,
-    missing_actions,
-    parse_path,
-)
+from delta_sync.sinks.mongodb import MongoOptions, MongoSink, MongoTargetOptions
+from delta_sync.sinks.mongodb_collections import missing_actions
+from delta_sync.sinks.mongodb_documents import CODEC, bson_decimal, bson_id, key_of
+from delta_sync.sinks.mongodb_link import client_options, parse_path
 from delta_sync.tables import Column, Kind, Table, key_text
 
 NUMBER = Table("public", "by_number", (Column("n", "numeric", Kind.DECIMAL),), ("n",))
@@ -144,7 +136,7 @@ def test_privileges_are_needed_on_both_collections() -> None:
 
 
 def typed_errors() -> AbstractContextManager[None]:
-    return sink()._typed_errors()  # pyright: ignore[reportPrivateUsage] -- every call to the server goes through it
+    return sink()._link.typed_errors()  # pyright: ignore[reportPrivateUsage] -- every call to the server goes through it
 
 
 @pytest.mark.parametrize(
