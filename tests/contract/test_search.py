@@ -19,14 +19,10 @@ import requests
 from delta_sync.changes import APPLIED, STALE, Outcome, Write
 from delta_sync.errors import SinkBusy, SinkRefused
 from delta_sync.sinks.base import Stored, Target
-from delta_sync.sinks.search import (
-    Place,
-    SearchOptions,
-    SearchSink,
-    SearchTargetOptions,
-    bulk_entry,
-    delete_entry,
-)
+from delta_sync.sinks.search import SearchOptions, SearchSink, SearchTargetOptions
+from delta_sync.sinks.search_bulk import BULK_BYTES, Bulks
+from delta_sync.sinks.search_documents import bulk_entry, delete_entry
+from delta_sync.sinks.search_indices import Place
 from delta_sync.tables import Column, Kind, Table, key_text
 from delta_sync.testing.contract import (
     MOVIE,
@@ -629,18 +625,19 @@ def test_refusing_answers_quote_no_secret(status: int) -> None:
 def test_items_that_the_store_was_too_busy_for_are_sent_again_alone() -> None:
     sent: list[int] = []
 
-    class Counting(SearchSink):
-        def _bulk_part(
+    class Counting(Bulks):
+        def _send_part(
             self, index: str, params: dict[str, str], part: Mapping[int, bytes], busy: dict[int, str]
         ) -> dict[int, Outcome]:
             sent.append(len(part))
             reply["items"] = [{"index": item} for item in (items if len(part) == 3 else items[1:2])]
-            return super()._bulk_part(index, params, part, busy)
+            return super()._send_part(index, params, part, busy)
 
     items = [{"status": 201}, {"status": 429, "error": {"type": "rejected"}}, {"status": 409, "error": {"type": "x"}}]
     reply: dict[str, object] = {"errors": True}
     with canned(200, reply) as (host, _):
-        sink = Counting("search", f"http://{host}", SearchOptions(), TTL_S, sleep=lambda _: None)
+        sink = open_sink(f"http://{host}")
+        sink._bulks = Counting(sink._link, False, BULK_BYTES, sleep=lambda _: None)
         with pytest.raises(SinkBusy, match="too busy for 1 of 3 writes: rejected"):
             sink.apply(sink.target(MOVIE, SearchTargetOptions()), [Write((n,), 5, {}) for n in range(3)])
         assert sent == [3, 1, 1, 1]

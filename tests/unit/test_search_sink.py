@@ -14,21 +14,11 @@ from hypothesis import strategies as st
 
 from delta_sync.changes import STALE, Outcome, Write
 from delta_sync.errors import SinkBusy, SinkRefused, UsageError
-from delta_sync.sinks.search import (
-    SearchOptions,
-    SearchSink,
-    SearchTargetOptions,
-    brief,
-    bulk_entry,
-    content_of,
-    index_name,
-    is_own_index,
-    parse_url,
-    parts_of,
-    reason_of,
-    retry_after_s,
-    verdict,
-)
+from delta_sync.sinks.search import SearchOptions, SearchSink, SearchTargetOptions
+from delta_sync.sinks.search_bulk import parts_of, verdict
+from delta_sync.sinks.search_documents import bulk_entry, content_of
+from delta_sync.sinks.search_indices import index_name, is_own_index
+from delta_sync.sinks.search_link import brief, parse_url, reason_of, retry_after_s
 from delta_sync.sinks.search_mapping import field_of
 from delta_sync.tables import Column, Kind, Table
 
