@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
+from bson import ObjectId
 from bson.decimal128 import Decimal128
 from bson.int64 import Int64
 from pymongo import MongoClient
@@ -583,6 +584,33 @@ def test_documents_of_others_are_a_problem(sink: MongoSink, target: Target, data
     (problem,) = sink.check([target])
     assert problem.fatal
     assert_matches(str(problem), "sink docs: .*delta_contract.movie holds documents that Delta did not write")
+
+
+def test_ids_that_others_made_are_no_key(sink: MongoSink, database: Database[dict[str, Any]]) -> None:
+    """Somebody has put documents beside Delta's, after it had been checked that there were none."""
+    columns = (Column("b", "text", Kind.TEXT), Column("a", "integer", Kind.INTEGER))
+    target = sink.target(Table(DATABASE, "pair", columns, ("b", "a")), MongoTargetOptions())
+    sink.drop(target)
+    sink.prepare(target)
+    apply(sink, target, ("x", 1), 5, {"n": 1})
+    database["pair"].insert_many([{"_id": ObjectId()}, {"_id": 7}, {"_id": "text"}, {"_id": {"b": "x"}}])
+    keys = [sink.key_of(target, id_) for batch in sink.scan_ids(target) for id_ in batch]
+    assert sorted(keys, key=str) == [("x", 1), None, None, None, None]
+    assert sink.newest_version(target) == 5
+    assert sink.truncate(target, 6) == 1
+    sink.drop(target)
+
+
+def test_a_sweep_meets_an_id_of_another_number_type(
+    sink: MongoSink, target: Target, database: Database[dict[str, Any]]
+) -> None:
+    """To MongoDB 1 and 1.0 are one `_id`: a column may have been an integer when the tombstone was written."""
+    apply(sink, target, (1,), 6, None)
+    database["movie"].insert_one({"_id": 1.0, "_version": 7})
+    apply(sink, target, (2,), 6, None)
+    database["movie"].insert_one({"_id": 2, "_version": 5})
+    assert sink.sweep(target) == 1
+    assert [one["_version"] for one in database["movie"].find()] == [7]
 
 
 def assert_matches(text: str, pattern: str) -> None:

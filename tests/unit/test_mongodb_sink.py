@@ -162,3 +162,15 @@ def test_errors_are_busy_or_refused(raised: Exception, expected: type[Exception]
 
 def test_uuids_are_of_subtype_4() -> None:
     assert through_bson(bson_id(NUMBER, (uuid.UUID(int=7),))) == uuid.UUID(int=7)  # others come back as Binary
+
+
+@pytest.mark.parametrize(
+    ("query", "what"),
+    [
+        ("tls=true&tlsCAFile=/nowhere/ca.pem", "/nowhere/ca.pem"),
+        ("authMechanism=MONGODB-X509&authSource=studio", "authentication source must be"),
+    ],
+)
+def test_options_of_the_url_that_the_driver_does_not_take_are_a_problem(query: str, what: str) -> None:
+    (problem,) = sink(f"mongodb://docs/studio?{query}").check([])
+    assert what in problem.what

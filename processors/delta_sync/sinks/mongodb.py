@@ -275,7 +275,8 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
             _, deleted = versions_of(target.table, batch)
             among = {"_id": {"$in": [one["_id"] for one in batch]}}
             found = list(self._documents(target).find(among, {VERSION_FIELD: 1}))
-            pairs = [(one, deleted[text_of(target.table, one["_id"])]) for one in found]
+            # Not all are of these keys: to MongoDB 1 and 1.0 are one `_id`.
+            pairs = [(one, deleted.get(text_of(target.table, one["_id"]), 0)) for one in found]
             gone += self._remove(
                 target, [(one["_id"], least) for one, least in pairs if int(one.get(VERSION_FIELD, least)) < least]
             )

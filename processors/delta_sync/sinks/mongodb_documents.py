@@ -74,8 +74,13 @@ def _id_part(value: object) -> object:
 
 
 def key_of(table: Table, id_: object) -> Key:
-    """Return a key that has the same text as the one of which `bson_id` made this `_id`."""
-    parts: Collection[object] = cast("dict[str, object]", id_).values() if len(table.key) > 1 else (id_,)
+    """Return a key that has the same text as the one of which `bson_id` made this `_id`.
+
+    Of an `_id` that somebody else made, such as an ObjectId, it is one that the table cannot have, or not by that text.
+    """
+    parts: Collection[object] = (id_,)
+    if len(table.key) > 1 and isinstance(id_, dict):
+        parts = cast("dict[str, object]", id_).values()
     return tuple(part.to_decimal() if isinstance(part, Decimal128) else part for part in parts)
 
 

@@ -130,7 +130,10 @@ class Link:
         """Return the client, which keeps its own pool of connections and is safe for threads."""
         with self._connecting:
             if self._client is None:
-                self._client = MongoClient(self._url, **client_options(self._url, self._login))
+                try:
+                    self._client = MongoClient(self._url, **client_options(self._url, self._login))
+                except (ValueError, TypeError, OSError) as error:  # OSError: of a file that is not there
+                    raise SinkRefused(f"MongoDB at {self.hosts}: an option of the URL is wrong: {error}") from error
             return self._client
 
     def ping(self) -> None:
