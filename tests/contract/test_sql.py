@@ -234,6 +234,24 @@ def test_a_view_of_the_users_own_is_a_problem(sink: SqlSink, target: Target) -> 
         sink.target(MOVIE, SqlTargetOptions(table=f"movie{ROWS}"))
 
 
+def test_drop_removes_what_is_left_when_somebody_dropped_the_table(sink: SqlSink, target: Target) -> None:
+    """Else the floor would stay, and keep out what a new pipeline of that name writes."""
+    sink.truncate(target, 9)
+    query(sink, "DROP TABLE movie__delta" + ("" if sink.is_sqlite else " CASCADE"))
+    assert sink.drop(target) == 0
+    assert [name for name in names_in(sink) if name.startswith("movie")] == []
+
+
+def test_drop_leaves_tables_of_others(sink: SqlSink, target: Target) -> None:
+    sink.drop(target)
+    query(sink, "CREATE TABLE movie__delta (id integer)")
+    query(sink, "CREATE TABLE movie__delta_floor (id integer)")
+    assert sink.drop(target) == 0
+    assert {"movie__delta", "movie__delta_floor"} <= set(names_in(sink))
+    query(sink, "DROP TABLE movie__delta_floor")
+    query(sink, "DROP TABLE movie__delta")
+
+
 def test_tables_are_in_the_schema_that_the_user_chose(postgresql: PostgreSQL) -> None:
     sink = SqlSink("warehouse", postgresql.url, SqlOptions(db_schema="films %s"), TTL_S)
     query(sink, 'CREATE SCHEMA IF NOT EXISTS "films %s"')

@@ -132,11 +132,12 @@ def create_tables(connection: sa.Connection, place: Place) -> None:
 def drop_tables(connection: sa.Connection, place: Place) -> int:
     """Drop the tables, and the view if it shows them; return how many documents there were."""
     columns = columns_of(connection, place)
-    if not set(OWN_COLUMNS) <= columns.keys():
+    if columns and not set(OWN_COLUMNS) <= columns.keys():  # somebody else's
         return 0
     rows = place.rows()
     alive = rows.c[DELETED_COLUMN].is_(None)
-    count = connection.scalar(sa.select(sa.func.count()).select_from(rows).where(alive)) or 0
+    counted = sa.select(sa.func.count()).select_from(rows).where(alive)
+    count = (connection.scalar(counted) or 0) if columns else 0
     view = connection.dialect.identifier_preparer.format_table(place.view)
     lock_view(connection, place)
     if leads_here(connection, place):

@@ -67,7 +67,7 @@ def values_of(
         try:
             for name, (kind, value) in (row.fields or {}).items():
                 if name not in keys:
-                    raise Unstorable(_no_column(shape, name))
+                    raise Unstorable(_no_column(place, shape, name))
                 if kind != shape.kinds[name]:
                     kind, value = fitted(shown, name, shape.kinds[name], kind, value)
                 values[keys[name]] = value if kind in as_it_is else as_text(kind, value)
@@ -79,9 +79,9 @@ def values_of(
     return fit, outcomes
 
 
-def _no_column(shape: Shape, name: str) -> str:
+def _no_column(place: Place, shape: Shape, name: str) -> str:
     same = next((one for one in (*shape.kinds, *OWN_COLUMNS) if folded(one) == folded(name)), None)
-    if same is not None:
+    if place.is_sqlite and same is not None:
         return f"the field {name} differs from the column {same} in case alone, which SQLite takes for the same"
     return (
         f"the field {name} would be one column too many: a table has {MAX_COLUMNS} at most; put fields that vary"
