@@ -573,14 +573,16 @@ class Canned(http.server.BaseHTTPRequestHandler):
     seen: list[str | None]
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
         self.seen.append(self.headers.get("Authorization"))
-        body = orjson.dumps(self.body)
+        body = self.body if isinstance(self.body, bytes) else orjson.dumps(self.body)
         self.send_response(self.status)
         for name, value in {**self.headers_given, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST  # noqa: N815 -- its base class's names
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- its base class's name
         pass
@@ -619,6 +621,38 @@ def test_refusing_answers_quote_no_secret(status: int) -> None:
             sink.read(sink.target(MOVIE, SearchTargetOptions()), [(1,)])
         assert seen == ["Basic ZGVsdGE6c0BjcmV0"]  # delta:s@cret
         assert "cret" not in str(caught.value)
+        sink.close()
+
+
+@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("body", [b"<html>", b"", b'{"errors":', b"[]"], ids=["page", "nothing", "half", "list"])
+def test_what_answers_in_the_stores_place_is_busy(status: int, body: bytes) -> None:
+    """Such as a load balancer with a page of its own, for as long as there is no store behind it."""
+    with canned(status, body) as (host, _):
+        sink = open_sink(f"http://{host}")
+        target = sink.target(MOVIE, SearchTargetOptions())
+        for call in (
+            lambda: apply(sink, target, (1,), 6, {"n": 6}),
+            lambda: sink.read(target, [(1,)]),
+            lambda: list(sink.scan(target)),
+            lambda: sink.newest_version(target),
+            lambda: sink.truncate(target, 3),
+            lambda: sink.sweep(target),
+            lambda: sink.prepare(target),
+            lambda: sink.drop(target),
+        ):
+            with pytest.raises(SinkBusy, match=f"no JSON object \\(status {status}\\)"):
+                call()
+        (problem,) = sink.check([target])
+        assert problem.fix == "check its address"
+        sink.close()
+
+
+def test_another_api_is_no_search_store() -> None:
+    with canned(200, {"hello": "world"}) as (host, _):
+        sink = open_sink(f"http://{host}")
+        (problem,) = sink.check([])
+        assert "is neither Elasticsearch nor OpenSearch" in problem.what
         sink.close()
 
 

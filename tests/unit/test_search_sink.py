@@ -255,3 +255,22 @@ def test_brief_sentences() -> None:
     closed = "('…', RemoteDisconnected('Remote end closed connection without response'))"
     assert brief(requests.ConnectionError(closed)) == "Remote end closed connection without response"
     assert brief(requests.ConnectionError("?")) == "ConnectionError"
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "what"),
+    [
+        ("https://127.0.0.1:1", {"ca_file": "/nowhere/ca.pem"}, "/nowhere/ca.pem"),
+        ("http://a..b:1", {}, "HTTP does not take"),
+        ("http://*:1", {}, "HTTP does not take"),
+        ("http://127.0.0.1:1", {"api_key": "ключ"}, "HTTP does not take"),
+        ("http://127.0.0.1:1", {"api_key": "key\n"}, "HTTP does not take"),
+    ],
+)
+def test_what_can_never_be_sent_is_a_problem(url: str, options: dict[str, str], what: str) -> None:
+    """Not a traceback, and nothing to wait for."""
+    (problem,) = sink(url, **options).check([])
+    assert what in problem.what
+    assert "key" not in problem.what
+    with pytest.raises(SinkRefused):
+        sink(url, **options)._link.product()

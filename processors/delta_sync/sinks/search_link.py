@@ -149,15 +149,24 @@ class Link:
                 timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
                 allow_redirects=False,
             )
+        except ValueError:  # from None: its text may quote what somebody logs in with
+            raise SinkRefused(f"{self.who}: its address or the credentials hold what HTTP does not take") from None
         except requests.exceptions.SSLError as error:
             raise SinkRefused(f"{self.who}: its certificate does not hold ({brief(error)}); set `ca_file`") from error
         except requests.exceptions.RequestException as error:
             raise SinkBusy(f"{self.who} cannot be reached: {brief(error)}") from error
+        except OSError as error:  # requests' own look whether it is there
+            raise SinkRefused(f"{self.who}: the file {self._options.ca_file} (`ca_file`) cannot be read") from error
         try:
             parsed = from_json(response.content) if response.content else None
         except ValueError:
             parsed = None
         reply = Reply(response.status_code, parsed)
+        if (reply.status < 300 or reply.status == 404) and not isinstance(parsed, dict):
+            # A load balancer, say, without a store behind it.
+            raise SinkBusy(
+                f"{self.who} cannot be reached: what answers there sends no JSON object (status {reply.status})"
+            )
         if reply.status < 300 or reply.status in (400, 404, 409, 413):
             return reply
         if reply.status == 401:
@@ -185,10 +194,12 @@ class Link:
     def product(self) -> Product:
         """Return what answers, which is asked once."""
         if self._product is None:
-            about = self.ask("GET", "/")
-            number = str(about["version"]["number"])
-            version = tuple(int(part) for part in re.findall(r"\d+", number)[:2])
-            self._product = Product(about["version"].get("distribution", "elasticsearch"), version)
+            about: object = self.ask("GET", "/").get("version")
+            if not isinstance(about, dict) or "number" not in about:
+                raise SinkRefused(f"{self.who} is neither Elasticsearch nor OpenSearch; correct its URL")
+            said = cast("dict[str, Any]", about)
+            version = tuple(int(part) for part in re.findall(r"\d+", str(said["number"]))[:2])
+            self._product = Product(said.get("distribution", "elasticsearch"), version)
         return self._product
 
 
