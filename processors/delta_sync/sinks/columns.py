@@ -139,6 +139,15 @@ def checked_text(text: str, zero_bytes: bool) -> str:
     return text
 
 
+def is_storable(text: str, zero_bytes: bool) -> bool:
+    """Tell whether the store can hold a text: it takes no other in a question, either."""
+    try:
+        checked_text(text, zero_bytes)
+    except Unstorable:
+        return False
+    return True
+
+
 def wider(first: Kind, second: Kind) -> Kind:
     """Return the kind for a new column that is to hold both, as far as there is one; else the first."""
     if first == second:

@@ -28,7 +28,7 @@ from sqlalchemy import exc
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import ColumnsAdded, DeltaError, Problem, SinkBusy, SinkRefused, UsageError
 from delta_sync.sinks.base import VERSION_FIELD, LoginOptions, Options, Sink, Stored, Target, TargetOptions
-from delta_sync.sinks.columns import ID_COLUMN, MAX_NAME_BYTES, Kind, fields_of, name_conflict, plain
+from delta_sync.sinks.columns import ID_COLUMN, MAX_NAME_BYTES, Kind, fields_of, is_storable, name_conflict, plain
 from delta_sync.sinks.sql_link import Link, is_about_content, is_about_shape
 from delta_sync.sinks.sql_tables import (
     DELETED_COLUMN,
@@ -286,15 +286,15 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             return connection.execute(sa.delete(rows).where(rows.c[DELETED_COLUMN] < expired_ms)).rowcount
 
     def discard(self, target: Target, items: Sequence[tuple[Key, int]]) -> None:
-        if not items:
+        ids = [(key_text(key), version) for key, version in items]
+        exact = [{"id": id_, "version": version} for id_, version in ids if is_storable(id_, self.is_sqlite)]
+        if not exact:
             return
         place: Place = target.settings
         rows = place.rows()
         exactly = (rows.c[ID_COLUMN] == sa.bindparam("id"), rows.c[VERSION_FIELD] == sa.bindparam("version"))
         with self._typed_errors(target), self._link.writing() as connection:
-            connection.execute(
-                sa.delete(rows).where(*exactly), [{"id": key_text(key), "version": version} for key, version in items]
-            )
+            connection.execute(sa.delete(rows).where(*exactly), exact)
 
     def drop(self, target: Target) -> int:
         self._shapes.pop(target.place, None)
@@ -312,8 +312,9 @@ class SqlSink(Sink[SqlOptions, SqlTargetOptions]):
             shape = shape_of(connection, target.settings)  # as it is now: others may have added columns
             if shape is None:
                 return [None] * len(keys)
-            for start in range(0, len(ids), READ_KEYS):
-                among = shape.rows.c[ID_COLUMN].in_(ids[start : start + READ_KEYS])
+            wanted = [id_ for id_ in ids if is_storable(id_, self.is_sqlite)]
+            for start in range(0, len(wanted), READ_KEYS):
+                among = shape.rows.c[ID_COLUMN].in_(wanted[start : start + READ_KEYS])
                 for id_, version, deleted, *values in connection.execute(sa.select(shape.rows).where(among)):
                     document = None if deleted is not None else document_of(shape.kinds, values)
                     found[id_] = Stored(version, document)

@@ -63,6 +63,17 @@ class Contents(Scene):
             [self.stale] * len(keys)
         )
 
+    def test_a_key_that_the_store_cannot_hold_is_nothing(self, sink: AnySink) -> None:
+        """It may be asked for all the same, for a source may have a row of that key."""
+        with self.place(sink, PAGE) as target:
+            for text in ("a\0b", "", "x" * 1000):
+                outcome = apply(sink, target, (text,), 5, {"n": 1})
+                applied = Stored(5, self.stored_form({"n": 1})) if outcome == APPLIED else None
+                assert outcome == APPLIED or outcome.kind == "rejected"
+                assert sink.read(target, [(text,), ("other",)]) == [applied, None]
+                sink.discard(target, [((text,), 5)])
+                assert sink.read(target, [(text,)]) == [None]
+
     def test_ids_are_injective(self, sink: AnySink) -> None:
         """All pairs of short texts of the characters that an encoding could trip over."""
         texts = ["".join(text) for size in range(3) for text in itertools.product(":%{}a2/", repeat=size)]
