@@ -40,8 +40,8 @@ from delta_sync.sinks.columns import (
     ID_COLUMN,
     Kind,
     checked_text,
+    fields_of,
     fitted,
-    kind_of_value,
     name_conflict,
     number,
     numbers,
@@ -222,7 +222,9 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         wanted: dict[str, Kind] = {}
         for index, write in enumerate(writes):
             try:
-                found.append((index, write, checked_text(key_text(write.key), True), self._fields(place, write)))
+                found.append(
+                    (index, write, checked_text(key_text(write.key), True), fields_of(write.document or {}, True))
+                )
             except Unstorable as error:
                 outcomes[index] = rejected(str(error).rstrip("."))
                 continue
@@ -253,17 +255,6 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
                 day = dt.datetime.fromtimestamp(written_ns / 1e9, dt.UTC).date().isoformat()
                 self._write(f"{place.folder}/{CHANGES}/day={day}", pa.Table.from_pylist(rows, schema=schema))
         return [outcomes.get(index, APPLIED) for index in range(len(writes))]
-
-    def _fields(self, place: Place, write: Write) -> dict[str, tuple[Kind, Any]]:
-        """Return the kind and value of each field that has one. Raises Unstorable."""
-        fields: dict[str, tuple[Kind, Any]] = {}
-        for name, value in (write.document or {}).items():
-            if (reason := name_conflict(name)) is not None:
-                raise Unstorable(f"{reason}.")
-            found = kind_of_value(name, value, place.columns.get(name), True)
-            if found is not None:
-                fields[name] = found
-        return fields
 
     def _kinds_for(self, target: Target, wanted: Mapping[str, Kind]) -> dict[str, Kind]:
         """Return each field's type. A new one is created by the process that comes first; the others take over its."""
@@ -389,13 +380,10 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
                 newest = max(newest, found or 0)
         return newest
 
-    def id_of(self, target: Target, key: Key) -> str:
-        del target
-        return key_text(key)
-
     def stored_form(self, target: Target, document: Document) -> dict[str, Any]:
         """Return the fields that have a value, as JSON values; numbers in one form, whatever their column's type."""
-        fields = self._fields(target.settings, Write((), 0, document))
+        del target
+        fields = fields_of(document, True)
         return {name: plain(kind, value) for name, (kind, value) in fields.items()}
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────
