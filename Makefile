@@ -31,7 +31,7 @@ jars: jars-servers jars-debezium ## the servers that come from neither Python pa
 
 jars-servers: programs
 	$(BIN)/python -m delta_debezium.engine_recording
-	$(BIN)/python -m delta_sync.testing.jars
+	$(BIN)/python -m delta_sync.testing.prepare
 
 jars-debezium: programs
 	$(BIN)/python -m delta_debezium.distribution
@@ -42,18 +42,19 @@ programs: $(READY)
 # Tests wait for servers and disks half of the time, so three at once suit two cores. Which stay together is in
 # tests/conftest.py; they come in their order, the slow acceptance tests first.
 TOGETHER := --numprocesses 3 --no-loadscope-reorder --maxfail 25
+SERVERLESS := tests/unit tests/simulation
 
 test: setup ## everything that must be clean before a commit
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target checked
-	$(BIN)/pytest $(TOGETHER) -m "not long"
+	$(BIN)/pytest $(TOGETHER) -m "not long" $(addprefix --ignore=,$(SERVERLESS))
 
 test-long: setup jars ## the scenes that take longest, beside those of make test: before a release, and after a change of what they are about
 	$(BIN)/pytest $(TOGETHER) -m long
 
-checked: jars lint types # side by side: fetching waits for the network, mypy and pyright use one core each
+checked: jars lint types unit # side by side: fetching waits for the network, and takes as long as all the others
 
 unit: setup ## the tests that need no server
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest --numprocesses 2 --maxfail 25 $(SERVERLESS)
 
 # A test's time includes that of building its images. Ryuk, which removes what a killed test run leaves, is one more
 # image that may not be had.
@@ -64,9 +65,9 @@ test-containers: setup jars ## images, compose/dev and the servers as containers
 		$(BIN)/pytest -k "not kafka_cluster and not redis_cluster" \
 			tests/integration/test_servers.py tests/integration/test_kafka_topics.py tests/contract/test_redis_store.py'
 
-test-elsewhere: setup jars ## what takes servers and packages that `make test` has not: MySQL, a store of objects
+test-elsewhere: setup jars ## what takes servers and packages that `make test` has not: MySQL, stores of objects
 	tests/servers/mysql.sh
-	tests/servers/objects.sh $(CURDIR)/.cache/elsewhere/bin
+	tests/servers/objects.sh $(CURDIR)/.cache/elsewhere
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --upgrade \
 		--target .cache/elsewhere/python -r requirements/elsewhere.txt
 	PYTHONPATH=$(CURDIR)/.cache/elsewhere/python $(BIN)/pytest tests/elsewhere

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import confluent_kafka
 
 from delta_sync.kafka import settings
-from delta_sync.kafka.consumer import open_group
+from delta_sync.kafka.clients import open_group
 from delta_sync.spec import KafkaSpec, RegistrySpec
 from delta_sync.testing.kafka import Kafka, admin_client
 

@@ -45,10 +45,10 @@ from kafka_worker import Consumer, running
 from delta_debezium.distribution import distribution
 from delta_debezium.render import server_environment, server_properties
 from delta_debezium.server import DebeziumServer
+from delta_sync.dumping import FIRST_LOAD
 from delta_sync.kafka import avro
 from delta_sync.kafka.names import group_id
 from delta_sync.kafka.topics import create_topics, wanted_topics
-from delta_sync.load import FIRST_LOAD
 from delta_sync.pipeline import load_processor
 from delta_sync.secrets import resolve
 from delta_sync.sinks import open_sinks

@@ -39,12 +39,12 @@ from plain_consumer import Decoder
 from delta_debezium.distribution import distribution
 from delta_debezium.render import server_environment, server_properties
 from delta_debezium.server import DebeziumServer
+from delta_sync.dumping import FIRST_LOAD
 from delta_sync.kafka import settings
 from delta_sync.kafka.consumer import KafkaBusy
 from delta_sync.kafka.names import group_id, topic_name
 from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.topics import create_topics, wanted_topics
-from delta_sync.load import FIRST_LOAD
 from delta_sync.pipeline import load_processor
 from delta_sync.secrets import resolve
 from delta_sync.sinks import open_sinks

@@ -37,9 +37,10 @@ from delta_sync.sources.postgresql import codec
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.spec import PipelineSpec
 from delta_sync.state import StateStore
+from delta_sync.submitting import TableRuntime
 from delta_sync.tables import Table
 from delta_sync.testing.servers import PostgreSQL, Redis
-from delta_sync.worker import TableRuntime, Worker
+from delta_sync.worker import Worker
 
 
 class Recorded:

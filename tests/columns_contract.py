@@ -8,7 +8,12 @@ import decimal
 import uuid
 from typing import Any
 
-from delta_sync.testing.contract import SinkContract
+import pytest
+
+from delta_sync.changes import APPLIED, Write
+from delta_sync.errors import Unstorable
+from delta_sync.sinks.base import Target
+from delta_sync.testing.contract import AnySink, SinkContract
 from delta_sync.values import Document, Interval
 
 
@@ -42,3 +47,15 @@ class ColumnsContract(SinkContract):
 
     def stored_form(self, document: Document) -> dict[str, Any]:
         return {name: as_plain(value) for name, value in document.items() if value is not None and value == value}
+
+    def test_a_moment_that_is_none_in_utc_is_rejected(self, sink: AnySink, target: Target) -> None:
+        """Columns hold moments in UTC, and an hour before the first one Python has none."""
+        ahead = dt.timezone(dt.timedelta(hours=1))
+        document = {"at": dt.datetime(1, 1, 1, tzinfo=ahead)}
+        writes = [Write((1,), 5, {"n": 1}), Write((2,), 5, document), Write((3,), 5, {"n": 3})]
+        first, second, third = sink.apply(target, writes)
+        assert (first, third) == (APPLIED, APPLIED)
+        assert second.kind == "rejected"
+        assert "the field at is 0001-01-01T00:00:00+01:00" in second.reason
+        with pytest.raises(Unstorable):
+            sink.stored_form(target, document)

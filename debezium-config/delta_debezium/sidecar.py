@@ -24,9 +24,9 @@ from delta_sync.capture import CaptureDied
 from delta_sync.errors import EpochRose, LeaseLost, Transient
 from delta_sync.kafka.delivered import delivered_of
 from delta_sync.leases import LeaseKeeper
-from delta_sync.load import SharedSamples
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.samples import SharedSamples
 from delta_sync.secrets import redact, resolve
 from delta_sync.sinks import AnySink, open_sinks
 from delta_sync.sources import open_reader

@@ -11,24 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime as dt
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import structlog
 
 from delta_sync.changes import Change, Key
+from delta_sync.dumping import END_BUDGET_S, LEASE_S, LOOK_S, RETRY_S, Dumper, running
 from delta_sync.dumps import ChunkCounts, ChunkLease, Dump, is_over, removes_unmet, rows_most, to_plan
-from delta_sync.errors import EpochRose, LeaseLost, StateBusy, Transient, UsageError
+from delta_sync.errors import LeaseLost, StateBusy, Transient, UsageError
 from delta_sync.leases import LeaseKeeper
 from delta_sync.progress import LogPosition, Progress
-from delta_sync.sources.reader import Chunk, Sample, Samples, Snapshot, SourceReader
+from delta_sync.samples import SharedSamples
+from delta_sync.sources.reader import Chunk, Snapshot, SourceReader
 from delta_sync.spec import LoadSpec
-from delta_sync.state import Lease, StateStore, TableLoad
-from delta_sync.state_dumps import DumpStore
+from delta_sync.state import StateStore, TableLoad
 from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version, version_of
@@ -40,45 +40,15 @@ SLICE_ROWS_BESIDE_LOG = 300  # while changes come: a change waits for one of the
 SLICES_MOST = 3  # handed over and not yet acknowledged: one that is written, one that is processed, one that waits
 CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
 WAIT_NOTICE_S = 2.0  # then one wants to know for whom a dump waits
-FIRST_LOAD = "first load"
-LOOK_S = 1.0  # between looks whether there is something to do: anybody may ask for a dump, or pause one
-RETRY_S = 1.0  # after the source or the state store did not answer
 # Read and not yet written, in units of a chunk's limits of bytes and rows. They wait for the log to pass, so a dump
 # brings no more than these in each round trip through it: the slower the log, the slower the dump.
 HELD_CHUNKS = 4
-LEASE_S = 30.0  # a chunk of a process that died is read by another after that
 RENEW_S = LEASE_S / 3
-KEPT = 100  # dumps that have ended, for `deltactl dump list`
-END_BUDGET_S = 5.0  # for threads that end, each: they only wait for a source that was told to be silent
 MEASURED = 32  # rows of a chunk whose size is looked at
 VALUE_BYTES = 32  # of a value beside its text: a Python object
 READ_LOOK_S = 0.1  # between looks for a chunk while a dump is under way: its rate may be limited, or others read it
 
 T = TypeVar("T")
-
-
-class SharedSamples:
-    """The samples that the watch takes and that loads and re-reads claim from. `new` makes an empty collection."""
-
-    def __init__(self, new: Callable[[], Samples]) -> None:
-        self._lock = threading.Lock()
-        self._new = new
-        self._samples = new()
-
-    def add(self, sample: Sample) -> None:
-        """Keep a sample, the newest so far."""
-        with self._lock:
-            self._samples.add(sample)
-
-    def claim(self, snapshot: Snapshot, covered_from: int) -> int | None:
-        """Return what rows read in this snapshot may claim, or None when it is too early."""
-        with self._lock:
-            return self._samples.claim(snapshot, covered_from)
-
-    def forget(self) -> None:
-        """Drop all samples: the source may be another one now."""
-        with self._lock:
-            self._samples = self._new()
 
 
 class Slice(NamedTuple):
@@ -93,13 +63,6 @@ class Slice(NamedTuple):
     sinks: frozenset[str] | None = None
 
 
-class Reload(NamedTuple):
-    """A table is to be loaded from the start, whatever was loaded before."""
-
-    table: str
-    reason: str
-
-
 class Rows(NamedTuple):
     """A chunk that has been read: its rows (None: there is none with this key), and how many bytes these are, about."""
 
@@ -109,15 +72,12 @@ class Rows(NamedTuple):
     size: int
 
 
-class Loader(threading.Thread):
-    """Carries out a pipeline's dumps, and begins those of tables that are not loaded. `hand_over` feeds the worker.
+class Loader(Dumper):
+    """Carries out a pipeline's dumps by reading the source. `hand_over` feeds the worker; the rest is Dumper's.
 
-    Each of `readers` is for one thread that reads chunks; `reader` is for planning and for heartbeats. `finished` is
-    called when a dump that removes what it did not meet has met everything. Where several processes carry out dumps,
-    `keeper` has the lease of the one that plans; `owner` is another one in each. `fills` tells whether this process
-    writes to the sinks that a dump is for: one into a new generation begins in the run that has it. `unchanged` raises
-    GenerationsChanged when the sinks are others by now; then no chunk is recorded that some of them lack.
-    `changes_come` tells whether the log brings changes, to which a dump gives way.
+    Each of `readers` is for one thread that reads chunks; `reader` is for planning and for heartbeats. `fills` tells
+    whether this process writes to the sinks that a dump is for: one into a new generation begins in the run that has
+    it. `changes_come` tells whether the log brings changes, to which a dump gives way.
     """
 
     def __init__(
@@ -145,61 +105,35 @@ class Loader(threading.Thread):
         unchanged: Callable[[], None] = lambda: None,
         changes_come: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__(name="load", daemon=True)
-        self._pipeline = pipeline
-        self._owner = owner
-        self._epoch = epoch
+        super().__init__(
+            pipeline=pipeline,
+            owner=owner,
+            epoch=epoch,
+            position=position,
+            progress=progress,
+            state=state,
+            tables=tables,
+            fingerprint=fingerprint,
+            finished=finished,
+            failed=failed,
+            stopping=stopping,
+            keeper=keeper,
+            unchanged=unchanged,
+        )
         self._reader = reader
         self._readers = readers
         self._samples = samples
-        self._position = position
-        self._progress = progress
-        self._state = state
-        self._dumps = DumpStore(state, pipeline)
         self._options = options
         self._heartbeat_prefix = heartbeat_prefix
-        self._tables = tables
-        self._fingerprint = fingerprint
         self._hand_over = hand_over
-        self._finished = finished
-        self._failed = failed
-        self._stopping = stopping
-        self._keeper = keeper
         self._fills = fills
-        self._unchanged = unchanged
         self._changes_come = changes_come
         self._asking = threading.Lock()  # of `reader`, which is used by two threads
-        self._news = threading.Condition()
-        self._reloads: dict[str, Reload] = {}
-        self._looks = 0  # rises whenever there may be something to plan
         self._plans = 0  # rises whenever there may be something to read
         self._read: deque[Rows] = deque()
         self._behind: deque[tuple[int, list[Rows]]] = deque()  # a heartbeat's position, and what was read before it
         self._passed: deque[Rows] = deque()
         self._held_bytes = self._held_rows = 0
-        self._last = 0  # the dump of which a chunk was read last
-        self._under_way = False
-        self.recorded = 0  # chunks that every sink has, by this process
-
-    # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
-
-    def reload(self, table: str, reason: str) -> None:
-        """Load a table from the start."""
-        with self._news:
-            self._reloads[table] = Reload(table, reason)
-            self._looks += 1
-            self._news.notify_all()
-
-    def wake(self) -> None:
-        """Look for something to do, or stop."""
-        with self._news:
-            self._looks += 1
-            self._news.notify_all()
-
-    @property
-    def busy(self) -> bool:
-        """Whether there is a dump under way."""
-        return bool(self._reloads) or self._under_way
 
     # ── the threads ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -256,24 +190,16 @@ class Loader(threading.Thread):
     def _plan_next(self) -> None:
         looks = self._looks
         self.look()
-        with self._news:
-            self._news.wait_for(lambda: self._looks != looks or self._stopping.is_set(), LOOK_S)
+        self._rest(looks, LOOK_S)
 
     def look(self) -> None:
         """Begin, plan and finish dumps, as far as there is something to be done now."""
-        if self._keeper is not None and self._keeper.lease is None:
-            self._reloads.clear()  # whoever plans sees for itself that a table's columns are others
-            self._progress.loads = {}  # and shows how far they are
-            self._progress.dumps = ()
-            self._under_way = any(dump.state == "running" for dump in self._dumps.all(unfinished=True))
+        if not self._plans_here():
             return
-        known = self._state.pipeline(self._pipeline)
-        if known is not None and known.epoch > self._epoch:
-            raise EpochRose("Another process has begun a new epoch, so this one's dumps are over.")
         lease = self._lease()
-        loads = self._loads_to_begin()
-        dumps = self._dumps.all(unfinished=True)
         tables = self._tables()
+        loads = self._loads_to_begin(list(tables))
+        dumps = self._dumps.all(unfinished=True)
         pending = [dump for dump in dumps if dump.state == "pending" and dump.table in tables and self._fills(dump)]
         if loads or pending:
             begun = {load.table for load in loads if load.covered_from is None}
@@ -291,46 +217,20 @@ class Loader(threading.Thread):
                 if dump.table not in begun:
                     self._begin(dump, covered_from)
             dumps = self._dumps.all(unfinished=True)
-        self._under_way = any(dump.state == "running" for dump in dumps)
-        self._progress.dumps = [dump for dump in dumps if dump.kind != "load"]  # these have rows of their own
+        self._show_dumps(dumps)
         counts = self._dumps.counts() if dumps else {}
         for dump in dumps:
             self._go_on(dump, counts.get(dump.id, ChunkCounts()))
 
-    def _loads_to_begin(self) -> list[TableLoad]:
+    def _loads_to_begin(self, names: Sequence[str]) -> list[TableLoad]:
         """Return the loads without a dump: those that are pending, and those that an older Delta began."""
-        tables = self._tables()
-        stored = self._state.loads(self._pipeline)
-        with_dump = {dump.table: dump for dump in self._dumps.all(unfinished=True) if dump.kind == "load"}
-        found: list[TableLoad] = []
-        for name in tables:
-            load = stored.get(name)
-            reload = self._reloads.get(name)
-            again = reload.reason if reload else self._why_again(load, name)
-            if load is None or again is not None:
-                load = self._note_load(name, again or FIRST_LOAD)
-                with self._news:
-                    if self._reloads.get(name) is reload:
-                        self._reloads.pop(name, None)
-            self._show(load, with_dump.get(name))
-            if load.epoch == self._epoch and (
-                load.covered_from is None or (load.state == "running" and name not in with_dump)
-            ):
-                found.append(load)
-        return found
-
-    def _why_again(self, load: TableLoad | None, name: str) -> str | None:
-        if load is None:
-            return None
-        if load.epoch > self._epoch:
-            raise EpochRose("Another process has begun a new epoch, and asks for its loads.")
-        if load.epoch < self._epoch:
-            return "the epoch rose"
-        return None if load.fingerprint == self._fingerprint(name) else "its columns changed, or where its documents go"
-
-    def _note_load(self, name: str, reason: str) -> TableLoad:
-        load = TableLoad(name, reason=reason, epoch=self._epoch, fingerprint=self._fingerprint(name))
-        return self._state.begin_load(self._pipeline, load, self._lease())
+        loads, with_dump = self._loads(names)
+        return [
+            load
+            for load in loads
+            if load.epoch == self._epoch
+            and (load.covered_from is None or (load.state == "running" and load.table not in with_dump))
+        ]
 
     def _begin_load(self, load: TableLoad, covered_from: int | None) -> None:
         table = self._tables().get(load.table)
@@ -338,7 +238,7 @@ class Loader(threading.Thread):
             return  # it is gone, and will be loaded from the start when it is back
         under_way = covered_from is None
         if not under_way:
-            load = load._replace(covered_from=covered_from, state="running", started_at=dt.datetime.now(dt.UTC))
+            load = running(load, covered_from)
         dump = Dump(table=load.table, kind="load", reason=load.reason)
         begun = self._dumps.begin_load(
             load, self._as_begun(dump, table, load.covered_from, load.fingerprint), self._lease(), under_way=under_way
@@ -365,9 +265,6 @@ class Loader(threading.Thread):
             dump, epoch=self._epoch, fingerprint=fingerprint, covered_from=covered_from, floor=floor, estimate=estimate
         )
 
-    def _lease(self) -> Lease | None:
-        return None if self._keeper is None else self._keeper.require()
-
     def _go_on(self, dump: Dump, counts: ChunkCounts) -> None:
         """Plan a dump's next chunks, or finish it."""
         table = self._tables().get(dump.table)
@@ -389,12 +286,7 @@ class Loader(threading.Thread):
         elif is_over(dump, counts):
             if removes_unmet(dump):
                 self._finished(dump)
-            done = self._dumps.finish(dump, self._lease())
-            if done is not None:
-                self._dumps.prune(KEPT)
-                if done.kind == "load":
-                    self._progress.loads[done.table] |= {"state": "done", "rows": done.rows}
-                log.info("load_finished", dump=done.id, table=done.table, kind=done.kind, rows=done.rows)
+            self._end(dump)
             self.wake()
 
     def _fits(self, dump: Dump) -> bool:
@@ -688,12 +580,6 @@ class Loader(threading.Thread):
     def _pause(self, seconds: float) -> None:
         if self._stopping.wait(seconds):
             raise Stopping
-
-    def _show(self, load: TableLoad, dump: Dump | None) -> None:
-        shown: dict[str, Any] = self._progress.loads.setdefault(load.table, {"estimate": None})
-        shown.update(state=load.state, rows=load.rows, reason=load.reason)
-        if dump is not None:
-            shown["estimate"] = dump.estimate
 
 
 class Stopping(Exception):

@@ -21,7 +21,7 @@ import structlog
 from delta_sync.changes import Key
 from delta_sync.decoding import Lacking, ReadAhead
 from delta_sync.errors import SchemaChanged, SourceBusy
-from delta_sync.load import SharedSamples
+from delta_sync.samples import SharedSamples
 from delta_sync.sources.reader import Snapshot, SourceReader
 from delta_sync.tables import Table
 from delta_sync.values import Row

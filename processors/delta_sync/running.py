@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import gc
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import structlog
 
-from delta_sync import documents
 from delta_sync.applying import SinkWriter
 from delta_sync.building import DocumentBuilder
-from delta_sync.dumps import Dump
 from delta_sync.errors import (
-    DeltaError,
     EpochRose,
-    GenerationsChanged,
     Outgrown,
     PipelineStopped,
     SinkRefused,
@@ -30,9 +25,12 @@ from delta_sync.errors import (
     Transient,
 )
 from delta_sync.events import HandlerRunner
-from delta_sync.generations import Generations, GenerationStore, follow, meant, open_generations, written
+from delta_sync.generation_keeper import GenerationKeeper
+from delta_sync.generations import Generations, GenerationStore, meant, open_generations
+from delta_sync.housekeeping import Housekeeper
+from delta_sync.known_columns import KnownColumns
 from delta_sync.leases import LeaseKeeper
-from delta_sync.load import FIRST_LOAD, Loader, SharedSamples
+from delta_sync.load import Loader
 from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Mender
 from delta_sync.notices import NoticeIntake
@@ -42,22 +40,23 @@ from delta_sync.progress import LogPosition, News, Progress
 from delta_sync.refresher import Refresher
 from delta_sync.refreshing import NoticeReader, NoticeStore
 from delta_sync.rereads import Rereader
+from delta_sync.samples import SharedSamples
 from delta_sync.secrets import redact, resolve
-from delta_sync.sinks import AnySink, base_name, open_sink, open_sinks
+from delta_sync.sinks import AnySink, open_sinks
 from delta_sync.sources import open_reader
 from delta_sync.sources.reader import SourceReader
 from delta_sync.spec import PipelineSpec
-from delta_sync.starting import load_fingerprint, targets_of_sink, targets_of_table
-from delta_sync.state import StateStore, TableLoad
+from delta_sync.starting import Source, load_fingerprint, targets_of_table
+from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
+from delta_sync.submitting import TableRuntime
 from delta_sync.tables import Table
 from delta_sync.transport import Transport
 from delta_sync.used_keys import UsedKeyStore, kept_of
 from delta_sync.verified import VerifiedStore
-from delta_sync.versions import dump_version
 from delta_sync.watch import ANSWER_S, Watch
 from delta_sync.watchdog import AtHand, Watchdog
-from delta_sync.worker import DRAIN_BUDGET_S, TableRuntime, Worker
+from delta_sync.worker import DRAIN_BUDGET_S, Worker
 
 if TYPE_CHECKING:
     from delta_sync.signalled import SignalledLoader
@@ -69,10 +68,7 @@ COLLECT_EVERY = 200_000  # allocations: events are trees that reference counts f
 T = TypeVar("T")
 
 REPORT_S = 1.0  # how often the status is saved
-GONE = ""  # in place of a table's columns: it is not there
 VERIFIED_LOOK_S = 10.0  # between looks at what was verified: metrics are read no more often
-DROP_LOOK_S = 2.0  # between looks whether a generation of a sink is to be removed: nobody waits for that
-HOUSEKEEPING_S = 600.0  # what expires after days may stay for minutes more
 STOP_BUDGET_S = 15.0  # for the threads that only read
 
 
@@ -80,6 +76,30 @@ def settle_memory() -> None:
     """Make the collector of cycles look seldom, and never at what was imported. For the process that runs a worker."""
     gc.freeze()
     gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
+
+
+class _Readers(NamedTuple):
+    """Connections to the source, each for one use."""
+
+    watch: SourceReader
+    check: SourceReader
+    load: SourceReader
+    keys: SourceReader
+    refresh: SourceReader  # a large table may be read for its keys
+    chunks: Sequence[SourceReader]
+
+
+class _Opened(NamedTuple):
+    """What a run has opened. `plain` are the sinks as the specification names them, `sinks` their generations."""
+
+    pipeline: Pipeline
+    state: StateStore
+    readers: _Readers
+    lookups: Mapping[str, LookupCaller]
+    handlers: Sequence[HandlerRunner]
+    sinks: Mapping[str, AnySink]
+    plain: Mapping[str, AnySink]
+    writers: Mapping[str, SinkWriter]
 
 
 class Running:
@@ -154,274 +174,290 @@ class Running:
                 self._save_status(state)
 
     def _run(self, pipeline: Pipeline, state: StateStore) -> None:
-        spec, transport = self._spec, self._transport
-        generations = GenerationStore(state, spec.name)
+        generations = GenerationStore(state, self._spec.name)
         rows = self._until_reached(generations.all)
         if rows is None:
             return
-        sinks = open_generations(spec, rows)
-        # By these a load knows what it was made for, which is not to change when a sink gets another generation.
-        plain = {**open_sinks(spec), **{name: sink for name, sink in sinks.items() if sink.number is None}}
+        with contextlib.ExitStack() as exits:
+            readers = self._open_readers(pipeline, exits)
+            lookups = self._open_lookups(pipeline, exits)
+            handlers = self._open_handlers(pipeline, exits)
+            sinks = open_generations(self._spec, rows)
+            # By these a load knows what it was made for, which is not to change when a sink gets another generation.
+            plain = {**open_sinks(self._spec), **{name: sink for name, sink in sinks.items() if sink.number is None}}
+            writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
+            self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
+            for name, sink in plain.items():
+                if name not in writers:
+                    exits.callback(sink.close)
+            for writer in writers.values():
+                exits.callback(writer.close)
+            exits.callback(self._giving_up.set)  # first, for the others wait for what is under way
+            exits.callback(self._stopping.set)
+            source = self._until_reached(lambda: self._transport.prepare(pipeline, readers.keys, state, plain))
+            if source is not None:
+                opened = _Opened(pipeline, state, readers, lookups, handlers, sinks, plain, writers)
+                self._stream(opened, source, generations, rows)
 
+    def _stream(
+        self, opened: _Opened, source: Source, generations: GenerationStore, rows: Mapping[str, Generations]
+    ) -> None:
+        """Make the parts of a run known to each other, start them, and work until it is told to stop."""
+        spec, transport, stopping, progress = self._spec, self._transport, self._stopping, self.progress
+        pipeline, state, readers, lookups, handlers, sinks, plain, writers = opened
+        dumps, used_keys = DumpStore(state, spec.name), UsedKeyStore(state, spec.name)
+        keeper = transport.load_lease(state)
+        samples = SharedSamples(readers.watch.new_samples)
+        keeping = GenerationKeeper(
+            spec=spec,
+            pipeline=pipeline,
+            store=generations,
+            rows=rows,
+            sinks=sinks,
+            dumps=dumps,
+            tables=source.tables.values(),
+            nobody_writes=lambda sink: transport.nobody_writes(state, sink),
+            keeper=keeper,
+            stopping=stopping,
+        )
+        known = KnownColumns(
+            pipeline=pipeline,
+            state=state,
+            reader=readers.keys,
+            epoch=source.epoch,
+            columns=source.columns,
+            in_use=lambda: worker.tables,
+            made_for=lambda table, columns: load_fingerprint(
+                columns, targets_of_table(pipeline, plain, table, spec), plain
+            ),
+            publish=lambda tables: transport.publish(readers.keys, tables),
+        )
+
+        def runtimes(tables: Mapping[str, Table]) -> dict[str, TableRuntime]:
+            return {
+                name: TableRuntime(readers.keys.table_codec(table), targets_of_table(pipeline, sinks, table, spec))
+                for name, table in tables.items()
+            }
+
+        def reload(names: Iterable[str]) -> None:
+            for name in pipeline.affected(names):
+                loader.reload(name, "its columns changed")
+
+        def check() -> None:
+            transport.check(readers.check, state)
+            keeping.unchanged()
+
+        at_hand = AtHand()
+        mender = Mender(dumps, lookups, stopping)
+        reread = Rereader(readers.keys, samples, source.epoch, lambda name: worker.tables[name], stopping)
+        builder = DocumentBuilder(
+            specs=pipeline.documents,
+            reader=readers.keys,
+            epoch=source.epoch,
+            tables=lambda: worker.tables,
+            dumps=dumps,
+            load_again=lambda names, reason: state.load_again(spec.name, names, reason),
+            progress=progress,
+            stopping=stopping,
+        )
+        worker = Worker(
+            spec=spec,
+            pipeline=pipeline,
+            epoch=source.epoch,
+            capture=transport.capture(source, lambda: worker.tables, progress, keeping.unchanged),
+            stretches=transport.stretches,
+            writers=writers,
+            lookups=lookups,
+            state=state,
+            position=self.position,
+            progress=progress,
+            reread=reread,
+            ahead=reread.ahead,
+            refresh=lambda names: runtimes(self._until_reached(lambda: known.refresh(list(names))) or {}),
+            columns_changed=reload,
+            gone=known.is_gone,
+            remember=mender.remember,
+            note=used_keys.note,
+            builder=builder,
+            codec_of=readers.keys.table_codec,
+            check_slot=lambda: transport.check(readers.keys, state),
+            stopping=stopping,
+            giving_up=self._giving_up,
+            handlers=handlers,
+            at_hand=at_hand,
+        )
+        watchdog = Watchdog(
+            at_hand,
+            timeout_s=spec.processor.timeout,
+            memory_most=spec.processor.memory,
+            note=lambda said: progress.waits("processor", said),
+            give_up=lambda said: self._give_up(said, state),
+            outgrown=lambda bytes_: self._outgrow(bytes_, loader),
+            stopping=stopping,
+        )
+        progress.processor_timeouts = lambda: watchdog.timeouts
+        housekeeper = Housekeeper(
+            spec=spec, state=state, sinks=sinks, places=worker, used_keys=used_keys, keeper=keeper, stopping=stopping
+        )
+        loader = self._loader(opened, source, worker, known, housekeeper, keeping, samples, keeper)
+        watch = Watch(
+            reader=readers.watch,
+            samples=samples,
+            position=self.position,
+            progress=progress,
+            heartbeat_prefix=spec.heartbeat_prefix,
+            heartbeat_s=spec.source.heartbeat if transport.sends_heartbeats else None,
+            loading=lambda: loader.busy,
+            fingerprints=lambda: known.fingerprints,
+            schema_changed=worker.schema_changed,
+            stopping=stopping,
+            check=check,
+            failed=worker.fail,
+        )
+        refresher = Refresher(
+            pipeline=pipeline,
+            state=state,
+            reader=readers.refresh,
+            tables=known.there,
+            ages=progress.ages,
+            stopping=stopping,
+            keeper=keeper,
+        )
+        worker.use(runtimes(source.tables))
+        for name in source.tables:
+            for sink, target in worker.targets(name).items():
+                writers[sink].sweep([target])
+        if not (self._reached(lambda: used_keys.begin(kept_of(pipeline))) and self._reached(keeping.lead_readers)):
+            return
+        self._worker = worker
+        if pipeline.lookups:
+            self.notices.open(pipeline, lambda: worker.tables, NoticeStore(state, spec.name))
+        threads = [
+            watchdog,
+            watch,
+            loader,
+            housekeeper,
+            keeping,
+            mender,
+            NoticeReader(NoticeStore(state, spec.name), lookups, stopping),
+            refresher,
+            *transport.background(progress, stopping),
+            *transport.notices(self.notices, stopping),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            with keeper or contextlib.nullcontext():
+                worker.run()
+        except SinkRefused:
+            keeping.unchanged()  # it was frozen, and wrote to a generation that was dropped meanwhile
+            raise
+        finally:
+            stopping.set()
+            loader.wake()
+            self._abort_reads()  # what they read is of no use any more
+            for thread in reversed(threads):
+                thread.join(STOP_BUDGET_S)
+
+    def _loader(
+        self,
+        opened: _Opened,
+        source: Source,
+        worker: Worker,
+        known: KnownColumns,
+        housekeeper: Housekeeper,
+        keeping: GenerationKeeper,
+        samples: SharedSamples,
+        keeper: LeaseKeeper | None,
+    ) -> Loader | SignalledLoader:
+        """Return who carries out the dumps of this run."""
+        owner, sinks = uuid.uuid4().hex, opened.sinks
+        if self._spec.source.kind == "debezium":
+            assert keeper is not None, "such a pipeline runs on Kafka"
+            from delta_sync.kafka.signals import SignalBoard
+            from delta_sync.signalled import SignalledLoader  # which needs Kafka's client
+
+            return SignalledLoader(
+                board=SignalBoard(self._spec),
+                pipeline=self._spec.name,
+                owner=owner,
+                epoch=source.epoch,
+                names=frozenset(opened.pipeline.tables),
+                position=self.position,
+                progress=self.progress,
+                state=opened.state,
+                tables=lambda: worker.tables,
+                fingerprint=known.fingerprint_of_load,
+                finished=housekeeper.remove_unmet,
+                failed=worker.fail,
+                stopping=self._stopping,
+                keeper=keeper,
+                unchanged=keeping.unchanged,
+            )
+        return Loader(
+            pipeline=self._spec.name,
+            owner=owner,
+            epoch=source.epoch,
+            reader=opened.readers.load,
+            readers=opened.readers.chunks,
+            samples=samples,
+            position=self.position,
+            progress=self.progress,
+            state=opened.state,
+            options=self._spec.load,
+            heartbeat_prefix=self._spec.heartbeat_prefix,
+            tables=known.loadable,
+            fingerprint=known.fingerprint_of_load,
+            fills=lambda dump: dump.sinks is None or all(any(meant([n], s) for s in sinks) for n in dump.sinks),
+            hand_over=worker.hand_over,
+            finished=housekeeper.remove_unmet,
+            failed=worker.fail,
+            stopping=self._stopping,
+            keeper=keeper,
+            unchanged=keeping.unchanged,
+            changes_come=lambda: worker.changes_come,
+        )
+
+    # ── what a run opens; it is closed in the reverse order ──
+
+    def _open_readers(self, pipeline: Pipeline, exits: contextlib.ExitStack) -> _Readers:
         def opened(use: str, answer_s: float | None = None) -> SourceReader:
-            return open_reader(spec, f"delta {spec.name} {use}", answer_s, pipeline.documents)
+            name = f"delta {self._spec.name} {use}"
+            reader = open_reader(self._spec, name, answer_s, pipeline.documents)
+            exits.callback(reader.close)
+            self._readers.append(reader)
+            return reader
 
-        watch_reader, check_reader = opened("watch", ANSWER_S), opened("check", ANSWER_S)
-        load_reader, key_reader = opened("load"), opened("read")
-        chunk_readers = [opened("dump") for _ in range(spec.load.parallel)]
-        refresh_reader = opened("refresh")  # a large table may be read for its keys
-        readers = self._readers = [watch_reader, check_reader, load_reader, key_reader, refresh_reader, *chunk_readers]
-        writers = {name: SinkWriter(sink, self._giving_up) for name, sink in sinks.items()}
-        self.progress.sinks = {name: writer.numbers for name, writer in writers.items()}
+        readers = _Readers(
+            watch=opened("watch", ANSWER_S),
+            check=opened("check", ANSWER_S),
+            load=opened("load"),
+            keys=opened("read"),
+            refresh=opened("refresh"),
+            chunks=[opened("dump") for _ in range(self._spec.load.parallel)],
+        )
+        self.progress.bytes_between = readers.watch.bytes_between
+        return readers
+
+    def _open_lookups(self, pipeline: Pipeline, exits: contextlib.ExitStack) -> dict[str, LookupCaller]:
         lookups = {
             name: LookupCaller(lookup, self._stopping, time.monotonic, self._lookup_waits(name))
             for name, lookup in pipeline.lookups.items()
         }
+        for lookup in lookups.values():
+            exits.callback(lookup.close)
         self.progress.lookups = {name: caller.numbers for name, caller in lookups.items()}
-        notices = NoticeReader(NoticeStore(state, spec.name), lookups, self._stopping)
-        used_keys = UsedKeyStore(state, spec.name)
-        mender = Mender(DumpStore(state, spec.name), lookups, self._stopping)
-        handlers = [
-            HandlerRunner(handler, self._giving_up, spec.processor.timeout) for handler in pipeline.handlers.values()
-        ]
+        return lookups
+
+    def _open_handlers(self, pipeline: Pipeline, exits: contextlib.ExitStack) -> list[HandlerRunner]:
+        timeout_s = self._spec.processor.timeout
+        handlers = [HandlerRunner(handler, self._giving_up, timeout_s) for handler in pipeline.handlers.values()]
+        for runner in handlers:
+            exits.callback(runner.close)
         self.progress.handlers = {runner.handler.name: runner.numbers for runner in handlers}
-        samples = SharedSamples(watch_reader.new_samples)
-        self.progress.bytes_between = watch_reader.bytes_between
-        try:
-            source = self._until_reached(lambda: transport.prepare(pipeline, key_reader, state, plain))
-            if source is None:
-                return
-            columns = dict(source.columns)
-            keeper = transport.load_lease(state)
+        return handlers
 
-            def runtime(table: Table) -> TableRuntime:
-                return TableRuntime(key_reader.table_codec(table), targets_of_table(pipeline, sinks, table, spec))
-
-            def fingerprint_of(name: str) -> str:
-                table = worker.tables[name]
-                made_of = documents.fingerprint(table, columns)
-                return load_fingerprint(made_of, targets_of_table(pipeline, plain, table, spec), plain)
-
-            def unchanged() -> None:
-                if written(generations.all()) != written(rows):
-                    raise GenerationsChanged("A sink gets another generation, or loses one.")
-
-            def check(reader: SourceReader) -> None:
-                transport.check(reader, state)
-                unchanged()
-
-            def refresh(wanted: list[str]) -> Mapping[str, TableRuntime]:
-                """Read tables again; those that changed are loaded again, because old documents have old columns.
-
-                What happens to a table while it is not there by this name is not seen, so it counts as changed when it
-                is back, in this run or a later one.
-                """
-                current = key_reader.fingerprints(list(columns))
-                gone = columns.keys() - current.keys()
-                columns.update(dict.fromkeys(gone, GONE))
-                for name in pipeline.affected(gone):
-                    load = TableLoad(name, fingerprint=fingerprint_of(name), reason="it was gone", epoch=source.epoch)
-                    state.begin_load(spec.name, load)
-                changed = [name for name in wanted if current.get(name, GONE) not in (GONE, columns[name])]
-                changed += [name for name in pipeline.affected(changed) if name not in changed]
-                tables = key_reader.tables(changed) if changed else {}
-                if not tables:
-                    return {}
-                # A table that was dropped and made again is another one to the publication.
-                there = [tables.get(n, t) for n, t in worker.tables.items() if n in tables or columns[n] != GONE]
-                transport.publish(key_reader, there)
-                for name in tables:
-                    columns[name] = current[name]
-                    log.warning("schema_changed", table=name)
-                return {name: runtime(table) for name, table in tables.items()}
-
-            def reload(names: Iterable[str]) -> None:
-                for name in pipeline.affected(names):
-                    loader.reload(name, "its columns changed")
-
-            at_hand = AtHand()
-            reread = Rereader(key_reader, samples, source.epoch, lambda name: worker.tables[name], self._stopping)
-            builder = DocumentBuilder(
-                specs=pipeline.documents,
-                reader=key_reader,
-                epoch=source.epoch,
-                tables=lambda: worker.tables,
-                dumps=DumpStore(state, spec.name),
-                load_again=lambda names, reason: state.load_again(spec.name, names, reason),
-                progress=self.progress,
-                stopping=self._stopping,
-            )
-            worker = Worker(
-                spec=spec,
-                pipeline=pipeline,
-                epoch=source.epoch,
-                capture=transport.capture(source, lambda: worker.tables, self.progress, unchanged),
-                stretches=transport.stretches,
-                writers=writers,
-                lookups=lookups,
-                state=state,
-                position=self.position,
-                progress=self.progress,
-                reread=reread,
-                ahead=reread.ahead,
-                refresh=lambda names: self._until_reached(lambda: refresh(list(names))) or {},
-                columns_changed=reload,
-                gone=lambda name: columns[name] == GONE,
-                remember=mender.remember,
-                note=used_keys.note,
-                builder=builder,
-                codec_of=key_reader.table_codec,
-                check_slot=lambda: transport.check(key_reader, state),
-                stopping=self._stopping,
-                giving_up=self._giving_up,
-                handlers=handlers,
-                at_hand=at_hand,
-            )
-            watchdog = Watchdog(
-                at_hand,
-                timeout_s=spec.processor.timeout,
-                memory_most=spec.processor.memory,
-                note=lambda said: self.progress.waits("processor", said),
-                give_up=lambda said: self._give_up(said, state),
-                outgrown=lambda bytes_: self._outgrow(bytes_, loader),
-                stopping=self._stopping,
-            )
-            self.progress.processor_timeouts = lambda: watchdog.timeouts
-            loader: Loader | SignalledLoader
-            if spec.source.kind == "debezium":
-                assert keeper is not None, "such a pipeline runs on Kafka"
-                from delta_sync.kafka.signals import SignalBoard
-                from delta_sync.signalled import SignalledLoader  # which needs Kafka's client
-
-                loader = SignalledLoader(
-                    board=SignalBoard(spec),
-                    pipeline=spec.name,
-                    owner=uuid.uuid4().hex,
-                    epoch=source.epoch,
-                    names=frozenset(pipeline.tables),
-                    position=self.position,
-                    progress=self.progress,
-                    state=state,
-                    tables=lambda: worker.tables,
-                    fingerprint=fingerprint_of,
-                    finished=lambda dump: self._remove_unmet(dump, sinks, worker, state, used_keys),
-                    failed=worker.fail,
-                    stopping=self._stopping,
-                    keeper=keeper,
-                    unchanged=unchanged,
-                )
-            else:
-                loader = Loader(
-                    pipeline=spec.name,
-                    owner=uuid.uuid4().hex,
-                    epoch=source.epoch,
-                    reader=load_reader,
-                    readers=chunk_readers,
-                    samples=samples,
-                    position=self.position,
-                    progress=self.progress,
-                    state=state,
-                    options=spec.load,
-                    heartbeat_prefix=spec.heartbeat_prefix,
-                    tables=lambda: {
-                        name: table
-                        for name, table in worker.tables.items()
-                        if name in pipeline.tables and all(columns[one] != GONE for one in documents.names_of(table))
-                    },
-                    fingerprint=fingerprint_of,
-                    fills=lambda dump: dump.sinks is None or all(any(meant([n], s) for s in sinks) for n in dump.sinks),
-                    hand_over=worker.hand_over,
-                    finished=lambda dump: self._remove_unmet(dump, sinks, worker, state, used_keys),
-                    failed=worker.fail,
-                    stopping=self._stopping,
-                    keeper=keeper,
-                    unchanged=unchanged,
-                    changes_come=lambda: worker.changes_come,
-                )
-            watch = Watch(
-                reader=watch_reader,
-                samples=samples,
-                position=self.position,
-                progress=self.progress,
-                heartbeat_prefix=spec.heartbeat_prefix,
-                heartbeat_s=spec.source.heartbeat if transport.sends_heartbeats else None,
-                loading=lambda: loader.busy,
-                fingerprints=lambda: columns,
-                schema_changed=worker.schema_changed,
-                stopping=self._stopping,
-                check=lambda: check(check_reader),
-                failed=worker.fail,
-            )
-            worker.use({name: runtime(table) for name, table in source.tables.items()})
-            for name in source.tables:
-                for sink, target in worker.targets(name).items():
-                    writers[sink].sweep([target])
-            begun = self._until_reached(lambda: used_keys.begin(kept_of(pipeline)))
-            if begun is None:
-                return
-            led = self._until_reached(lambda: self._lead_readers(generations, rows, pipeline, sinks, source.tables))
-            if led is None:
-                return
-            self._worker = worker
-            if pipeline.lookups:
-                self.notices.open(pipeline, lambda: worker.tables, NoticeStore(state, spec.name))
-            refresher = Refresher(
-                pipeline=pipeline,
-                state=state,
-                reader=refresh_reader,
-                tables=lambda: {n: table for n, table in worker.tables.items() if columns[n] != GONE},
-                ages=self.progress.ages,
-                stopping=self._stopping,
-                keeper=keeper,
-            )
-            housekeeping = threading.Thread(
-                target=self._keep_house, args=(state, sinks, worker, keeper), name="housekeeping", daemon=True
-            )
-            dropping = threading.Thread(
-                target=self._drop_given_up,
-                args=(generations, state, pipeline, sinks, source.tables, keeper),
-                name="generations",
-                daemon=True,
-            )
-            threads = [
-                watchdog,
-                watch,
-                loader,
-                housekeeping,
-                dropping,
-                mender,
-                notices,
-                refresher,
-                *transport.background(self.progress, self._stopping),
-                *transport.notices(self.notices, self._stopping),
-            ]
-            for thread in threads:
-                thread.start()
-            try:
-                with keeper or contextlib.nullcontext():
-                    worker.run()
-            except SinkRefused:
-                unchanged()  # it was frozen, and wrote to a generation that was dropped meanwhile
-                raise
-            finally:
-                self._stopping.set()
-                loader.wake()
-                self._abort_reads()  # what they read is of no use any more
-                for thread in reversed(threads):
-                    thread.join(STOP_BUDGET_S)
-        finally:
-            self._stopping.set()
-            self._giving_up.set()
-            for writer in writers.values():
-                writer.close()
-            for name in plain.keys() - writers.keys():
-                plain[name].close()
-            for runner in handlers:
-                runner.close()
-            for lookup in lookups.values():
-                lookup.close()
-            for reader in readers:
-                reader.close()
+    # ── what its threads call ──
 
     def _give_up(self, said: str, state: StateStore) -> None:
         """End this process: its main thread does not come back. Nothing of it was confirmed."""
@@ -444,6 +480,10 @@ class Running:
         self.stop()
         return True
 
+    def _reached(self, call: Callable[[], object]) -> bool:
+        """Do what needs source, sinks or state store, for as long as it takes; whether Delta was not stopped before."""
+        return self._until_reached(lambda: call() or True) is not None
+
     def _until_reached(self, call: Callable[[], T]) -> T | None:
         """Repeat a call until source, sinks and state store answer; None when Delta is stopped before."""
         while True:
@@ -457,138 +497,6 @@ class Running:
             else:
                 self.progress.waits("start", None)
                 return found
-
-    def _remove_unmet(
-        self,
-        dump: Dump,
-        sinks: Mapping[str, AnySink],
-        worker: Worker,
-        state: StateStore,
-        used_keys: UsedKeyStore,
-    ) -> None:
-        """Remove documents that a dump did not meet: their rows went without a change event.
-
-        That happens in an epoch that is over, to a table that was replaced by another, and to a store that somebody
-        else wrote to. Every row that is there has been written with a version at or above the dump's beginning, or has
-        a newer one; but for those that became dead letters. Nobody can tell their documents from those of rows that are
-        gone, so then nothing is removed.
-        """
-        if dump.kind == "load" and dump.reason == FIRST_LOAD and dump.epoch == 1:
-            return  # nothing was there before
-        assert dump.epoch is not None, "it has begun"
-        assert dump.covered_from is not None, "it has begun"
-        beginning = dump_version(dump.epoch, dump.covered_from) if dump.floor is None else dump.floor
-        # What is below the beginning in a generation that is built anew came before, while it was empty; it must not
-        # have what a tombstone outranks in another one, such as a dead letter's change that is replayed.
-        new = dump.sinks is not None and all(base_name(name) != name for name in dump.sinks)
-        failed = 0 if new else state.count_failed_since(self._spec.name, dump.table, beginning)
-        if failed:
-            fix = "correct the cause, replay them, then run it with --reload"
-            log.warning("unmet_kept", table=dump.table, dead_letters=failed, fix=fix)
-            return
-        for sink, target in worker.targets(dump.table).items():
-            if meant(dump.sinks, sink):
-                removed = sinks[sink].truncate(target, beginning)
-                log.info("unmet_removed", table=dump.table, sink=sink, documents=removed)
-        if dump.sinks is None:
-            used_keys.remove(dump.table, beginning)
-
-    def _lead_readers(
-        self,
-        generations: GenerationStore,
-        rows: Mapping[str, Generations],
-        pipeline: Pipeline,
-        sinks: Mapping[str, AnySink],
-        tables: Mapping[str, Table],
-    ) -> bool:
-        """Lead readers to what is meant to serve, in case somebody died over it. Returns True."""
-        now = generations.all()
-        if written(now) != written(rows):
-            raise GenerationsChanged("A sink gets another generation, or loses one.")
-        for name, row in now.items():
-            if name not in self._spec.sinks:
-                continue
-
-            def lead(number: int, of: Generations = row) -> None:
-                sink = sinks.get(of.name(number))
-                if sink is None:
-                    raise GenerationsChanged("A sink has got another generation meanwhile.")
-                sink.lead_readers(targets_of_sink(pipeline, sink, tables.values(), self._spec))
-
-            follow(lambda name=name: generations.all()[name].serving, lead)  # type: ignore[misc]  # a default binds it now
-        return True
-
-    def _drop_given_up(
-        self,
-        generations: GenerationStore,
-        state: StateStore,
-        pipeline: Pipeline,
-        sinks: Mapping[str, AnySink],
-        tables: Mapping[str, Table],
-        keeper: LeaseKeeper | None,
-    ) -> None:
-        """Remove the generations that are given up, once nobody writes to them; of several processes one does."""
-        while not self._stopping.wait(DROP_LOOK_S):
-            if keeper is not None and not keeper.held:
-                continue
-            try:
-                for name, row in generations.all().items():
-                    if row.state != "dropping" or name not in self._spec.sinks:
-                        continue
-                    assert row.other is not None, "it is dropped"
-                    doomed = row.name(row.other)
-                    if doomed not in sinks and self._transport.nobody_writes(state, doomed):
-                        self._drop(generations, DumpStore(state, self._spec.name), row, pipeline, tables)
-            except Transient as error:
-                log.warning("drop_waits", reason=redact(str(error)))
-            except DeltaError as error:  # it can wait, and the stream goes on
-                log.warning("drop_failed", reason=redact(str(error)))
-
-    def _drop(
-        self,
-        generations: GenerationStore,
-        dumps: DumpStore,
-        row: Generations,
-        pipeline: Pipeline,
-        tables: Mapping[str, Table],
-    ) -> None:
-        assert row.other is not None, "it is dropped"
-        self._cancel_dumps(dumps, row.name(row.other))
-        doomed = open_sink(row.sink, self._spec.sinks[row.sink], self._spec.tombstone_ttl, row.other)
-        try:
-            targets = targets_of_sink(pipeline, doomed, tables.values(), self._spec)
-            documents = sum(doomed.drop(target) for target in targets)
-        finally:
-            doomed.close()
-        generations.change(row, row.gone())
-        log.info("generation_dropped", sink=doomed.name, documents=documents)
-
-    def _cancel_dumps(self, dumps: DumpStore, sink: str) -> None:
-        """Cancel the dumps into a generation that nobody writes to any more: they would never end."""
-        for dump in dumps.all(unfinished=True):
-            if dump.sinks == (sink,):
-                dumps.order(dump.id, "cancel")
-
-    def _keep_house(
-        self, state: StateStore, sinks: Mapping[str, AnySink], worker: Worker, keeper: LeaseKeeper | None
-    ) -> None:
-        """Remove dead letters and tombstones that have expired, now and then; of several processes one does."""
-        while not self._stopping.wait(HOUSEKEEPING_S):
-            if keeper is not None and not keeper.held:
-                continue
-            try:
-                oldest = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=self._spec.dead_letter_ttl)
-                UsedKeyStore(state, self._spec.name).sweep()
-                pruned = state.prune(self._spec.name, oldest)
-                if pruned:
-                    log.warning("dead_letters_expired", letters=pruned)
-                for table in worker.tables:
-                    for sink, target in worker.targets(table).items():
-                        sinks[sink].sweep(target, recent_s=2 * HOUSEKEEPING_S)
-            except Transient as error:
-                log.warning("housekeeping_waits", reason=str(error))
-            except Exception as error:  # a defect in what only tidies up must not stop the stream
-                log.error("housekeeping_failed", reason=str(error), exc_info=True)
 
     def _lookup_waits(self, name: str) -> Callable[[str | None], None]:
         def note(reason: str | None) -> None:

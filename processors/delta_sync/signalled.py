@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime as dt
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import structlog
 
 from delta_sync import signals
+from delta_sync.dumping import END_BUDGET_S, LEASE_S, LOOK_S, RETRY_S, Dumper, running
 from delta_sync.dumps import ChunkCounts, ChunkLease, Dump, is_over, removes_unmet
-from delta_sync.errors import EpochRose, LeaseLost, StateBusy, Transient, UsageError
+from delta_sync.errors import LeaseLost, StateBusy, Transient, UsageError
 from delta_sync.kafka.signals import SignalBoard
 from delta_sync.leases import LeaseKeeper
-from delta_sync.load import END_BUDGET_S, FIRST_LOAD, KEPT, LEASE_S, LOOK_S, RETRY_S, Reload
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.signals import Seen, Wanted
 from delta_sync.state import StateStore, TableLoad
-from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.versions import position_in_topic, version_of
 
@@ -38,12 +35,11 @@ SIDECAR_LEASE = "sidecar"  # as `delta_debezium.sidecar` calls it; its token is 
 UNSEEN_MOST_S = 60.0
 
 
-class SignalledLoader(threading.Thread):
-    """Carries out a pipeline's dumps by signals, and begins those of tables that are not loaded.
+class SignalledLoader(Dumper):
+    """Carries out a pipeline's dumps by signals; what is not said here is Dumper's.
 
-    `names` are the pipeline's tables, and `tables` those of which a record has come. `keeper` has the lease of the one
-    process that plans; `owner` is another one in each. `finished` is called when a dump that removes what it did not
-    meet has met everything. `position` is how far the connector's records have been applied, as its own counts them.
+    `names` are the pipeline's tables, and `tables` those of which a record has come. `position` is how far the
+    connector's records have been applied, as its own counts them.
     """
 
     def __init__(
@@ -66,48 +62,25 @@ class SignalledLoader(threading.Thread):
         unchanged: Callable[[], None] = lambda: None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        super().__init__(name="load", daemon=True)
-        self._pipeline = pipeline
-        self._owner = owner
-        self._epoch = epoch
+        super().__init__(
+            pipeline=pipeline,
+            owner=owner,
+            epoch=epoch,
+            position=position,
+            progress=progress,
+            state=state,
+            tables=tables,
+            fingerprint=fingerprint,
+            finished=finished,
+            failed=failed,
+            stopping=stopping,
+            keeper=keeper,
+            unchanged=unchanged,
+        )
         self._names = names
         self._board = board
-        self._position = position
-        self._progress = progress
-        self._state = state
-        self._dumps = DumpStore(state, pipeline)
-        self._tables = tables
-        self._fingerprint = fingerprint
-        self._finished = finished
-        self._failed = failed
-        self._stopping = stopping
-        self._keeper = keeper
-        self._unchanged = unchanged
         self._now = now
-        self._news = threading.Condition()
-        self._reloads: dict[str, Reload] = {}
         self._current: ChunkLease | None = None
-        self._last = 0  # the dump of which a chunk was read last
-        self._under_way = False
-        self.recorded = 0  # chunks that every sink has, by this process
-
-    # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
-
-    def reload(self, table: str, reason: str) -> None:
-        """Load a table from the start."""
-        with self._news:
-            self._reloads[table] = Reload(table, reason)
-            self._news.notify_all()
-
-    def wake(self) -> None:
-        """Look for something to do, or stop."""
-        with self._news:
-            self._news.notify_all()
-
-    @property
-    def busy(self) -> bool:
-        """Whether there is a dump under way."""
-        return bool(self._reloads) or self._under_way
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -115,7 +88,7 @@ class SignalledLoader(threading.Thread):
         """Carry out dumps until Delta stops. What it cannot mend goes to `failed`."""
         try:
             while not self._stopping.is_set():
-                pause_s = LOOK_S
+                pause_s, looks = LOOK_S, self._looks
                 try:
                     self.look()
                     self._progress.waits("load", None)
@@ -126,8 +99,7 @@ class SignalledLoader(threading.Thread):
                     log.warning("load_waits", reason=str(error))
                     self._progress.waits("load", str(error))
                     pause_s = RETRY_S
-                with self._news:
-                    self._news.wait_for(self._stopping.is_set, pause_s)
+                self._rest(looks, pause_s)
         except BaseException as error:  # noqa: BLE001 -- handed to the worker, which stops with it
             self._failed(error)
         finally:
@@ -141,23 +113,16 @@ class SignalledLoader(threading.Thread):
 
     def look(self) -> None:
         """Begin, signal and finish dumps, as far as there is something to be done now. Raises Transient, LeaseLost."""
-        if self._keeper.lease is None:
-            self._reloads.clear()  # whoever plans sees for itself that a table's columns are others
-            self._progress.loads = {}
-            self._progress.dumps = ()
+        if not self._plans_here():
             self._current = None
             return
-        known = self._state.pipeline(self._pipeline)
-        if known is not None and known.epoch > self._epoch:
-            raise EpochRose("Another process has begun a new epoch, so this one's dumps are over.")
         self._board.read()
         self._begin_loads()
         for dump in self._dumps.all(unfinished=True):
             if dump.state == "pending" and dump.table in self._names:
                 self._begin(dump)
         dumps = self._dumps.all(unfinished=True)
-        self._under_way = any(dump.state == "running" for dump in dumps)
-        self._progress.dumps = [dump for dump in dumps if dump.kind != "load"]  # these have rows of their own
+        self._show_dumps(dumps)
         if self._current is None:
             busy = self._dump_under_way(dumps)
             self._current = self._dumps.lease(
@@ -176,48 +141,20 @@ class SignalledLoader(threading.Thread):
     # ── beginning ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin_loads(self) -> None:
-        loads = self._state.loads(self._pipeline)
-        with_dump = {dump.table for dump in self._dumps.all(unfinished=True) if dump.kind == "load"}
-        for name in self._names:
-            load = loads.get(name)
-            reload = self._reloads.get(name)
-            again = reload.reason if reload else self._why_again(load, name)
-            if load is None or again is not None:
-                fingerprint = self._fingerprint_of(name)
-                load = TableLoad(name, reason=again or FIRST_LOAD, epoch=self._epoch, fingerprint=fingerprint)
-                load = self._state.begin_load(self._pipeline, load, self._keeper.require())
-                with self._news:
-                    if self._reloads.get(name) is reload:
-                        self._reloads.pop(name, None)
-            shown: dict[str, Any] = self._progress.loads.setdefault(name, {"estimate": None})
-            shown.update(state=load.state, rows=load.rows, reason=load.reason)
-            if load.epoch == self._epoch and load.state != "done" and name not in with_dump:
+        loads, with_dump = self._loads(sorted(self._names))
+        for load in loads:
+            if load.epoch == self._epoch and load.state != "done" and load.table not in with_dump:
                 self._begin_load(load)
 
-    def _why_again(self, load: TableLoad | None, name: str) -> str | None:
-        if load is None:
-            return None
-        if load.epoch > self._epoch:
-            raise EpochRose("Another process has begun a new epoch, and asks for its loads.")
-        if load.epoch < self._epoch:
-            return "the epoch rose"
-        now = self._fingerprint_of(name)
-        return None if not now or now == load.fingerprint else "its columns changed, or where its documents go"
-
-    def _fingerprint_of(self, name: str) -> str:
-        """Return what a load is made for; nothing while no record of the table has come."""
-        return self._fingerprint(name) if name in self._tables() else ""
-
     def _begin_load(self, load: TableLoad) -> None:
-        lease = self._keeper.require()
+        lease = self._lease()
         if load.covered_from is not None:  # its dump failed: it is begun anew
             load = self._state.begin_load(self._pipeline, load._replace(state="pending", covered_from=None), lease)
         dump = self._as_begun(Dump(table=load.table, kind="load", reason=load.reason), load.fingerprint)
         if dump is None:
             return
         self._dumps.supersede(load.table, f"the table is loaded: {load.reason}", lease)
-        started = dt.datetime.now(dt.UTC)
-        load = load._replace(covered_from=dump.covered_from, state="running", started_at=started)
+        load = running(load, dump.covered_from)
         if self._dumps.begin_load(load, dump, lease):
             log.info("load_started", table=load.table, reason=load.reason)
 
@@ -226,7 +163,7 @@ class SignalledLoader(threading.Thread):
             self._dumps.end(dump.id, "failed", "rows that Debezium reads come to every sink, so one cannot be chosen")
             return
         begun = self._as_begun(dump, self._fingerprint_of(dump.table))
-        if begun is not None and self._dumps.begin(begun, self._keeper.require()):
+        if begun is not None and self._dumps.begin(begun, self._lease()):
             log.info("dump_started", dump=dump.id, table=dump.table, kind=dump.kind)
 
     def _as_begun(self, dump: Dump, fingerprint: str) -> Dump | None:
@@ -319,9 +256,8 @@ class SignalledLoader(threading.Thread):
         """Plan the one chunk of a dump, or finish a dump of which nothing is left."""
         if dump.state != "running" or not self._fits(dump):
             return
-        lease = self._keeper.require()
         if not dump.planned:
-            self._dumps.plan(dump.id, [(None, None)], lease)
+            self._dumps.plan(dump.id, [(None, None)], self._lease())
             self.wake()
             return
         now = self._dumps.get(dump.id)
@@ -330,9 +266,4 @@ class SignalledLoader(threading.Thread):
             return
         if removes_unmet(now) and now.table in self._tables():
             self._finished(now)
-        done = self._dumps.finish(now, lease)
-        if done is not None:
-            self._dumps.prune(KEPT)
-            if done.kind == "load":
-                self._progress.loads[done.table] |= {"state": "done", "rows": done.rows}
-            log.info("load_finished", dump=done.id, table=done.table, kind=done.kind, rows=done.rows)
+        self._end(now)

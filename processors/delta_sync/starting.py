@@ -8,8 +8,8 @@ from typing import NamedTuple
 import structlog
 
 from delta_sync import documents
+from delta_sync.dumping import FIRST_LOAD
 from delta_sync.errors import EpochRose, SlotMissing, SourceBusy, UsageError
-from delta_sync.load import FIRST_LOAD
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.sinks import AnySink, base_name, store_of, target_for
 from delta_sync.sinks.base import Target

@@ -116,8 +116,8 @@ class UsedKeyStore:
         self._state = state
         self._pipeline = pipeline
 
-    def begin(self, kept: Mapping[Asking, str]) -> bool:
-        """Keep notes of these from now on, with what their versions are, and of no others. Returns True.
+    def begin(self, kept: Mapping[Asking, str]) -> None:
+        """Keep notes of these from now on, with what their versions are, and of no others.
 
         To be called before anything is processed. What was not kept for a time begins anew: it may lack rows.
         """
@@ -127,7 +127,6 @@ class UsedKeyStore:
                 if kept.get(asking) != keeping.made_of:
                     connection.execute(sa.delete(KEEPINGS).where(KEEPINGS.c.id == keeping.id))
             self._add(connection, {a: m for a, m in kept.items() if a not in there or there[a].made_of != m})
-        return True
 
     def keepings(self) -> dict[Asking, Keeping]:
         """Return what is kept, and since when."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from delta_sync.errors import DeltaError, EpochRose, PipelineStopped, SourceBusy
-from delta_sync.load import SharedSamples
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.samples import SharedSamples
 from delta_sync.sources.reader import SourceReader
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)

@@ -8,7 +8,6 @@ whatever spoils all of them stops the pipeline with the positions where they are
 
 from __future__ import annotations
 
-import datetime as dt
 import threading
 import time
 from collections import deque
@@ -17,42 +16,39 @@ from concurrent.futures import Future, wait
 from typing import NamedTuple, TypeVar
 
 import structlog
-import tenacity
 
-from delta_sync.applying import Applied, Part, SinkWriter
+from delta_sync.applying import Applied, SinkWriter
 from delta_sync.building import Debounce, DocumentBuilder
 from delta_sync.capture import Batch, Capture
-from delta_sync.changes import APPLIED, Change, Key
-from delta_sync.decoding import Decoded, Lacking, Stretch, TableCodec, Touched, Undecodable, Watching, decode
-from delta_sync.delta_event import DeltaEvent, encode_event
+from delta_sync.changes import Change, Key
+from delta_sync.dead_letters import DeadLetterReporter, not_handled, rejections, undecodable
+from delta_sync.decoding import Decoded, Lacking, Stretch, TableCodec, Touched, Watching, decode
 from delta_sync.errors import (
-    DeltaError,
     LookupBusy,
     PipelineStopped,
     SchemaChanged,
     SinkBusy,
     SourceBusy,
     StateBusy,
-    TooManyDeadLetters,
     Transient,
 )
 from delta_sync.events import HandlerRunner, RowEvent, Unhandled
-from delta_sync.generations import meant
+from delta_sync.feeding import CaptureFeed
 from delta_sync.load import Slice
 from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Left
 from delta_sync.pipeline import Pipeline
-from delta_sync.processing import Asked, Failure, asked_of, failure, process
+from delta_sync.processing import Failure
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.rereads import AheadOfLog
 from delta_sync.secrets import redact
-from delta_sync.shaping import without_values
 from delta_sync.sinks.base import Target
 from delta_sync.spec import PipelineSpec
-from delta_sync.state import DeadLetter, StateStore, identity_of
-from delta_sync.tables import Table, key_text
+from delta_sync.state import StateStore
+from delta_sync.submitting import Submitter, TableRuntime
+from delta_sync.tables import Table
 from delta_sync.turns import Turns
-from delta_sync.used_keys import Uses, kept_of, uses_of
+from delta_sync.used_keys import Uses
 from delta_sync.values import Row
 from delta_sync.versions import version_of
 from delta_sync.watchdog import AtHand
@@ -62,8 +58,6 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 JOBS_MOST = 4  # log batches in flight: one per stage (decode, two in a sink's threads, confirm)
 EVENTS_AT_ONCE = 8192  # waiting batches are joined up to this: larger batches cost sinks less per change
 DRAIN_BUDGET_S = 10.0  # after SIGTERM, for what is in flight; container runtimes kill after 10 to 30 s
-RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # of the capture
-DEAD_LETTER_WINDOW_S = 60.0
 EVENTS_RETRY_S = 1.0  # for a schema that the registry does not have
 WITHHOLDING_JOBS = 256  # batches in flight that wait for nothing but the time of some document
 DOCUMENTS_AT_ONCE = 500  # read in one snapshot; their parts are some thousands of rows
@@ -72,13 +66,6 @@ SCHEMA_RETRY_S = 0.5  # a table that is replaced by another is away for a moment
 
 T = TypeVar("T")
 Read = Callable[[str, Sequence[Lacking]], Sequence[tuple[Lacking, Row | None, int]]]
-
-
-class TableRuntime(NamedTuple):
-    """All that the worker needs for one table, as its columns are now."""
-
-    codec: TableCodec
-    targets: Mapping[str, Target]  # by sink
 
 
 _NOTHING: set[tuple[str, Key]] = set()
@@ -149,7 +136,6 @@ class Worker:
         self._capture = capture
         self._stretches = stretches
         self._writers = writers
-        self._lookups = lookups
         self._state = state
         self._position = position
         self._progress = progress
@@ -157,15 +143,10 @@ class Worker:
         self._ahead = ahead
         self._refresh = refresh
         self._columns_changed = columns_changed
-        self._check_slot = check_slot
         self._stopping = stopping
         self._giving_up = giving_up
         self._gone = gone
-        self._remember = remember
-        self._note = note
-        self._kept_tables = frozenset(table for table, _ in kept_of(pipeline))
         self._handlers = handlers
-        self._at_hand = at_hand
         self._builder = builder
         self._codec_of = codec_of
         self._debounces = {root: Debounce(spec.debounce_s) for root, spec in pipeline.documents.items()}
@@ -176,6 +157,19 @@ class Worker:
         self._clock = clock
         self._wall_clock = wall_clock
         self._tables: dict[str, TableRuntime] = {}
+        self._submit = Submitter(
+            pipeline=pipeline,
+            tables=self._tables,
+            writers=writers,
+            lookups=lookups,
+            progress=progress,
+            remember=remember,
+            note=note,
+            answered=self.wake,
+            stopping=stopping,
+            at_hand=at_hand,
+            clock=clock,
+        ).submit
         self._news = threading.Condition()
         self._batches: deque[Batch] = deque()
         self._slices: deque[Slice] = deque()
@@ -184,10 +178,18 @@ class Worker:
         self._load_jobs: list[Job] = []
         self._turns = Turns(clock)
         self._passed_lsn = 0
-        self._recent_letters: deque[tuple[float, str]] | None = None  # of the last minute, of earlier runs, too
+        self._letters = DeadLetterReporter(spec, pipeline.documents, state, progress, giving_up, clock)
         self._fatal: BaseException | None = None
-        self._drained = threading.Event()
-        self._capture_thread = threading.Thread(target=self._capture_until_drained, name="capture", daemon=True)
+        self._feed = CaptureFeed(
+            capture=capture,
+            check_slot=check_slot,
+            deliver=self._deliver,
+            forget=self._forget,
+            failed=self.fail,
+            progress=progress,
+            stopping=stopping,
+            clock=clock,
+        )
 
     # ── what other threads call ──────────────────────────────────────────────────────────────────────────────────
 
@@ -228,6 +230,15 @@ class Worker:
         with self._news:
             self._news.notify_all()
 
+    def _deliver(self, batch: Batch) -> None:
+        with self._news:
+            self._batches.append(batch)
+            self._news.notify_all()
+
+    def _forget(self) -> None:
+        with self._news:
+            self._batches.clear()
+
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def use(self, tables: Mapping[str, TableRuntime]) -> None:
@@ -250,7 +261,7 @@ class Worker:
 
     def run(self) -> None:
         """Work until `stopping` is set, then drain. Raises what the pipeline must stop with."""
-        self._capture_thread.start()
+        self._feed.start()
         try:
             try:
                 while not self._stopping.is_set():
@@ -263,8 +274,7 @@ class Worker:
         finally:
             self._stopping.set()
             self._giving_up.set()
-            self._drained.set()
-            self._capture_thread.join()
+            self._feed.finish()
             for slice_ in self._slices:
                 slice_.done.cancel()
 
@@ -353,7 +363,7 @@ class Worker:
             self._progress.batch_changes.add(decoded.events)
         if decoded.misfits:
             self._refresh_tables(decoded.misfits)
-        failures = [_undecodable(item, codecs) for item in decoded.undecodable]
+        failures = [undecodable(item, codecs) for item in decoded.undecodable]
         if decoded.lacking and any(_read_before(job, batches[-1].generation, decoded) for job in self._jobs):
             # A key that is read twice may get the same version both times, by a claim that has not moved; so the first
             # row is to be in the sinks before the second is read, or it could overwrite a newer one.
@@ -473,7 +483,8 @@ class Worker:
 
     def _begin_slice(self, slice_: Slice) -> None:
         failures: list[Failure] = []
-        results = self._submit({slice_.table: slice_.changes}, {}, failures, slice_)
+        changes = {slice_.table: slice_.changes}
+        results = self._submit(changes, {}, failures, of_dump=True, only=slice_.sinks)
         self._load_jobs.append(Job(results, failures, slice=slice_))
         if not results:
             self.wake()
@@ -492,7 +503,7 @@ class Worker:
             lacking = [item for item in lacking if item.key not in read]
             results = self._submit({table: found}, {}, failures)
             self._wait_for(results)
-            failures += _rejections(results)
+            failures += rejections(results)
 
     def _wait_for(self, results: Sequence[Future[list[Applied]]]) -> None:
         """Wait until the sinks have answered. Raises SourceBusy when Delta stops before."""
@@ -519,96 +530,6 @@ class Worker:
             else:
                 self._progress.reread_rows += len(found)
                 return [Change(table, item.key, version, row) for item, row, version in found]
-
-    def _submit(
-        self,
-        changes: Mapping[str, Sequence[Change]],
-        truncates: Mapping[str, int],
-        failures: list[Failure],
-        slice_: Slice | None = None,
-    ) -> list[Future[list[Applied]]]:
-        """Process the changes of all tables and hand the writes to the sinks, each its part (a slice's: to its own)."""
-        parts: dict[str, list[Part]] = {}
-        left: list[Left] = []
-        began, looked_up_s = self._clock(), 0.0
-        only = None if slice_ is None else slice_.sinks
-        enriching: dict[str, list[tuple[Asked, list[str]]]] = {}
-        for name in {**changes, **truncates}:
-            meant_ones = [sink for sink in self._tables[name].targets if meant(only, sink)]
-            enriching[name] = [
-                (asked_of(processor, changes.get(name, ()), self._at_hand), sinks)
-                for processor, sinks in self._pipeline.made_by(name, meant_ones)
-            ]
-        noted_s = self._note_first([asked for some in enriching.values() for asked, _ in some], truncates)
-        for name, some in enriching.items():
-            runtime = self._tables[name]
-            before_s = {lookup: caller.spent_s for lookup, caller in self._lookups.items()}
-            targets = runtime.targets
-            written = 0
-            for asked, sinks in some:
-                processed = process(
-                    runtime.codec.table, asked.processor, changes.get(name, ()), self._lookups, self._at_hand, asked
-                )
-                whole = len(sinks) == len(runtime.targets)
-                failures += processed.failures if whole else _for_each(processed.failures, sinks)
-                left += [Left(lookup, name, keys) for lookup, keys in processed.left.items()]
-                written = max(written, len(processed.writes))
-                for sink in sinks:
-                    part = Part(targets[sink], processed.writes, processed.changes, truncates.get(name))
-                    if part.writes or part.truncate is not None:
-                        parts.setdefault(sink, []).append(part)
-            # They are asked at the same time, so the slowest one is what was waited for.
-            spent = (caller.spent_s - before_s[lookup] for lookup, caller in self._lookups.items())
-            looked_up_s += max(spent, default=0.0)
-            self._progress.writes += written
-        if changes:
-            self._progress.stages["process"].add(max(0.0, self._clock() - began - looked_up_s - noted_s))
-            if self._lookups:
-                self._progress.stages["lookup"].add(looked_up_s)
-        if left:
-            self._remember_first(left)
-        results: list[Future[list[Applied]]] = []
-        for sink, sink_parts in parts.items():
-            result = self._writers[sink].submit(sink_parts, of_dump=slice_ is not None)
-            result.add_done_callback(lambda _: self.wake())
-            results.append(result)
-        return results
-
-    def _note_first(self, asked: Sequence[Asked], truncates: Mapping[str, int]) -> float:
-        """Store which keys rows are enriched by, in one crossing; return the seconds. Raises SourceBusy as below.
-
-        Before any look-up is asked, and its cache looked at: what is answered later is as new as a notice that did not
-        find the note.
-        """
-        uses = [use for one in asked for use in uses_of(one)]
-        kept = {table: version for table, version in truncates.items() if table in self._kept_tables}
-        if not uses and not kept:
-            return 0.0
-        began = self._clock()
-        self._until_stored(lambda: self._note(uses, kept))
-        took_s = max(0.0, self._clock() - began)
-        self._progress.stages["note"].add(took_s)
-        return took_s
-
-    def _remember_first(self, left: Sequence[Left]) -> None:
-        """Store which documents will lack an optional answer. Raises SourceBusy when Delta stops before.
-
-        Before any sink has them: however late such a document is written, and whatever becomes of this process,
-        somebody then knows of it.
-        """
-        self._until_stored(lambda: self._remember(left))
-
-    def _until_stored(self, store: Callable[[], None]) -> None:
-        """Repeat a call until the state store answers. Raises SourceBusy when Delta stops before."""
-        while True:
-            try:
-                store()
-            except StateBusy as error:
-                log.warning("state_waits", reason=redact(str(error)))
-                if self._stopping.wait(EVENTS_RETRY_S):
-                    raise SourceBusy("Delta stops before a batch could be processed.") from error
-            else:
-                return
 
     # ── finishing ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -643,61 +564,9 @@ class Worker:
 
     def _settle(self, job: Job) -> None:
         """Collect what became of a job, and keep its failures as dead letters. Raises what a sink raised."""
-        failures = [*job.failures, *_rejections(job.results), *_not_handled(job.handled)]
+        failures = [*job.failures, *rejections(job.results), *not_handled(job.handled)]
         if failures:
-            self._bury(failures, "load" if job.slice is not None else "log")
-
-    def _bury(self, failures: Sequence[Failure], origin: str) -> None:
-        """Store dead letters, unless there are too many: then the pipeline stops, and nothing is lost or stored."""
-        letters = [_letter(self._spec.name, item, origin, self._pipeline.documents) for item in failures]
-        if self._recent_letters is None:
-            self._recent_letters = deque(self._keep_trying(self._letters_of_earlier_runs))
-        recent, now = self._recent_letters, self._clock()
-        while recent and now - recent[0][0] > DEAD_LETTER_WINDOW_S:
-            recent.popleft()
-        known = {identity for _, identity in recent}  # those that are delivered again are not failing faster
-        recent.extend((now, identity) for identity in map(identity_of, letters) if identity not in known)
-        most = self._spec.errors.max_dead_letters_per_minute
-        if len(recent) > most:
-            first = failures[0]
-            raise TooManyDeadLetters(
-                f"{len(recent)} changes failed within a minute, and errors.max_dead_letters_per_minute is {most}; the"
-                f" last one is {first.change.table} {key_text(first.change.key)}, at stage {first.stage}:"
-                f" {redact(first.error)}. Correct the cause and run the pipeline again: nothing was dropped."
-            )
-        self._keep_trying(lambda: self._state.add_dead_letters(self._spec.name, letters))
-        self._progress.dead_letters += len(letters)
-        for item in failures[:3]:
-            log.warning(
-                "dead_letter",
-                table=item.change.table,
-                key=key_text(item.change.key),
-                stage=item.stage,
-                sink=item.sink,
-                error=redact(item.error),
-                of=len(failures),
-            )
-
-    def _letters_of_earlier_runs(self) -> list[tuple[float, str]]:
-        """Return the dead letters of the last minute, with when they failed by this run's clock.
-
-        Else one that is started again and again, as a service manager does, would be allowed as many at each start.
-        """
-        now, today = self._clock(), dt.datetime.now(dt.UTC)
-        since = today - dt.timedelta(seconds=DEAD_LETTER_WINDOW_S)
-        found = self._state.dead_letters_since(self._spec.name, since)
-        return [(now - max(0.0, (today - at).total_seconds()), identity) for at, identity in found]
-
-    def _keep_trying(self, call: Callable[[], T]) -> T:
-        """Repeat a call to the state store until it answers, or Delta gives up."""
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(StateBusy),
-            wait=tenacity.wait_random_exponential(0.1, 5.0),
-            stop=tenacity.stop_when_event_set(self._giving_up),
-            sleep=tenacity.sleep_using_event(self._giving_up),
-            reraise=True,
-        )
-        return retrying(call)
+            self._letters.report(failures, "load" if job.slice is not None else "log")
 
     def _drain(self) -> None:
         """Wait for what is in flight, at most DRAIN_BUDGET_S; what is not done by then is delivered again."""
@@ -719,81 +588,6 @@ class Worker:
         finally:
             timer.cancel()
 
-    # ── the capture's thread ─────────────────────────────────────────────────────────────────────────────────────
-
-    def _capture_until_drained(self) -> None:
-        """Feed the worker, then keep the capture for the last confirmations.
-
-        It starts and ends in this thread: a capture that is a child process may die with the thread that started it.
-        """
-        self._feed()
-        self._drained.wait()
-        self._capture.stop()
-
-    def _feed(self) -> None:
-        """Keep the capture running and queue what it delivers."""
-        failed = 0
-        while not self._stopping.is_set():
-            try:
-                self._check_slot()
-                self._capture.start()
-                began = self._clock()
-                while not self._stopping.is_set():
-                    batch = self._capture.poll(0.5)
-                    if batch is None:
-                        continue
-                    now = self._clock()
-                    self._progress.stages["poll"].add(now - began)
-                    began = now
-                    if failed:
-                        failed = 0
-                        self._progress.waits("capture", None)
-                    with self._news:
-                        self._batches.append(batch)
-                        self._news.notify_all()
-            except Transient as error:  # it died, or source or state store could not be asked about the slot
-                if self._stopping.is_set():
-                    return
-                failed += 1
-                self._progress.capture_restarts += 1
-                delay_s = min(RESTART_MOST_S, RESTART_FIRST_S * 2 ** (failed - 1))
-                self._progress.waits("capture", str(error))
-                log.warning("capture_died", reason=str(error), restart_in_s=delay_s)
-                with self._news:
-                    self._batches.clear()  # delivered again, from behind what was confirmed
-                self._stopping.wait(delay_s)
-            except BaseException as error:  # noqa: BLE001 -- a defect: the worker stops with it
-                self.fail(error)
-                return
-
-
-def _for_each(failures: Iterable[Failure], sinks: Sequence[str]) -> list[Failure]:
-    """Return failures of a function that is not for all of a table's sinks: others may have the document."""
-    return [failed._replace(sink=sink) for failed in failures for sink in sinks]
-
-
-def _rejections(results: Iterable[Future[list[Applied]]]) -> list[Failure]:
-    """Return a failure for each write that a sink rejected. Raises what a sink raised."""
-    return [
-        Failure(change, "apply", outcome.reason, "", sink)
-        for result in results
-        for sink, part, outcomes in result.result()
-        if outcomes.count(APPLIED) < len(outcomes)
-        for change, outcome in zip(part.changes, outcomes, strict=True)
-        if outcome.kind == "rejected"
-    ]
-
-
-def _not_handled(results: Iterable[Future[list[Unhandled]]]) -> list[Failure]:
-    """Return a failure for each event that a handler did not take. Raises HandlersBusy when Delta stopped before."""
-    return [
-        Failure(
-            Change(event.table, event.key, event.version, event.after), "handle", error, trace, handler.place, event
-        )
-        for result in results
-        for handler, event, error, trace in result.result()
-    ]
-
 
 def _read_before(job: Job, generation: int, decoded: Decoded) -> bool:
     """Tell whether a batch in flight may write a row with the version that this one's gets, which is read by its key.
@@ -803,43 +597,3 @@ def _read_before(job: Job, generation: int, decoded: Decoded) -> bool:
     if job.batch is None or job.decoded is None:
         return False
     return job.batch.generation != generation or decoded.reads_rows_of(job.decoded)
-
-
-def _undecodable(item: Undecodable, codecs: Mapping[str, TableCodec]) -> Failure:
-    """A change of which not even the key can be read; what there is of the event stands in the error.
-
-    Not of a table with masks: nobody knows what is in which column of an event that cannot be read.
-    """
-    table = codecs[item.table].table if item.table in codecs else None
-    event = without_values(table, item.event)
-    reason = str(item.error) if event is item.event else "The event cannot be read; columns of its table are masked."
-    error = DeltaError(f"{reason} The event was {event!r:.2000}")
-    return failure(Change(item.table, item.key, item.version, None), "decode", error)
-
-
-def _letter(pipeline: str, item: Failure, origin: str, documents: Collection[str]) -> DeadLetter:
-    now = dt.datetime.now(dt.UTC)
-    if item.event is None:
-        event = DeltaEvent.of(pipeline, item.change, now, "load" if origin == "load" else "log")
-        if item.change.table in documents:
-            event = event._replace(row=None)  # it is read again when it is replayed
-    else:
-        event = item.event.delta_event(pipeline)
-    try:
-        encoded = encode_event(event)
-    except TypeError:
-        encoded = encode_event(event._replace(row=None, before=None))
-    return DeadLetter(
-        table=item.change.table,
-        key_text=key_text(item.change.key) if item.change.key else "?",
-        version=item.change.version,
-        sink=item.sink,
-        stage=item.stage,
-        error=item.error,
-        trace=item.trace,
-        event=encoded,
-        created_at=now,
-    )
-
-
-__all__ = ["Job", "PipelineStopped", "TableRuntime", "Worker"]

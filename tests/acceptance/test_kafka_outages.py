@@ -48,15 +48,17 @@ import time
 
 import delta_debezium.supervision
 import delta_sync.applying
-import delta_sync.sinks.mongodb
+import delta_sync.sinks.mongodb_link
 import delta_sync.sinks.redis_link
-import delta_sync.sinks.search
+import delta_sync.sinks.search_link
 
 delta_sync.applying.RETRY_MOST_S = 3.0  # of 15
-delta_sync.sinks.mongodb.SERVER_SELECTION_TIMEOUT_MS = delta_sync.sinks.mongodb.CONNECT_TIMEOUT_MS = 2_000  # of 5
-delta_sync.sinks.mongodb.SOCKET_TIMEOUT_MS = 3_000  # of 60
+delta_sync.sinks.mongodb_link.SERVER_SELECTION_TIMEOUT_MS = 2_000  # of 5
+delta_sync.sinks.mongodb_link.CONNECT_TIMEOUT_MS = 2_000  # of 5
+delta_sync.sinks.mongodb_link.SOCKET_TIMEOUT_MS = 3_000  # of 60
 delta_sync.sinks.redis_link.CONNECT_TIMEOUT_S = delta_sync.sinks.redis_link.REPLY_TIMEOUT_S = 2.0  # of 5 and 15
-delta_sync.sinks.search.CONNECT_TIMEOUT_S, delta_sync.sinks.search.READ_TIMEOUT_S = 2.0, 3.0  # of 5 and 60
+delta_sync.sinks.search_link.CONNECT_TIMEOUT_S = 2.0  # of 5
+delta_sync.sinks.search_link.READ_TIMEOUT_S = 3.0  # of 60
 
 
 def watch():

@@ -18,7 +18,8 @@ import yaml
 from acceptance.harness import SHAPES
 from acceptance.kafka_harness import KafkaStage, kafka_stage
 from delta_sync.errors import CheckFailed, Problem
-from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, open_group
+from delta_sync.kafka.clients import open_group
+from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy
 from delta_sync.kafka.settings import Timeouts
 from delta_sync.spec import KafkaSpec, RegistrySpec, SecuritySpec, spec_from
 from delta_sync.testing.kafka import admin_client

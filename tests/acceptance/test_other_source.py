@@ -230,6 +230,24 @@ def ended(board: SignalBoard, dump: int) -> bool:
     return any(f" {dump}." in id_ and heard.over for id_, heard in board.heard.items())
 
 
+def dumps_with_a_pause(pipeline: OtherPipeline, board: SignalBoard, *options: str) -> list[int]:
+    """Start dumps and pause the first one in its midst; return all of them, in the order in which they run.
+
+    If Debezium had read everything of it before it was told to pause, this is done once more.
+    """
+    while True:
+        dumps = sorted(found["id"] for found in pipeline.dump("start", pipeline.name, *options))
+        first = dumps[0]
+        wait_until(lambda: said(board).place is not None, PATIENCE_S, "the midst of a dump")
+        pipeline.dump("pause", pipeline.name, str(first))
+        wait_until(lambda: said(board).paused or ended(board, first), PATIENCE_S, "a pause")  # noqa: B023 -- called at once
+        if not ended(board, first):
+            return dumps
+        pipeline.dump("resume", pipeline.name, str(first))
+        for one in dumps:
+            assert pipeline.dump("show", pipeline.name, str(one), "--wait")[0]["state"] == "done"
+
+
 def test_rows_are_loaded_and_dumped_while_they_change_and_processes_die(
     pipeline: OtherPipeline, started: contextlib.ExitStack
 ) -> None:
@@ -266,10 +284,7 @@ def test_rows_are_loaded_and_dumped_while_they_change_and_processes_die(
     writer = Writing(pipeline.shop, seed=5)
     writer.start()
     started.callback(writer.stop)
-    first, second = sorted(found["id"] for found in pipeline.dump("start", name))
-    wait_until(lambda: said(board).place is not None, PATIENCE_S, "the midst of a dump")
-    pipeline.dump("pause", name, str(first))
-    wait_until(lambda: said(board).paused, PATIENCE_S, "a pause")
+    first, second = dumps_with_a_pause(pipeline, board)
     paused_ms = said(board).at_ms
     sidecar.kill()  # its Debezium Server ends with it; the next one reads on, and is paused again
     sidecar = start(pipeline, started, "sidecar")
@@ -279,15 +294,7 @@ def test_rows_are_loaded_and_dumped_while_they_change_and_processes_die(
     for one in (first, second):
         assert pipeline.dump("show", name, str(one), "--wait")[0]["state"] == "done"
 
-    while True:
-        (third,) = (found["id"] for found in pipeline.dump("start", name, "--table", part))
-        wait_until(lambda: said(board).place is not None, PATIENCE_S, "the midst of a dump that is cancelled")
-        pipeline.dump("pause", name, str(third))
-        wait_until(lambda: said(board).paused or ended(board, third), PATIENCE_S, "a pause")  # noqa: B023 -- called at once
-        if said(board).paused:
-            break
-        pipeline.dump("resume", name, str(third))  # Debezium had read everything before it was told to pause
-        assert pipeline.dump("show", name, str(third), "--wait")[0]["state"] == "done"
+    (third,) = dumps_with_a_pause(pipeline, board, "--table", part)
     pipeline.dump("cancel", name, str(third))
     (some,) = pipeline.dump("start", name, "--table", item, "--keys", "1,2,3,999999", "--wait")
     assert some["state"] == "done"

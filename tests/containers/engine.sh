@@ -41,6 +41,7 @@ finish() {
     trap - EXIT INT TERM
     kill "$engine" 2>/dev/null || true
     wait "$engine" || true
+    umount "$run/run/netns/default" 2>/dev/null || true # it may leave that mounted
     rm -rf "$run"
     exit "$status"
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import uuid
@@ -20,6 +21,8 @@ from deltactl.manifests import UID
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "compose" / "dev"
 UP_TIMEOUT_S = 300.0  # seven containers on a machine that does a lot else; a minute by itself
+RETRIES = 6  # of a sink that is down: some seconds, in which a worker that confirmed too early would have done so
+STATUS = "import sys, urllib.request as u; sys.stdout.write(u.urlopen('http://127.0.0.1:9464/status').read().decode())"
 KILL_OTHERS = (
     "import os; [os.kill(int(p), 9) for p in os.listdir('/proc') if p.isdigit() and int(p) not in (1, os.getpid())]"
 )
@@ -82,6 +85,23 @@ def test_what_is_written_is_in_redis_though_the_worker_is_killed(stack: Compose,
     copy.wait_until_in_step()
     assert inspected(worker)["RestartCount"] == 1
     wait_until(partial(is_healthy, worker), UP_TIMEOUT_S, "being healthy again")
+
+
+def test_what_a_worker_had_in_hand_when_it_was_killed_is_not_lost(stack: Compose, copy: Copy) -> None:
+    """It has read changes and cannot write them; if it had confirmed them, nobody would read them again."""
+    worker, cache = stack.container("worker"), stack.container("redis")
+    before = retries(worker)
+    docker("stop", cache)
+    copy.change(50_001)
+    wait_until(lambda: retries(worker) >= before + RETRIES, UP_TIMEOUT_S, "a worker that cannot write")
+    docker("exec", worker, "python", "-c", KILL_OTHERS, check=False)
+    docker("start", cache)
+    copy.wait_until_in_step()
+
+
+def retries(worker: str) -> int:
+    """Return how often a worker had to write once more to its sink."""
+    return int(json.loads(docker("exec", worker, "python", "-c", STATUS).stdout)["sinks"]["cache"]["retries"])
 
 
 def test_a_worker_that_is_stopped_drains(stack: Compose, copy: Copy) -> None:

@@ -30,7 +30,8 @@ from kafka.admin import (
 from kafka.structs import OffsetAndMetadata
 
 from delta_sync.errors import CheckFailed, StateBusy
-from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, PositionsExpired, Records, open_group
+from delta_sync.kafka.clients import open_group
+from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, PositionsExpired, Records
 from delta_sync.kafka.notices import KafkaNotices
 from delta_sync.kafka.settings import Timeouts
 from delta_sync.notices import NoticeIntake

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
+from bson import ObjectId
 from bson.decimal128 import Decimal128
 from bson.int64 import Int64
 from pymongo import MongoClient
@@ -19,16 +20,11 @@ from pymongo.database import Database
 
 from delta_sync.changes import APPLIED, STALE, Write
 from delta_sync.errors import SinkBusy, SinkRefused, UsageError
-from delta_sync.sinks import mongodb as module
+from delta_sync.sinks import mongodb_link
 from delta_sync.sinks.base import Stored, Target
-from delta_sync.sinks.mongodb import (
-    CODEC,
-    FLOOR_ID,
-    TOMBSTONES,
-    MongoOptions,
-    MongoSink,
-    MongoTargetOptions,
-)
+from delta_sync.sinks.mongodb import MongoOptions, MongoSink, MongoTargetOptions
+from delta_sync.sinks.mongodb_collections import TOMBSTONES
+from delta_sync.sinks.mongodb_documents import CODEC, FLOOR_ID
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.contract import (
     MOVIE,
@@ -293,7 +289,7 @@ def test_all_documents_are_looked_at_until_a_floor_has_settled(
 def test_a_sweep_looks_at_everything_in_parts(
     clocked: MongoSink, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SCAN_BATCH", 40)
+    monkeypatch.setattr(mongodb_link, "SCAN_BATCH", 40)
     count = 50
     writes = [Write((n,), 5, {"n": n}) for n in range(count)]
 
@@ -588,6 +584,33 @@ def test_documents_of_others_are_a_problem(sink: MongoSink, target: Target, data
     (problem,) = sink.check([target])
     assert problem.fatal
     assert_matches(str(problem), "sink docs: .*delta_contract.movie holds documents that Delta did not write")
+
+
+def test_ids_that_others_made_are_no_key(sink: MongoSink, database: Database[dict[str, Any]]) -> None:
+    """Somebody has put documents beside Delta's, after it had been checked that there were none."""
+    columns = (Column("b", "text", Kind.TEXT), Column("a", "integer", Kind.INTEGER))
+    target = sink.target(Table(DATABASE, "pair", columns, ("b", "a")), MongoTargetOptions())
+    sink.drop(target)
+    sink.prepare(target)
+    apply(sink, target, ("x", 1), 5, {"n": 1})
+    database["pair"].insert_many([{"_id": ObjectId()}, {"_id": 7}, {"_id": "text"}, {"_id": {"b": "x"}}])
+    keys = [sink.key_of(target, id_) for batch in sink.scan_ids(target) for id_ in batch]
+    assert sorted(keys, key=str) == [("x", 1), None, None, None, None]
+    assert sink.newest_version(target) == 5
+    assert sink.truncate(target, 6) == 1
+    sink.drop(target)
+
+
+def test_a_sweep_meets_an_id_of_another_number_type(
+    sink: MongoSink, target: Target, database: Database[dict[str, Any]]
+) -> None:
+    """To MongoDB 1 and 1.0 are one `_id`: a column may have been an integer when the tombstone was written."""
+    apply(sink, target, (1,), 6, None)
+    database["movie"].insert_one({"_id": 1.0, "_version": 7})
+    apply(sink, target, (2,), 6, None)
+    database["movie"].insert_one({"_id": 2, "_version": 5})
+    assert sink.sweep(target) == 1
+    assert [one["_version"] for one in database["movie"].find()] == [7]
 
 
 def assert_matches(text: str, pattern: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,11 @@ def target(sink: ParquetSink) -> Target:
     return sink.target(MOVIE, ParquetTargetOptions())
 
 
+def reopened(sink: ParquetSink, **options: Any) -> ParquetSink:
+    """Return a sink of the same files, in the same store."""
+    return ParquetSink("lake", sink.url, ParquetOptions(storage=sink.options.storage, **options), TTL_S)
+
+
 def files(sink: ParquetSink, target: Target) -> list[str]:
     return [path.partition("/delta_contract.movie/")[2] for path in sink._files(target)]
 
@@ -76,7 +82,7 @@ class FilesOfParquet:
         sink.apply(target, [Write((11,), 7, {"n": 0})])
         assert sink.sweep(target, 60.0) == 0, "too little to merge"
         assert len(files(sink, target)) == 4
-        other = ParquetSink("lake", sink.url, ParquetOptions(buckets=5), TTL_S)
+        other = reopened(sink, buckets=5)
         assert other.read(target, [(n,) for n in range(50)]) == before, "with another number of buckets"
         assert len(scanned(other, target)) == 40
 
@@ -109,7 +115,7 @@ class FilesOfParquet:
         assert sink._ask("cat_file", path) == b"integer"
 
     def test_history_keeps_all_that_was_written(self, sink: ParquetSink) -> None:
-        history = ParquetSink("lake", sink.url, ParquetOptions(keep="history"), TTL_S)
+        history = reopened(sink, keep="history")
         target = history.target(MOVIE, ParquetTargetOptions(folder="movies"))
         for version in range(5, 0, -1):
             assert apply(history, target, (1,), version, {"n": version}) == APPLIED
@@ -121,7 +127,8 @@ class FilesOfParquet:
 
     def test_expired_tombstones_go_when_files_are_merged(self, sink: ParquetSink, target: Target) -> None:
         now_s = 1_000_000.0
-        clocked = ParquetSink("lake", sink.url, ParquetOptions(buckets=1), 60, now=lambda: now_s)
+        options = ParquetOptions(buckets=1, storage=sink.options.storage)
+        clocked = ParquetSink("lake", sink.url, options, 60, now=lambda: now_s)
         apply(clocked, target, (1,), 5, None)
         apply(clocked, target, (2,), 5, {"n": 2})
         now_s += 59
@@ -132,7 +139,7 @@ class FilesOfParquet:
         assert clocked.read(target, [(1,), (2,)]) == [None, Stored(5, {"n": 2})]
 
     def test_the_first_process_says_which_type_a_field_has(self, sink: ParquetSink, target: Target) -> None:
-        other = ParquetSink("lake", sink.url, ParquetOptions(), TTL_S)
+        other = reopened(sink)
         assert apply(sink, target, (1,), 5, {"year": 1942}) == APPLIED
         outcome = apply(other, target, (2,), 5, {"year": "soon"})
         assert outcome.kind == "rejected"

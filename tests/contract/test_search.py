@@ -19,14 +19,10 @@ import requests
 from delta_sync.changes import APPLIED, STALE, Outcome, Write
 from delta_sync.errors import SinkBusy, SinkRefused
 from delta_sync.sinks.base import Stored, Target
-from delta_sync.sinks.search import (
-    Place,
-    SearchOptions,
-    SearchSink,
-    SearchTargetOptions,
-    bulk_entry,
-    delete_entry,
-)
+from delta_sync.sinks.search import SearchOptions, SearchSink, SearchTargetOptions
+from delta_sync.sinks.search_bulk import BULK_BYTES, Bulks
+from delta_sync.sinks.search_documents import bulk_entry, delete_entry
+from delta_sync.sinks.search_indices import Place
 from delta_sync.tables import Column, Kind, Table, key_text
 from delta_sync.testing.contract import (
     MOVIE,
@@ -577,14 +573,16 @@ class Canned(http.server.BaseHTTPRequestHandler):
     seen: list[str | None]
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
         self.seen.append(self.headers.get("Authorization"))
-        body = orjson.dumps(self.body)
+        body = self.body if isinstance(self.body, bytes) else orjson.dumps(self.body)
         self.send_response(self.status)
         for name, value in {**self.headers_given, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST  # noqa: N815 -- its base class's names
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- its base class's name
         pass
@@ -626,21 +624,54 @@ def test_refusing_answers_quote_no_secret(status: int) -> None:
         sink.close()
 
 
+@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("body", [b"<html>", b"", b'{"errors":', b"[]"], ids=["page", "nothing", "half", "list"])
+def test_what_answers_in_the_stores_place_is_busy(status: int, body: bytes) -> None:
+    """Such as a load balancer with a page of its own, for as long as there is no store behind it."""
+    with canned(status, body) as (host, _):
+        sink = open_sink(f"http://{host}")
+        target = sink.target(MOVIE, SearchTargetOptions())
+        for call in (
+            lambda: apply(sink, target, (1,), 6, {"n": 6}),
+            lambda: sink.read(target, [(1,)]),
+            lambda: list(sink.scan(target)),
+            lambda: sink.newest_version(target),
+            lambda: sink.truncate(target, 3),
+            lambda: sink.sweep(target),
+            lambda: sink.prepare(target),
+            lambda: sink.drop(target),
+        ):
+            with pytest.raises(SinkBusy, match=f"no JSON object \\(status {status}\\)"):
+                call()
+        (problem,) = sink.check([target])
+        assert problem.fix == "check its address"
+        sink.close()
+
+
+def test_another_api_is_no_search_store() -> None:
+    with canned(200, {"hello": "world"}) as (host, _):
+        sink = open_sink(f"http://{host}")
+        (problem,) = sink.check([])
+        assert "is neither Elasticsearch nor OpenSearch" in problem.what
+        sink.close()
+
+
 def test_items_that_the_store_was_too_busy_for_are_sent_again_alone() -> None:
     sent: list[int] = []
 
-    class Counting(SearchSink):
-        def _bulk_part(
+    class Counting(Bulks):
+        def _send_part(
             self, index: str, params: dict[str, str], part: Mapping[int, bytes], busy: dict[int, str]
         ) -> dict[int, Outcome]:
             sent.append(len(part))
             reply["items"] = [{"index": item} for item in (items if len(part) == 3 else items[1:2])]
-            return super()._bulk_part(index, params, part, busy)
+            return super()._send_part(index, params, part, busy)
 
     items = [{"status": 201}, {"status": 429, "error": {"type": "rejected"}}, {"status": 409, "error": {"type": "x"}}]
     reply: dict[str, object] = {"errors": True}
     with canned(200, reply) as (host, _):
-        sink = Counting("search", f"http://{host}", SearchOptions(), TTL_S, sleep=lambda _: None)
+        sink = open_sink(f"http://{host}")
+        sink._bulks = Counting(sink._link, False, BULK_BYTES, sleep=lambda _: None)
         with pytest.raises(SinkBusy, match="too busy for 1 of 3 writes: rejected"):
             sink.apply(sink.target(MOVIE, SearchTargetOptions()), [Write((n,), 5, {}) for n in range(3)])
         assert sent == [3, 1, 1, 1]

@@ -19,7 +19,8 @@ from columns_contract import ColumnsContract
 from delta_sync.changes import APPLIED, STALE, Write
 from delta_sync.errors import SinkBusy, SinkRefused, UsageError
 from delta_sync.sinks.base import Stored, Target
-from delta_sync.sinks.sql import ROWS, SqlOptions, SqlSink, SqlTargetOptions
+from delta_sync.sinks.sql import SqlOptions, SqlSink, SqlTargetOptions
+from delta_sync.sinks.sql_tables import ROWS
 from delta_sync.testing.contract import MOVIE, AnySink, apply, scanned, storm
 from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.testing.servers import PostgreSQL
@@ -80,7 +81,7 @@ def target(sink: SqlSink) -> Iterator[Target]:
 
 
 def query(sink: SqlSink, statement: str) -> list[Mapping[str, Any]]:
-    with sink._connected().begin() as connection:
+    with sink._link.reading() as connection:
         found = connection.execute(sa.text(statement))
         return [dict(row) for row in found.mappings()] if found.returns_rows else []
 
@@ -233,6 +234,24 @@ def test_a_view_of_the_users_own_is_a_problem(sink: SqlSink, target: Target) -> 
         sink.target(MOVIE, SqlTargetOptions(table=f"movie{ROWS}"))
 
 
+def test_drop_removes_what_is_left_when_somebody_dropped_the_table(sink: SqlSink, target: Target) -> None:
+    """Else the floor would stay, and keep out what a new pipeline of that name writes."""
+    sink.truncate(target, 9)
+    query(sink, "DROP TABLE movie__delta" + ("" if sink.is_sqlite else " CASCADE"))
+    assert sink.drop(target) == 0
+    assert [name for name in names_in(sink) if name.startswith("movie")] == []
+
+
+def test_drop_leaves_tables_of_others(sink: SqlSink, target: Target) -> None:
+    sink.drop(target)
+    query(sink, "CREATE TABLE movie__delta (id integer)")
+    query(sink, "CREATE TABLE movie__delta_floor (id integer)")
+    assert sink.drop(target) == 0
+    assert {"movie__delta", "movie__delta_floor"} <= set(names_in(sink))
+    query(sink, "DROP TABLE movie__delta_floor")
+    query(sink, "DROP TABLE movie__delta")
+
+
 def test_tables_are_in_the_schema_that_the_user_chose(postgresql: PostgreSQL) -> None:
     sink = SqlSink("warehouse", postgresql.url, SqlOptions(db_schema="films %s"), TTL_S)
     query(sink, 'CREATE SCHEMA IF NOT EXISTS "films %s"')
@@ -318,7 +337,7 @@ def test_a_new_generation_is_built_beside_the_old_one_and_takes_the_view_over(
 
 
 def names_in(sink: SqlSink) -> list[str]:
-    with sink._connected().begin() as connection:
+    with sink._link.reading() as connection:
         inspector = sa.inspect(connection)
         return [*inspector.get_table_names(), *inspector.get_view_names()]
 

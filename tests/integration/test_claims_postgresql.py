@@ -21,7 +21,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from delta_sync.load import SharedSamples
+from delta_sync.samples import SharedSamples
 from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot, sample_of
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.sources.reader import Chunk

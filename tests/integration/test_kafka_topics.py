@@ -16,7 +16,8 @@ from kafka.structs import OffsetAndMetadata
 from delta_sync.errors import CheckFailed
 from delta_sync.kafka import settings
 from delta_sync.kafka.capture import KafkaCapture
-from delta_sync.kafka.consumer import KafkaBusy, Partition, open_group
+from delta_sync.kafka.clients import open_group
+from delta_sync.kafka.consumer import KafkaBusy, Partition
 from delta_sync.kafka.names import group_id
 from delta_sync.kafka.offsets import GroupOffsets
 from delta_sync.kafka.topic_ids import SeenTopics, TopicStore, look_at_topics

@@ -1,24 +1,43 @@
 #!/bin/sh
-# A store of objects that speaks S3, for `make test-elsewhere`: Versity's gateway over a folder, built from its source.
-#   usage: objects.sh FOLDER    (where versitygw is put; once, some 10 minutes of CPU time)
-# Go holds each module against the public log of checksums.
+# Stores of objects for `make test-elsewhere`, each where it is not yet (once, some 15 minutes of CPU time):
+# one that speaks S3, Versity's gateway over a folder; one that speaks as Google's, fake-gcs-server; and Azurite, Azure's.
+#   usage: objects.sh FOLDER    (bin/ and azurite/ are put there)
+# Go holds each module against the public log of checksums, npm each package against azurite/package-lock.json.
 set -eu
 
-version=v1.8.0
+versitygw=v1.8.0
+fake_gcs_server=v1.56.1
+here=$(CDPATH='' cd "$(dirname "$0")" && pwd)
 folder=$1
-[ ! -x "$folder/versitygw-$version" ] || exit 0
 
-PATH="$PATH:/usr/local/go/bin"
-if ! command -v go >/dev/null; then
+# need PROGRAM PACKAGE: Debian's package, where the program is not.
+need() {
+    ! command -v "$1" >/dev/null || return 0
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         export DEBIAN_FRONTEND=noninteractive
         apt-get update -q
-        apt-get install -q -y --no-install-recommends golang-go ca-certificates
+        apt-get install -q -y --no-install-recommends "$2" ca-certificates
     else
-        echo "Please install Go (Debian's package name): golang-go" >&2
+        echo "Please install (Debian's package name): $2" >&2
         exit 1
     fi
+}
+
+# built NAME VERSION MODULE
+built() {
+    [ ! -x "$folder/bin/$1-$2" ] || return 0
+    need go golang-go
+    GOBIN="$folder/bin" CGO_ENABLED=0 go install "$3@$2"
+    mv "$folder/bin/$1" "$folder/bin/$1-$2"
+}
+
+PATH="$PATH:/usr/local/go/bin"
+mkdir -p "$folder/bin" "$folder/azurite"
+built versitygw "$versitygw" github.com/versity/versitygw/cmd/versitygw
+built fake-gcs-server "$fake_gcs_server" github.com/fsouza/fake-gcs-server
+if ! cmp -s "$here/azurite/package-lock.json" "$folder/azurite/node_modules/.installed"; then
+    need npm npm
+    cp "$here/azurite/package.json" "$here/azurite/package-lock.json" "$folder/azurite"
+    npm --prefix "$folder/azurite" ci --ignore-scripts --no-audit --no-fund
+    cp "$here/azurite/package-lock.json" "$folder/azurite/node_modules/.installed"
 fi
-mkdir -p "$folder"
-GOBIN="$folder" CGO_ENABLED=0 go install "github.com/versity/versitygw/cmd/versitygw@$version"
-mv "$folder/versitygw" "$folder/versitygw-$version"

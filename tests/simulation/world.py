@@ -20,10 +20,10 @@ import orjson
 from delta_sync.changes import Change, Key
 from delta_sync.decoding import Decoded, Stretch, decode
 from delta_sync.delta_event import DeltaEvent, Origin, decode_event, encode_event
-from delta_sync.load import SharedSamples
 from delta_sync.pipeline import Pipeline
 from delta_sync.processing import Failure, process
 from delta_sync.rereads import Rereader
+from delta_sync.samples import SharedSamples
 from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
 from delta_sync.sources.postgresql.codec import table_codec
 from delta_sync.sources.postgresql.reader import PostgresReader

@@ -13,6 +13,7 @@ import pytest
 
 from delta_sync.calling import LEFT_MOST, Caller
 from delta_sync.changes import Change
+from delta_sync.dead_letters import letter_of
 from delta_sync.decoding import Decoded, Event, Image, Stretch, TableCodec, decode
 from delta_sync.delta_event import decode_event, encode_event
 from delta_sync.errors import HandlersBusy, PipelineStopped, Transient, UndecodableChange, UsageError
@@ -27,7 +28,7 @@ from delta_sync.tables import Column, Kind, Table
 from delta_sync.testing.processes import wait_until
 from delta_sync.values import Row
 from delta_sync.versions import version_of
-from delta_sync.worker import Job, _letter
+from delta_sync.worker import Job
 
 EPOCH = 7
 AT = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
@@ -449,7 +450,7 @@ def test_a_dead_letter_is_replayed_by_its_handler_with_all_that_it_was(scene: Sc
     movies.on("public.movie", name="notify")(scene.handle)
     event = event_of(5, before={"id": 1, "title": "A"}, op="update")
     failed = Failure(Change(event.table, event.key, 5, event.after), "handle", "it was down", "", "on:notify", event)
-    letter = _letter("movies", failed, "log", ())
+    letter = letter_of("movies", failed, "log", ())
     kept = decode_event(letter.event)
     assert _handle_again(letter, kept, movies) is None
     assert scene.calls == [event]

@@ -12,10 +12,12 @@ import pytest
 
 from delta_sync import load
 from delta_sync.changes import Change, Key
+from delta_sync.dumping import RETRY_S
 from delta_sync.dumps import Dump
 from delta_sync.errors import EpochRose, SourceBusy, UsageError
-from delta_sync.load import Loader, SharedSamples, Slice
+from delta_sync.load import Loader, Slice
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.samples import SharedSamples
 from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
 from delta_sync.sources.postgresql.reader import Blocker, PostgresReader
 from delta_sync.sources.reader import Chunk
@@ -460,7 +462,7 @@ def test_a_source_that_does_not_answer_is_asked_again(make: MakeBench) -> None:
     states: list[tuple[str, str | None]] = []
     bench.stopping.during = lambda: states.append(bench.progress.state())
     bench.loader().run()
-    assert bench.stopping.pauses == [load.RETRY_S] * 2
+    assert bench.stopping.pauses == [RETRY_S] * 2
     assert states == [("waiting", "load: it starts up")] * 2
     assert bench.finished == [MOVIE]
     assert bench.progress.state()[0] != "waiting"

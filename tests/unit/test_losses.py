@@ -11,8 +11,8 @@ import pytest
 from delta_sync import watch
 from delta_sync.errors import EpochRose, SlotMissing, SourceBusy
 from delta_sync.kafka.delivered import confirmable
-from delta_sync.load import SharedSamples
 from delta_sync.progress import LogPosition, Progress
+from delta_sync.samples import SharedSamples
 from delta_sync.sources.mysql.position import BinlogPosition
 from delta_sync.sources.postgresql.claims import Sample, Samples
 from delta_sync.sources.postgresql.reader import PostgresReader, Slot

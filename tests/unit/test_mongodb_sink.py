@@ -12,21 +12,22 @@ import bson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pymongo.errors import AutoReconnect, ConfigurationError, OperationFailure, ServerSelectionTimeoutError
-
-from delta_sync.errors import SinkBusy, SinkRefused, UsageError
-from delta_sync.sinks.mongodb import (
-    CODEC,
-    MongoOptions,
-    MongoSink,
-    MongoTargetOptions,
-    bson_decimal,
-    bson_id,
-    client_options,
-    key_of,
-    missing_actions,
-    parse_path,
+from pymongo import ReplaceOne, UpdateOne
+from pymongo.errors import (
+    AutoReconnect,
+    BulkWriteError,
+    ConfigurationError,
+    OperationFailure,
+    ServerSelectionTimeoutError,
 )
+
+from delta_sync.changes import STALE
+from delta_sync.errors import SinkBusy, SinkRefused, UsageError
+from delta_sync.sinks.mongodb import MongoOptions, MongoSink, MongoTargetOptions
+from delta_sync.sinks.mongodb_bulk import Operation, send
+from delta_sync.sinks.mongodb_collections import missing_actions
+from delta_sync.sinks.mongodb_documents import CODEC, bson_decimal, bson_id, key_of
+from delta_sync.sinks.mongodb_link import client_options, parse_path
 from delta_sync.tables import Column, Kind, Table, key_text
 
 NUMBER = Table("public", "by_number", (Column("n", "numeric", Kind.DECIMAL),), ("n",))
@@ -144,7 +145,7 @@ def test_privileges_are_needed_on_both_collections() -> None:
 
 
 def typed_errors() -> AbstractContextManager[None]:
-    return sink()._typed_errors()  # pyright: ignore[reportPrivateUsage] -- every call to the server goes through it
+    return sink()._link.typed_errors()  # pyright: ignore[reportPrivateUsage] -- every call to the server goes through it
 
 
 @pytest.mark.parametrize(
@@ -170,3 +171,48 @@ def test_errors_are_busy_or_refused(raised: Exception, expected: type[Exception]
 
 def test_uuids_are_of_subtype_4() -> None:
     assert through_bson(bson_id(NUMBER, (uuid.UUID(int=7),))) == uuid.UUID(int=7)  # others come back as Binary
+
+
+@pytest.mark.parametrize(
+    ("query", "what"),
+    [
+        ("tls=true&tlsCAFile=/nowhere/ca.pem", "/nowhere/ca.pem"),
+        ("authMechanism=MONGODB-X509&authSource=studio", "authentication source must be"),
+    ],
+)
+def test_options_of_the_url_that_the_driver_does_not_take_are_a_problem(query: str, what: str) -> None:
+    (problem,) = sink(f"mongodb://docs/studio?{query}").check([])
+    assert what in problem.what
+
+
+class Racing:
+    """A collection in which some upserts of each bulk meet another one: what a stand-in cannot be brought to say."""
+
+    def __init__(self, *losers: set[int]) -> None:
+        self.losers = list(losers)  # places in the first bulk, in the second, …
+        self.sent: list[int] = []
+
+    def bulk_write(self, operations: list[Operation], ordered: bool) -> None:
+        assert not ordered
+        self.sent.append(len(operations))
+        errors = [{"index": n, "code": 11000, "keyPattern": {"_id": 1}} for n in sorted(self.losers.pop(0))]
+        if errors:
+            raise BulkWriteError({"writeErrors": errors})
+
+
+def sent(collection: Any, operation: Operation) -> Any:
+    return send(sink()._link, collection, dict.fromkeys((4, 5, 6), operation), lambda _: {})
+
+
+def test_an_upsert_that_another_one_met_is_sent_once_more() -> None:
+    """It may be the newer one of the two. Met again, there is a document that its filter does not find: a newer one."""
+    upsert = ReplaceOne({"_id": 1}, {"n": 1}, upsert=True)
+    once, twice = Racing({1, 2}, set()), Racing({0, 2}, {1})
+    assert (sent(once, upsert), once.sent) == ({}, [3, 2])
+    assert (sent(twice, upsert), twice.sent) == ({6: STALE}, [3, 2])
+
+
+def test_a_tombstone_that_others_met_twice_is_busy() -> None:
+    """Its filter has no version, so it is there, and was not raised."""
+    with pytest.raises(SinkBusy, match="MongoDB at docs: two writers of one tombstone met twice"):
+        sent(Racing({0}, {0}), UpdateOne({"_id": 1}, {"$max": {"version": 5}}, upsert=True))

@@ -12,8 +12,8 @@ from delta_sync import rereads
 from delta_sync.changes import Key
 from delta_sync.decoding import Lacking
 from delta_sync.errors import SourceBusy
-from delta_sync.load import SharedSamples
 from delta_sync.rereads import Ahead, AheadOfLog, Rereader
+from delta_sync.samples import SharedSamples
 from delta_sync.sources.postgresql.claims import Sample, Samples, Snapshot
 from delta_sync.sources.postgresql.reader import PostgresReader
 from delta_sync.sources.reader import Chunk

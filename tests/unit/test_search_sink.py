@@ -14,21 +14,11 @@ from hypothesis import strategies as st
 
 from delta_sync.changes import STALE, Outcome, Write
 from delta_sync.errors import SinkBusy, SinkRefused, UsageError
-from delta_sync.sinks.search import (
-    SearchOptions,
-    SearchSink,
-    SearchTargetOptions,
-    brief,
-    bulk_entry,
-    content_of,
-    index_name,
-    is_own_index,
-    parse_url,
-    parts_of,
-    reason_of,
-    retry_after_s,
-    verdict,
-)
+from delta_sync.sinks.search import SearchOptions, SearchSink, SearchTargetOptions
+from delta_sync.sinks.search_bulk import parts_of, verdict
+from delta_sync.sinks.search_documents import bulk_entry, content_of
+from delta_sync.sinks.search_indices import index_name, is_own_index
+from delta_sync.sinks.search_link import brief, parse_url, reason_of, retry_after_s
 from delta_sync.sinks.search_mapping import field_of
 from delta_sync.tables import Column, Kind, Table
 
@@ -265,3 +255,22 @@ def test_brief_sentences() -> None:
     closed = "('…', RemoteDisconnected('Remote end closed connection without response'))"
     assert brief(requests.ConnectionError(closed)) == "Remote end closed connection without response"
     assert brief(requests.ConnectionError("?")) == "ConnectionError"
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "what"),
+    [
+        ("https://127.0.0.1:1", {"ca_file": "/nowhere/ca.pem"}, "/nowhere/ca.pem"),
+        ("http://a..b:1", {}, "HTTP does not take"),
+        ("http://*:1", {}, "HTTP does not take"),
+        ("http://127.0.0.1:1", {"api_key": "ключ"}, "HTTP does not take"),
+        ("http://127.0.0.1:1", {"api_key": "key\n"}, "HTTP does not take"),
+    ],
+)
+def test_what_can_never_be_sent_is_a_problem(url: str, options: dict[str, str], what: str) -> None:
+    """Not a traceback, and nothing to wait for."""
+    (problem,) = sink(url, **options).check([])
+    assert what in problem.what
+    assert "key" not in problem.what
+    with pytest.raises(SinkRefused):
+        sink(url, **options)._link.product()

@@ -233,12 +233,12 @@ def test_a_replay_masks_what_was_kept_in_the_clear(tmp_path: Path) -> None:
 
 
 def test_an_event_that_cannot_be_decoded_shows_no_value_of_a_masked_table() -> None:
-    from delta_sync.worker import _undecodable  # pyright: ignore[reportPrivateUsage] -- what becomes a dead letter
+    from delta_sync.dead_letters import undecodable
 
     event = {"op": "u", "before": None, "after": {"id": {}, "email": "a@b"}, "source": {"lsn": 5}}
     item = Undecodable("public.person", 5, event, UndecodableChange("the value {'a@b'} is none"))
     table = masked(PERSON, shape(mask={"email": "redact"}))
-    shown = _undecodable(item, {"public.person": postgresql_codec.table_codec(table)})
+    shown = undecodable(item, {"public.person": postgresql_codec.table_codec(table)})
     assert "a@b" not in shown.error + shown.trace
     assert "lsn" in shown.error
     assert without_values(PERSON, event) is event

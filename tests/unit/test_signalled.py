@@ -10,11 +10,11 @@ from typing import cast
 
 import pytest
 
+from delta_sync.dumping import FIRST_LOAD
 from delta_sync.dumps import Dump
 from delta_sync.errors import EpochRose
 from delta_sync.kafka.signals import SignalBoard
 from delta_sync.leases import LeaseKeeper
-from delta_sync.load import FIRST_LOAD
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.signalled import SIDECAR_LEASE, SignalledLoader
 from delta_sync.signals import RESEND_MS, Connector, Heard, Notification, Signal

@@ -61,7 +61,7 @@ def refusal(text: str) -> str:
             "    url: redis://cache/0\n    clutser: true",
             "sinks.cache: clutser: there is no",
         ),
-        ("    url: redis://cache/0", "    url: redis://cache/0\n    clutser: true", "the options are format, "),
+        ("    url: redis://cache/0", "    url: redis://cache/0\n    clutser: true", "the options are cluster, "),
         ("name: movies", "name: &a [*a]", "it line 2: name: "),
         ("  public.movie:\n", "  public.movie:\n    shap: {}\n", "no such option here; the options are shape, sinks."),
         (

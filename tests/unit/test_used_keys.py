@@ -29,9 +29,10 @@ from delta_sync.sinks.base import Target
 from delta_sync.sinks.memory import MemorySink, MemoryTargetOptions
 from delta_sync.state import StateStore
 from delta_sync.state_dumps import DumpStore
+from delta_sync.submitting import TableRuntime
 from delta_sync.tables import Column, Kind, Table
 from delta_sync.used_keys import UsedKeyStore, Uses, kept_of, slot_of, uses_of
-from delta_sync.worker import TableRuntime, Worker
+from delta_sync.worker import Worker
 
 TIMEOUT_S = 120.0
 MOVIE = Table("public", "movie", (Column("id", "int", Kind.INTEGER), Column("by", "int", Kind.INTEGER)), ("id",))
@@ -197,7 +198,7 @@ def test_what_rows_use_is_noted_before_it_is_asked_for_and_written(
     it: Bench, monkeypatch: pytest.MonkeyPatch, origin: str
 ) -> None:
     """An answer that was asked for before the note would be in no dump of a notice that came in between."""
-    monkeypatch.setattr("delta_sync.worker.EVENTS_RETRY_S", 0.0)
+    monkeypatch.setattr("delta_sync.submitting.STATE_RETRY_S", 0.0)
     busy = [StateBusy("locked")]
 
     def note(uses: Sequence[Uses], emptied: Mapping[str, int]) -> None:

@@ -17,7 +17,8 @@ from delta_sync.kafka import settings
 from delta_sync.kafka.avro import AvroDecoder, UndecodableRecord
 from delta_sync.kafka.by_offset import OffsetDecoder
 from delta_sync.kafka.capture import TOPIC_MADE_ANEW, KafkaCapture
-from delta_sync.kafka.consumer import Partition, open_group
+from delta_sync.kafka.clients import open_group
+from delta_sync.kafka.consumer import Partition
 from delta_sync.kafka.names import group_id, notices_group_id, topic_name
 from delta_sync.kafka.notices import KafkaNotices
 from delta_sync.kafka.offsets import GroupOffsets

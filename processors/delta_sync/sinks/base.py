@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from delta_sync.changes import Key, Outcome, Write
 from delta_sync.errors import Problem, Unstorable
-from delta_sync.tables import Table, key_of_text
+from delta_sync.tables import Table, key_of_text, key_text
 from delta_sync.values import Document, from_json, to_json
 
 VERSION_FIELD = "_version"  # where a store without versions of its own keeps it in a document; no document may have it
@@ -25,6 +25,13 @@ class Options(BaseModel):
     """Base of a sink's options: what `pipeline.yaml` may say beside `url`. Field descriptions become documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoginOptions(Options):
+    """Base of the options of a sink whose store asks who logs in."""
+
+    username: str | None = Field(default=None, description="User name, if it is not in the URL.")
+    password: str | None = Field(default=None, description="Password: a reference, ${env:NAME} or ${file:/path}.")
 
 
 class TargetOptions(Options):
@@ -158,9 +165,13 @@ class Sink(ABC, Generic[OptionsT, TargetOptionsT]):
         at everything.
         """
 
-    @abstractmethod
     def id_of(self, target: Target, key: Key) -> str:
-        """Return the id under which a key's document is stored, as text. Injective."""
+        """Return the id under which a key's document is stored, as text: the key's, unless the store has others.
+
+        Pure, and injective.
+        """
+        del target
+        return key_text(key)
 
     def key_of(self, target: Target, id_: str) -> Key | None:
         """Return a key that has this id, or None when no key can: somebody else put that document there.

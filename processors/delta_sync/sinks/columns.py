@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from delta_sync.errors import Unstorable
 from delta_sync.sinks.base import VERSION_FIELD
-from delta_sync.values import Interval, from_json, scalar_text, to_json
+from delta_sync.values import Document, Interval, from_json, scalar_text, to_json
 
 Kind = Literal[
     "boolean",
@@ -56,13 +56,29 @@ def name_conflict(name: object) -> str | None:
     return None
 
 
-def kind_of_value(name: str, value: object, declared: Kind | None, zero_bytes: bool) -> tuple[Kind, Any] | None:
+def fields_of(document: Document, zero_bytes: bool) -> dict[str, tuple[Kind, Any]]:
+    """Return the kind and value of each field that has one. Raises Unstorable.
+
+    `zero_bytes` tells whether the store takes such in texts.
+    """
+    fields: dict[str, tuple[Kind, Any]] = {}
+    for name, value in document.items():
+        reason = name_conflict(name)
+        if reason is not None:
+            raise Unstorable(f"{reason}.")
+        found = kind_of_value(name, value, zero_bytes)
+        if found is not None:
+            fields[name] = found
+    return fields
+
+
+def kind_of_value(name: str, value: object, zero_bytes: bool) -> tuple[Kind, Any] | None:
     """Return a value's kind, and the value as plain Python; None when it is NULL. Raises Unstorable."""
     match value:
         case None:
             return None
         case enum.Enum():
-            return kind_of_value(name, value.value, declared, zero_bytes)
+            return kind_of_value(name, value.value, zero_bytes)
         case bool():
             return "boolean", value
         case int():
@@ -86,7 +102,10 @@ def kind_of_value(name: str, value: object, declared: Kind | None, zero_bytes: b
         case dt.datetime():
             if value.tzinfo is None:
                 return "timestamp", value
-            return "timestamptz", value.astimezone(dt.UTC)
+            try:
+                return "timestamptz", value.astimezone(dt.UTC)
+            except OverflowError as error:
+                raise Unstorable(f"the field {name} is {value.isoformat()}, which no column holds in UTC.") from error
         case dt.date():
             return "date", value
         case dt.time():
@@ -118,6 +137,15 @@ def checked_text(text: str, zero_bytes: bool) -> str:
     if not zero_bytes and "\0" in text:
         raise Unstorable("a text holds a zero byte, which the store does not take.")
     return text
+
+
+def is_storable(text: str, zero_bytes: bool) -> bool:
+    """Tell whether the store can hold a text: it takes no other in a question, either."""
+    try:
+        checked_text(text, zero_bytes)
+    except Unstorable:
+        return False
+    return True
 
 
 def wider(first: Kind, second: Kind) -> Kind:

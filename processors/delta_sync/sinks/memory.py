@@ -148,11 +148,6 @@ class MemorySink(Sink[MemoryOptions, MemoryTargetOptions]):
             alive = [entry.version for entry in place.entries.values() if _alive(entry, now_s) is not None]
             return max([place.floor, *alive])
 
-    def id_of(self, target: Target, key: Key) -> str:
-        """Return the key as text."""
-        del target
-        return key_text(key)
-
     def discard(self, target: Target, items: Sequence[tuple[Key, int]]) -> None:
         """Forget the keys that have these versions."""
         with self.store.lock:

@@ -40,8 +40,8 @@ from delta_sync.sinks.columns import (
     ID_COLUMN,
     Kind,
     checked_text,
+    fields_of,
     fitted,
-    kind_of_value,
     name_conflict,
     number,
     numbers,
@@ -86,6 +86,8 @@ READ_ATTEMPTS = 10  # at a listing whose files a compaction removes meanwhile: e
 COMPACT_FILES = 8  # fewer files of changes than that are not worth writing every bucket again
 ANSWER_S = 300  # for one file to be listed, read or written: some are large, and lines slow
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}  # what fsspec needs beside it
+# What Azure's answers mean, by status.
+ERRORS: Mapping[int, type[OSError]] = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
 # s3fs tries five times, and botocore five times each: of a store that hangs nobody would hear for six minutes.
 STORAGE = {"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}
 
@@ -220,7 +222,9 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         wanted: dict[str, Kind] = {}
         for index, write in enumerate(writes):
             try:
-                found.append((index, write, checked_text(key_text(write.key), True), self._fields(place, write)))
+                found.append(
+                    (index, write, checked_text(key_text(write.key), True), fields_of(write.document or {}, True))
+                )
             except Unstorable as error:
                 outcomes[index] = rejected(str(error).rstrip("."))
                 continue
@@ -251,17 +255,6 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
                 day = dt.datetime.fromtimestamp(written_ns / 1e9, dt.UTC).date().isoformat()
                 self._write(f"{place.folder}/{CHANGES}/day={day}", pa.Table.from_pylist(rows, schema=schema))
         return [outcomes.get(index, APPLIED) for index in range(len(writes))]
-
-    def _fields(self, place: Place, write: Write) -> dict[str, tuple[Kind, Any]]:
-        """Return the kind and value of each field that has one. Raises Unstorable."""
-        fields: dict[str, tuple[Kind, Any]] = {}
-        for name, value in (write.document or {}).items():
-            if (reason := name_conflict(name)) is not None:
-                raise Unstorable(f"{reason}.")
-            found = kind_of_value(name, value, place.columns.get(name), True)
-            if found is not None:
-                fields[name] = found
-        return fields
 
     def _kinds_for(self, target: Target, wanted: Mapping[str, Kind]) -> dict[str, Kind]:
         """Return each field's type. A new one is created by the process that comes first; the others take over its."""
@@ -387,13 +380,10 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
                 newest = max(newest, found or 0)
         return newest
 
-    def id_of(self, target: Target, key: Key) -> str:
-        del target
-        return key_text(key)
-
     def stored_form(self, target: Target, document: Document) -> dict[str, Any]:
         """Return the fields that have a value, as JSON values; numbers in one form, whatever their column's type."""
-        fields = self._fields(target.settings, Write((), 0, document))
+        del target
+        fields = fields_of(document, True)
         return {name: plain(kind, value) for name, (kind, value) in fields.items()}
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -416,7 +406,8 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
             raise SinkRefused(f"{self._root}: the file system does not take this: {redact(str(error))}") from error
         except Exception as error:
             # botocore's, aiohttp's and other libraries' errors of connections and logins have no base in common
-            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+            kind = ERRORS.get(getattr(error, "status_code", 0), ConnectionError)
+            raise kind(f"{type(error).__name__}: {error}") from error
 
     def _files(self, target: Target) -> list[str]:
         """Return the paths of all files with rows."""
@@ -430,6 +421,8 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         """Return the paths of all files below a folder: none, if it is not there."""
         try:
             found: list[str] = self._ask("find", folder)
+            if not found and self._protocol == "abfs":  # adlfs finds nothing where there is no container, either
+                self._ask("info", self._root.partition("/")[0])
         except FileNotFoundError as error:  # folders are nothing to an object store, buckets are
             raise self._no_bucket() from error
         return found

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import Problem, SinkBusy, SinkRefused, Unstorable
-from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
+from delta_sync.sinks.base import VERSION_FIELD, Sink, Stored, Target, TargetOptions
 from delta_sync.sinks.redis_documents import (
     VERSION_PLACE,
     NotStorable,
@@ -51,7 +51,7 @@ from delta_sync.sinks.redis_keys import (
     raised_key,
     tombstone_key,
 )
-from delta_sync.sinks.redis_link import Call, Link, judge
+from delta_sync.sinks.redis_link import Call, Link, LinkOptions, judge
 from delta_sync.sinks.redis_scripts import ABOVE_ALL, FORGET, HASH, JSON, PROBE, RAISE_FLOOR, VALUES, ZERO
 from delta_sync.spec import Duration
 from delta_sync.tables import Table, key_of_parts
@@ -63,7 +63,7 @@ READ_KEYS = 100  # documents in one script's reply, which Lua holds in memory as
 FLOOR_SETTLES_S = 86_400  # no writer stands still for so long between reading the floor and writing
 
 
-class RedisOptions(Options):
+class RedisOptions(LinkOptions):
     """What a Redis sink may say beside its URL."""
 
     format: Literal["json", "hash"] = Field(
@@ -75,10 +75,6 @@ class RedisOptions(Options):
     ttl: Duration | None = Field(
         default=None, gt=0, description="Documents expire so long after their last write; default: never."
     )
-    cluster: bool | None = Field(default=None, description="Whether it is a Redis Cluster; default: ask it.")
-    ca_file: str | None = Field(default=None, description="For rediss://: file of the certificates to trust.")
-    cert_file: str | None = Field(default=None, description="For rediss://: file of the client's certificate.")
-    key_file: str | None = Field(default=None, description="For rediss://: file of the client certificate's key.")
 
 
 class RedisTargetOptions(TargetOptions):

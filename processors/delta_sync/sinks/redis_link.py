@@ -8,20 +8,19 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha1
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import redis
+from pydantic import Field
 from redis import exceptions as errors
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
 from redis.retry import Retry
 
 from delta_sync.errors import Problem, SinkBusy, SinkRefused, UsageError
+from delta_sync.sinks.base import Options
 from delta_sync.sinks.redis_keys import slot_of
 from delta_sync.urls import split_url
-
-if TYPE_CHECKING:
-    from delta_sync.sinks.redis import RedisOptions
 
 SCAN_COUNT = 1000  # keys that Redis looks at in one step: about a millisecond
 CONNECT_TIMEOUT_S = 5.0  # a handshake takes a round trip or three, so beyond this nobody is there
@@ -30,6 +29,15 @@ SCRIPT_ATTEMPTS = 3  # a restart or failover empties the script cache; three in 
 READONLY_GRACE_S = 120.0  # after a failover a name may lead to the old primary for as long as DNS keeps it
 FULL_RETRY_S = 10.0  # memory comes back when keys expire or somebody acts, not within milliseconds
 OLDEST = (6, 2)  # of Redis, that this is tested with
+
+
+class LinkOptions(Options):
+    """What a Redis sink may say about its connections."""
+
+    cluster: bool | None = Field(default=None, description="Whether it is a Redis Cluster; default: ask it.")
+    ca_file: str | None = Field(default=None, description="For rediss://: file of the certificates to trust.")
+    cert_file: str | None = Field(default=None, description="For rediss://: file of the client's certificate.")
+    key_file: str | None = Field(default=None, description="For rediss://: file of the client certificate's key.")
 
 
 class Call(NamedTuple):
@@ -205,7 +213,7 @@ def _pipelined(client: Any, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
 class Link:
     """The connections to one Redis or cluster. Every method raises SinkBusy or SinkRefused, and nothing else."""
 
-    def __init__(self, name: str, url: str, options: RedisOptions, now: Callable[[], float]) -> None:
+    def __init__(self, name: str, url: str, options: LinkOptions, now: Callable[[], float]) -> None:
         self._name, self._url, self._now = name, url, now
         parts = split_url(url, f"sink {name}: the URL")
         self._settings: dict[str, Any] = {

