@@ -18,6 +18,8 @@ from delta_sync.decoding import Decoded, Event, Image, Stretch, TableCodec, deco
 from delta_sync.delta_event import decode_event, encode_event
 from delta_sync.errors import HandlersBusy, PipelineStopped, Transient, UndecodableChange, UsageError
 from delta_sync.events import Handler, HandlerRunner, RowEvent, Unhandled, lane_of
+from delta_sync.handlers.topic import Topic
+from delta_sync.kafka import settings
 from delta_sync.pipeline import Pipeline, with_shapes
 from delta_sync.processing import Failure
 from delta_sync.replaying import _handle_again
@@ -25,7 +27,7 @@ from delta_sync.sources.mysql import codec as mysql_codec
 from delta_sync.sources.postgresql import codec as postgresql_codec
 from delta_sync.spec import spec_from
 from delta_sync.tables import Column, Kind, Table
-from delta_sync.testing.processes import wait_until
+from delta_sync.testing.processes import free_port, wait_until
 from delta_sync.values import Row
 from delta_sync.versions import version_of
 from delta_sync.worker import Job
@@ -479,3 +481,12 @@ def test_a_pipeline_keeps_its_handlers_when_it_gets_its_shapes() -> None:
         "test",
     )
     assert with_shapes(movies, spec).handlers == movies.handlers
+
+
+def test_a_cluster_that_does_not_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of an event: dead letters of all of them would be for nothing."""
+    monkeypatch.setattr(settings, "REQUEST_TIMEOUT_S", 0.2)
+    bus = Topic("changes", bootstrap_servers=f"127.0.0.1:{free_port()}", pipeline="movies")
+    with pytest.raises(Transient, match="The topic changes cannot be written"):
+        bus(RowEvent("public.movie", (1,), 5, "insert", None, {"id": 1}, AT))
+    bus.close()

@@ -82,7 +82,7 @@ class Topic:
             ]
             for one in sent:
                 one.get(DELIVERY_S)
-        except (self._errors.MessageSizeTooLargeError, self._errors.RecordTooLargeError) as error:
+        except (self._errors.MessageSizeTooLargeError, self._errors.RecordListTooLargeError) as error:
             raise EventRefused(f"The topic {self._topic} takes no events of that size: {error}") from error
         except self._errors.KafkaError as error:
             raise Transient(f"The topic {self._topic} cannot be written: {redact(str(error))}") from error
