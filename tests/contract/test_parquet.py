@@ -96,23 +96,23 @@ class FilesOfParquet:
         sink.apply(target, [Write((n,), 5, {"n": n}) for n in range(20)])
         sink.apply(target, [Write((1,), 6, None), Write((2,), 6, {"n": -2})])
         before = sink.read(target, [(n,) for n in range(20)])
-        sink._remove = die  # type: ignore[method-assign]  # the files are merged, and not removed yet
+        sink._fs.remove = die  # type: ignore[method-assign]  # the files are merged, and not removed yet
         with pytest.raises(Died):
             sink.sweep(target)
         assert len(files(sink, target)) == 5
         assert sink.read(target, [(n,) for n in range(20)]) == before
         assert len(scanned(sink, target)) == 19
-        del sink._remove
+        del sink._fs.remove
         sink.sweep(target)
         assert sink.read(target, [(n,) for n in range(20)]) == before
 
     def test_a_file_that_is_there_is_not_replaced(self, sink: ParquetSink, target: Target) -> None:
         """Of two processes that add a field at once, the second takes over the first one's type."""
         path = f"{target.settings.folder}/fields/year"
-        sink._create(path, b"integer")
+        sink._fs.create(path, b"integer")
         with pytest.raises(FileExistsError):
-            sink._create(path, b"text")
-        assert sink._ask("cat_file", path) == b"integer"
+            sink._fs.create(path, b"text")
+        assert sink._fs.read(path) == b"integer"
 
     def test_history_keeps_all_that_was_written(self, sink: ParquetSink) -> None:
         history = reopened(sink, keep="history")

@@ -1,7 +1,7 @@
 """A process of its own that writes to a Parquet sink: `parquet_process.py ACTION URL …`. It prints what it has done.
 
 write NAME KIND     20 batches for 10 keys, with a field of its own kind in each
-hang METHOD         a write and a merge, which stops for ever where it comes to this method of the sink
+hang METHOD         a write and a merge, which stops for ever where it comes to _write or, of the file system, remove
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def hang(sink: ParquetSink, method: str) -> None:
         threading.Event().wait()
 
     target = sink.target(MOVIE, ParquetTargetOptions())
-    setattr(sink, method, stay)
+    setattr(sink._fs if method == "remove" else sink, method, stay)
     sink.apply(target, [Write((1,), 7, {"n": 7, "late": "a text"})])
     sink.sweep(target)
 

@@ -116,7 +116,7 @@ def test_two_processes_write_while_a_third_merges(sink: ParquetSink, target: Tar
     assert scanned(fresh, target) == dict.fromkeys((str(key) for key in range(KEYS)), newest)
 
 
-@pytest.mark.parametrize("method", ["_write", "_remove"])
+@pytest.mark.parametrize("method", ["_write", "remove"])
 def test_a_process_that_is_killed_between_two_steps_changes_nothing(
     sink: ParquetSink, target: Target, method: str
 ) -> None:
@@ -125,7 +125,7 @@ def test_a_process_that_is_killed_between_two_steps_changes_nothing(
     sink.apply(target, [Write(key, 5, {"n": n}) for n, key in enumerate(keys)])
     sink.apply(target, [Write((2,), 6, None), Write((3,), 6, {"n": -3})])
     before: list[Stored | None] = sink.read(target, keys)
-    if method == "_remove":  # it comes there with its own write done
+    if method == "remove":  # it comes there with its own write done
         before[1] = Stored(7, {"n": 7, "late": "a text"})
     killed = child("hang", sink.url, method)
     try:
@@ -154,7 +154,7 @@ def test_a_store_that_does_not_answer_is_waited_for(
     target = sink.target(MOVIE, ParquetTargetOptions())
     assert apply(sink, target, (1,), 5, {"n": 5}) == APPLIED
     if outage == "frozen":
-        monkeypatch.setattr("delta_sync.sinks.parquet.ANSWER_S", 5)  # a write would wait for ever, not knowing it
+        monkeypatch.setattr("delta_sync.sinks.parquet_files.ANSWER_S", 5)  # a write would wait for ever, not knowing it
     store.kill() if outage == "killed" else store.freeze()
     try:
         for call in (

@@ -75,7 +75,7 @@ def test_a_store_that_does_not_answer_is_waited_for(
     store: Store, sink: ParquetSink, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert apply(sink, target, (1,), 5, {"n": 5}) == APPLIED
-    monkeypatch.setattr("delta_sync.sinks.parquet.ANSWER_S", 5)
+    monkeypatch.setattr("delta_sync.sinks.parquet_files.ANSWER_S", 5)
     store.freeze()
     try:
         for call in (

@@ -18,14 +18,12 @@ import contextlib
 import datetime as dt
 import decimal
 import functools
-import importlib
 import io
-import os
 import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 from urllib.parse import quote, unquote
@@ -33,8 +31,7 @@ from urllib.parse import quote, unquote
 from pydantic import Field
 
 from delta_sync.changes import APPLIED, Key, Outcome, Write, rejected
-from delta_sync.errors import DeltaError, Problem, SinkBusy, SinkRefused, Unstorable, UsageError
-from delta_sync.secrets import redact
+from delta_sync.errors import DeltaError, Problem, SinkBusy, Unstorable, UsageError
 from delta_sync.sinks.base import VERSION_FIELD, Options, Sink, Stored, Target, TargetOptions
 from delta_sync.sinks.columns import (
     ID_COLUMN,
@@ -48,33 +45,14 @@ from delta_sync.sinks.columns import (
     plain,
     wider,
 )
+from delta_sync.sinks.parquet_files import FileSystem, Library
 from delta_sync.tables import Table, key_text
 from delta_sync.urls import parts_of
 from delta_sync.values import Document, decimal_text, from_json, to_json
 
-
-class _Library:
-    """A module of the extra, which has no types, imported when it is first used: it takes 50 MB, and most pipelines
-    have no such sink, though the class is looked at. Raises UsageError with what to install.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> Any:
-        try:
-            module = importlib.import_module(self._name)
-        except ImportError as error:
-            raise UsageError(
-                f"The Parquet sink needs more ({error}); type: pip install 'delta-sync[parquet]'."
-            ) from error
-        return getattr(module, attribute)
-
-
-fsspec: Any = _Library("fsspec")
-pa: Any = _Library("pyarrow")
-pc: Any = _Library("pyarrow.compute")
-pq: Any = _Library("pyarrow.parquet")
+pa: Any = Library("pyarrow")
+pc: Any = Library("pyarrow.compute")
+pq: Any = Library("pyarrow.parquet")
 
 DELETED_COLUMN = "_delta_deleted"
 WRITTEN_COLUMN = "_delta_written_ns"
@@ -84,12 +62,6 @@ CHANGES, BUCKETS, FIELDS, FLOORS = "changes", "bucket=", "fields", "floors"
 SCAN_BATCH = 5000  # ids and versions are some 60 bytes each
 READ_ATTEMPTS = 10  # at a listing whose files a compaction removes meanwhile: each is a new one, seconds later
 COMPACT_FILES = 8  # fewer files of changes than that are not worth writing every bucket again
-ANSWER_S = 300  # for one file to be listed, read or written: some are large, and lines slow
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}  # what fsspec needs beside it
-# What Azure's answers mean, by status.
-ERRORS: Mapping[int, type[OSError]] = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
-# s3fs tries five times, and botocore five times each: of a store that hangs nobody would hear for six minutes.
-STORAGE = {"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}
 
 
 @functools.cache
@@ -167,18 +139,15 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         super().__init__(name, url, options, tombstone_ttl_s)
         self._now = now
         parts = parts_of(url)
-        self._protocol = parts.scheme.removeprefix("parquet+")
-        self._root = f"{parts.netloc}{unquote(parts.path)}".rstrip("/")
-        if not self._root:
+        root = f"{parts.netloc}{unquote(parts.path)}".rstrip("/")
+        if not root:
             raise UsageError(f"sink {name}: the URL must name a folder, such as parquet+s3://bucket/prefix.")
-        self._opening = threading.Lock()
-        self._fs: Any = None
         _ = pq.read_table  # or say now what is not installed
         try:
-            fsspec.get_filesystem_class(self._protocol)
-        except ImportError as error:
-            needed = PACKAGES.get(self._protocol, self._protocol)
-            raise UsageError(f"sink {name}: {self._protocol}:// needs more; type: pip install {needed}.") from error
+            self._fs = FileSystem(parts.scheme.removeprefix("parquet+"), root, options.storage)
+        except UsageError as error:
+            raise UsageError(f"sink {name}: {error}") from error
+        self._counting = threading.Lock()
         self._kinds: dict[str, dict[str, Kind]] = {}
         self._last_ns = 0
 
@@ -187,22 +156,22 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
     def target(self, table: Table, options: ParquetTargetOptions) -> Target:
         folder = (options.folder or table.id).strip("/")
         if not folder or ".." in folder.split("/"):
-            raise UsageError(f"sink {self.name}: {options.folder!r} is no folder within {self._root}; set `folder`.")
-        if any(one in f"{self._root}/{folder}" for one in "*?["):  # a file system may take it for a pattern, in `rm`
+            raise UsageError(f"sink {self.name}: {options.folder!r} is no folder within {self._fs.root}; set `folder`.")
+        if any(one in f"{self._fs.root}/{folder}" for one in "*?["):  # a file system may take it for a pattern, in `rm`
             raise UsageError(
                 f"sink {self.name}: no folder may have * ? or [ in its name, as {folder} has; set `folder`."
             )
         for column in options.columns:
             if (reason := name_conflict(column)) is not None:
                 raise UsageError(f"sink {self.name}: columns: {reason}.")
-        return Target(table, folder, Place(f"{self._root}/{folder}", dict(options.columns)))
+        return Target(table, folder, Place(f"{self._fs.root}/{folder}", dict(options.columns)))
 
     def check(self, targets: Sequence[Target]) -> list[Problem]:
         where = f"sink {self.name}"
-        if self._protocol == "file" and not Path(self._root).parent.is_dir():
-            return [Problem(where, f"there is no folder {Path(self._root).parent}", "create it, or correct the URL")]
+        if self._fs.protocol == "file" and not Path(self._fs.root).parent.is_dir():
+            return [Problem(where, f"there is no folder {Path(self._fs.root).parent}", "create it, or correct the URL")]
         try:
-            with self._typed_errors():
+            with self._fs.typed_errors():
                 for target in targets:
                     self._files(target)
         except DeltaError as error:
@@ -231,7 +200,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
             for name, (kind, _) in found[-1][3].items():
                 wanted[name] = wider(wanted.get(name, kind), kind)
         wanted |= {name: kind for name, kind in place.columns.items() if name in wanted}
-        with self._typed_errors():
+        with self._fs.typed_errors():
             kinds = self._kinds_for(target, wanted)
             written_ns = self._written_ns()
             rows: list[dict[str, Any]] = []
@@ -263,28 +232,28 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         for name in [name for name in wanted if name not in known]:
             path = f"{place.folder}/{FIELDS}/{quote(name, safe='')}"
             try:
-                found = self._ask("cat_file", path)
+                found = self._fs.read(path)
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):
-                    self._create(path, wanted[name].encode())
-                found = self._ask("cat_file", path)
+                    self._fs.create(path, wanted[name].encode())
+                found = self._fs.read(path)
             known[name] = cast("Kind", found.decode())
         return known
 
     def _written_ns(self) -> int:
         """Return the time, later than this process has seen it: of equal versions the last one wins."""
-        with self._opening:
+        with self._counting:
             self._last_ns = max(self._last_ns + 1, round(self._now() * 1e9))
             return self._last_ns
 
     def truncate(self, target: Target, version: int) -> int:
         """Record the floor; count what it hides. It is gone from the files when they are merged next."""
         place: Place = target.settings
-        with self._typed_errors():
+        with self._fs.typed_errors():
             below = sum(old < version for batch in self._documents(target) for _, old in batch)
             path = f"{place.folder}/{FLOORS}/{version}"
             with contextlib.suppress(FileExistsError):
-                self._create(path, b"")
+                self._fs.create(path, b"")
         return below
 
     def sweep(self, target: Target, recent_s: float | None = None) -> int:
@@ -292,7 +261,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         if self.options.keep == "history":
             return 0
         place: Place = target.settings
-        with self._typed_errors(), contextlib.suppress(FileNotFoundError):  # another process is about it, too
+        with self._fs.typed_errors(), contextlib.suppress(FileNotFoundError):  # another process is about it, too
             files = self._files(target)
             if len([path for path in files if f"/{CHANGES}/" in path]) < (1 if recent_s is None else COMPACT_FILES):
                 return 0
@@ -310,7 +279,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
                 gone -= pc.sum(kept[DELETED_COLUMN]).as_py() or 0
                 if len(kept):
                     self._write(f"{place.folder}/{BUCKETS}{bucket}of{self.options.buckets}", kept)
-            self._remove(files)
+            self._fs.remove(files)
             return gone
         return 0
 
@@ -320,22 +289,21 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
             {ID_COLUMN: [key_text(key) for key, _ in items], VERSION_FIELD: [version for _, version in items]},
             schema=pa.schema(_own_fields()[:2]),
         )
-        with self._typed_errors():
+        with self._fs.typed_errors():
             for path in self._files(target) if items else []:
                 table = self._load(path)
                 kept = table.join(versions, [ID_COLUMN, VERSION_FIELD], join_type="left anti")
                 if len(kept) < len(table):
                     if len(kept):
                         self._write(path.rpartition("/")[0], kept)
-                    self._remove([path])
+                    self._fs.remove([path])
 
     def drop(self, target: Target) -> int:
         place: Place = target.settings
         self._kinds.pop(target.place, None)
-        with self._typed_errors():
+        with self._fs.typed_errors():
             count = sum(len(batch) for batch in self._documents(target))
-            with contextlib.suppress(FileNotFoundError):
-                self._ask("rm", place.folder, recursive=True)
+            self._fs.remove_folder(place.folder)
         return count
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -344,7 +312,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         """Look through all files but the buckets of other keys: it is for verifying and repairing, not for serving."""
         ids = [key_text(key) for key in keys]
         found: dict[str, Stored] = {}
-        with self._typed_errors():
+        with self._fs.typed_errors():
             floor = self._floor(target)
             rows: list[dict[str, Any]] = self._newest(target, None, ids=set(ids)).to_pylist() if ids else []
             kinds = self._all_kinds(target)  # after the files: others add fields, each before its file
@@ -360,7 +328,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
 
     def scan(self, target: Target) -> Iterator[list[tuple[str, int]]]:
         """Yield ids and versions, of one bucket of keys after the other."""
-        with self._typed_errors():
+        with self._fs.typed_errors():
             yield from self._documents(target)
 
     def _documents(self, target: Target) -> Iterator[list[tuple[str, int]]]:
@@ -373,7 +341,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
                 yield [(str(id_), int(version)) for id_, version in pairs]
 
     def newest_version(self, target: Target) -> int:
-        with self._typed_errors():
+        with self._fs.typed_errors():
             newest = self._floor(target)
             for path in self._files(target):
                 found = pc.max(self._load(path, columns=[VERSION_FIELD])[VERSION_FIELD]).as_py()
@@ -388,55 +356,18 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _ask(self, method: str, *args: object, **options: object) -> Any:
-        """Call the file system. Raises OSError, or SinkRefused when `storage` has what it does not take."""
-        try:
-            with self._opening:
-                if self._fs is None:
-                    storage = {"use_listings_cache": False, **STORAGE.get(self._protocol, {}), **self.options.storage}
-                    self._fs = fsspec.filesystem(self._protocol, **storage)
-            if self._fs.async_impl:  # fsspec's own limit: botocore's and aiohttp's begin once a body has been sent
-                options["timeout"] = ANSWER_S
-            return getattr(self._fs, method)(*args, **options)
-        except TimeoutError as error:  # fsspec's has no text
-            raise TimeoutError(f"no answer in time ({method})") from error
-        except (OSError, DeltaError):
-            raise
-        except (TypeError, ValueError, KeyError) as error:
-            raise SinkRefused(f"{self._root}: the file system does not take this: {redact(str(error))}") from error
-        except Exception as error:
-            # botocore's, aiohttp's and other libraries' errors of connections and logins have no base in common
-            kind = ERRORS.get(getattr(error, "status_code", 0), ConnectionError)
-            raise kind(f"{type(error).__name__}: {error}") from error
-
     def _files(self, target: Target) -> list[str]:
         """Return the paths of all files with rows."""
         place: Place = target.settings
-        return sorted(path for path in self._find(place.folder) if path.endswith(".parquet"))
-
-    def _names(self, folder: str) -> list[str]:
-        return [path.rpartition("/")[2] for path in self._find(folder)]
-
-    def _find(self, folder: str) -> list[str]:
-        """Return the paths of all files below a folder: none, if it is not there."""
-        try:
-            found: list[str] = self._ask("find", folder)
-            if not found and self._protocol == "abfs":  # adlfs finds nothing where there is no container, either
-                self._ask("info", self._root.partition("/")[0])
-        except FileNotFoundError as error:  # folders are nothing to an object store, buckets are
-            raise self._no_bucket() from error
-        return found
-
-    def _no_bucket(self) -> SinkRefused:
-        return SinkRefused(f"There is no bucket {self._root.partition('/')[0]}: create it, or correct the URL.")
+        return sorted(path for path in self._fs.find(place.folder) if path.endswith(".parquet"))
 
     def _floor(self, target: Target) -> int:
         place: Place = target.settings
-        return max((int(name) for name in self._names(f"{place.folder}/{FLOORS}") if name.isdigit()), default=0)
+        return max((int(name) for name in self._fs.names(f"{place.folder}/{FLOORS}") if name.isdigit()), default=0)
 
     def _all_kinds(self, target: Target) -> dict[str, Kind]:
         place: Place = target.settings
-        names = [unquote(name) for name in self._names(f"{place.folder}/{FIELDS}")]
+        names = [unquote(name) for name in self._fs.names(f"{place.folder}/{FIELDS}")]
         return self._kinds_for(target, dict.fromkeys(names, "text"))  # they are there: nothing is created
 
     def _newest(
@@ -484,7 +415,7 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
     def _load(self, path: str, columns: Sequence[str] | None = None, ids: Collection[str] | None = None) -> Any:
         wanted = None if ids is None else pc.field(ID_COLUMN).isin(list(ids))
         chosen = None if columns is None else list(columns)
-        data = self._ask("cat_file", path)
+        data = self._fs.read(path)
         # partitioning=None: what the folders' names say is in no row
         return pq.read_table(io.BytesIO(data), columns=chosen, filters=wanted, partitioning=None)
 
@@ -492,62 +423,10 @@ class ParquetSink(Sink[ParquetOptions, ParquetTargetOptions]):
         """Write a file in one step."""
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        self._create(f"{folder}/{self._written_ns()}-{uuid.uuid4().hex}.parquet", buffer.getvalue())
-
-    def _create(self, path: str, data: bytes) -> None:
-        """Create a file that is whole from the moment it is there. Raises FileExistsError when there is one."""
-        if self._protocol != "file":  # an object is there when it is whole
-            try:
-                self._ask("pipe_file", path, data, mode="create")
-            except FileNotFoundError as error:
-                raise self._no_bucket() from error
-            except OSError as error:
-                if _is_taken(error):
-                    raise FileExistsError(path) from error
-                raise
-            return
-        whole = Path(path)
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(self._root) / ".parts" / uuid.uuid4().hex  # where no listing meets it
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(part, whole)  # unlike a rename, it does not replace
-        finally:
-            part.unlink()
-        folder = os.open(whole.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def _remove(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            with contextlib.suppress(FileNotFoundError):
-                self._ask("rm_file", path)
-
-    @contextlib.contextmanager
-    def _typed_errors(self) -> Generator[None]:
-        try:
-            yield
-        except (PermissionError, NotADirectoryError) as error:
-            raise SinkRefused(f"{self._root} refuses: {redact(str(error))}") from error
-        except OSError as error:
-            if error.errno in (28, 30, 122):  # no space left, a read-only file system, over quota
-                raise SinkRefused(f"{self._root} refuses: {redact(str(error))}") from error
-            raise SinkBusy(f"{self._root} cannot be reached: {redact(str(error))}") from error
+        self._fs.create(f"{folder}/{self._written_ns()}-{uuid.uuid4().hex}.parquet", buffer.getvalue())
 
 
 # ── decisions ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _is_taken(error: OSError) -> bool:
-    """Tell whether an object is not created because there is one. Amazon says which condition failed, others do not."""
-    response: Any = getattr(error.__cause__, "response", None) or {}
-    return bool(response.get("Error", {}).get("Code") == "PreconditionFailed")
 
 
 def _bucket(id_: str, buckets: int) -> int:
