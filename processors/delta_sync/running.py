@@ -155,6 +155,7 @@ class Running:
             reporter = threading.Thread(target=self._report, args=(state,), name="report", daemon=True)
             ended = threading.Event()
             self._ended = ended
+            self._save_status(state)  # or the last run's is shown until the first second is over
             reporter.start()
             try:
                 self._run(pipeline, state)
