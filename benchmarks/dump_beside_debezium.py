@@ -314,7 +314,11 @@ def servers_of(stage: Stage, *, kafka: bool) -> dict[str, int]:
 def used_s(pid: int) -> float:
     """Return the CPU seconds of a process and all that came from it, those that have ended as well."""
     process = psutil.Process(pid)
-    return sum(sum(one.cpu_times()[:4]) for one in [process, *process.children(recursive=True)])
+    used = 0.0
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a child that has just ended counts with its parent from now on
+            used += sum(one.cpu_times()[:4])
+    return used
 
 
 def _runs(pid: int) -> bool:
