@@ -316,7 +316,7 @@ def used_s(pid: int) -> float:
     process = psutil.Process(pid)
     used = 0.0
     for one in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # a child that has just ended counts with its parent from now on
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended counts with its parent
             used += sum(one.cpu_times()[:4])
     return used
 

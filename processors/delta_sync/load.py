@@ -36,7 +36,7 @@ from delta_sync.versions import dump_version, version_of
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 SLICE_ROWS = 2000  # handed to the worker at once while the log rests: larger ones cost no less for a row
-SLICE_ROWS_BESIDE_LOG = 300  # while changes come: a change waits for one of them in each stage that it goes through
+SLICE_ROWS_BESIDE_LOG = 150  # while changes come: a change waits for one of them in each stage that it goes through
 SLICES_MOST = 3  # handed over and not yet acknowledged: one that is written, one that is processed, one that waits
 CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
 WAIT_NOTICE_S = 2.0  # then one wants to know for whom a dump waits
