@@ -24,6 +24,7 @@ from delta_sync.sinks.parquet import ParquetOptions, ParquetSink, ParquetTargetO
 from delta_sync.spec import spec_from
 from delta_sync.testing.contract import MOVIE, AnySink, apply, scanned
 from delta_sync.testing.processes import free_port
+from elsewhere.missing_bucket import assert_there_is_no_bucket
 from elsewhere.objects import ACCESS_KEY, SECRET_KEY, ObjectStore
 from elsewhere.parquet_process import BATCHES, KEYS
 
@@ -174,19 +175,7 @@ def test_a_store_that_does_not_answer_is_waited_for(
 
 def test_a_bucket_that_is_missing(store: ObjectStore) -> None:
     sink = ParquetSink("lake", "parquet+s3://no-such-bucket/films", ParquetOptions(), TTL_S)
-    target = sink.target(MOVIE, ParquetTargetOptions())
-    sentence = "There is no bucket no-such-bucket: create it, or correct the URL."
-    (problem,) = sink.check([target])
-    assert (problem.where, problem.what, problem.fatal) == ("sink lake", sentence, True)
-    for call in (
-        lambda: sink.apply(target, [Write((1,), 5, {"n": 5})]),
-        lambda: sink.apply(target, [Write((1,), 5, None)]),  # no field: the file comes first
-        lambda: sink.read(target, [(1,)]),
-        lambda: sink.sweep(target),
-    ):
-        with pytest.raises(SinkRefused) as refused:
-            call()
-        assert str(refused.value) == sentence
+    assert_there_is_no_bucket(sink)
 
 
 # ── credentials ──────────────────────────────────────────────────────────────────────────────────────────────────────

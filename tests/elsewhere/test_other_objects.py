@@ -17,6 +17,7 @@ from delta_sync.sinks.base import Stored, Target
 from delta_sync.sinks.parquet import ParquetOptions, ParquetSink, ParquetTargetOptions
 from delta_sync.testing.contract import MOVIE, AnySink, apply
 from delta_sync.testing.processes import free_port
+from elsewhere.missing_bucket import assert_there_is_no_bucket
 from elsewhere.objects import AzureStore, GoogleStore
 
 fsspec: Any = importlib.import_module("fsspec")  # it has no types
@@ -97,19 +98,7 @@ def test_a_bucket_that_is_missing(store: Store) -> None:
     protocol = PROTOCOLS[type(store)]
     url = f"parquet+{protocol}://no-such-bucket/films"
     sink = ParquetSink("lake", url, ParquetOptions(storage=store.storage), TTL_S)
-    target = sink.target(MOVIE, ParquetTargetOptions())
-    sentence = "There is no bucket no-such-bucket: create it, or correct the URL."
-    (problem,) = sink.check([target])
-    assert (problem.where, problem.what, problem.fatal) == ("sink lake", sentence, True)
-    for call in (
-        lambda: sink.apply(target, [Write((1,), 5, {"n": 5})]),
-        lambda: sink.apply(target, [Write((1,), 5, None)]),  # no field: the file comes first
-        lambda: sink.read(target, [(1,)]),
-        lambda: sink.sweep(target),
-    ):
-        with pytest.raises(SinkRefused) as refused:
-            call()
-        assert str(refused.value) == sentence
+    assert_there_is_no_bucket(sink)
 
 
 @pytest.mark.parametrize("store", [AzureStore], ids=["abfs"], indirect=True)  # that of Google takes any
