@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import structlog
@@ -38,47 +39,50 @@ class Reload(NamedTuple):
     reason: str
 
 
-class Dumper(threading.Thread):
-    """Carries out a pipeline's dumps, and begins those of tables that are not loaded.
+@dataclass(frozen=True, kw_only=True)
+class DumperContext:
+    """What a run gives whoever carries out its dumps.
 
     `tables` are the pipeline's as the worker sees them. `finished` is called when a dump that removes what it did not
-    meet has met everything. Where several processes carry out dumps, `keeper` has the lease of the one that plans;
-    `owner` is another one in each. `unchanged` raises GenerationsChanged when the sinks are others by now; then no
-    chunk is recorded that some of them lack.
+    meet has met everything, `failed` with what nobody can mend. Where several processes carry out dumps, `keeper` has
+    the lease of the one that plans; `owner` is another one in each. `unchanged` raises GenerationsChanged when the
+    sinks are others by now; then no chunk is recorded that some of them lack.
     """
 
-    def __init__(
-        self,
-        *,
-        pipeline: str,
-        owner: str,
-        epoch: int,
-        position: LogPosition,
-        progress: Progress,
-        state: StateStore,
-        tables: Callable[[], Mapping[str, Table]],
-        fingerprint: Callable[[str], str],
-        finished: Callable[[Dump], None],
-        failed: Callable[[BaseException], None],
-        stopping: threading.Event,
-        keeper: LeaseKeeper | None,
-        unchanged: Callable[[], None],
-    ) -> None:
+    pipeline: str
+    owner: str
+    epoch: int
+    position: LogPosition
+    progress: Progress
+    state: StateStore
+    tables: Callable[[], Mapping[str, Table]]
+    fingerprint: Callable[[str], str]
+    finished: Callable[[Dump], None]
+    failed: Callable[[BaseException], None]
+    stopping: threading.Event
+    keeper: LeaseKeeper | None = None
+    unchanged: Callable[[], None] = lambda: None
+
+
+class Dumper(threading.Thread):
+    """Carries out a pipeline's dumps, and begins those of tables that are not loaded."""
+
+    def __init__(self, context: DumperContext) -> None:
         super().__init__(name="load", daemon=True)
-        self._pipeline = pipeline
-        self._owner = owner
-        self._epoch = epoch
-        self._position = position
-        self._progress = progress
-        self._state = state
-        self._dumps = DumpStore(state, pipeline)
-        self._tables = tables
-        self._fingerprint = fingerprint
-        self._finished = finished
-        self._failed = failed
-        self._stopping = stopping
-        self._keeper = keeper
-        self._unchanged = unchanged
+        self._pipeline = context.pipeline
+        self._owner = context.owner
+        self._epoch = context.epoch
+        self._position = context.position
+        self._progress = context.progress
+        self._state = context.state
+        self._dumps = DumpStore(context.state, context.pipeline)
+        self._tables = context.tables
+        self._fingerprint = context.fingerprint
+        self._finished = context.finished
+        self._failed = context.failed
+        self._stopping = context.stopping
+        self._keeper = context.keeper
+        self._unchanged = context.unchanged
         self._news = threading.Condition()
         self._reloads: dict[str, Reload] = {}
         self._looks: int = 0  # rises whenever there may be something to plan

@@ -13,22 +13,20 @@ import contextlib
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import NamedTuple, TypeVar, cast
 
 import structlog
 
 from delta_sync.changes import Change, Key
-from delta_sync.dumping import END_BUDGET_S, LEASE_S, LOOK_S, RETRY_S, Dumper, running
+from delta_sync.dumping import END_BUDGET_S, LEASE_S, LOOK_S, RETRY_S, Dumper, DumperContext, running
 from delta_sync.dumps import ChunkCounts, ChunkLease, Dump, is_over, removes_unmet, rows_most, to_plan
 from delta_sync.errors import LeaseLost, StateBusy, Transient, UsageError
-from delta_sync.leases import LeaseKeeper
-from delta_sync.progress import LogPosition, Progress
 from delta_sync.samples import SharedSamples
 from delta_sync.sources.reader import Chunk, Snapshot, SourceReader
 from delta_sync.spec import LoadSpec
-from delta_sync.state import StateStore, TableLoad
+from delta_sync.state import TableLoad
 from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version, version_of
@@ -82,44 +80,18 @@ class Loader(Dumper):
 
     def __init__(
         self,
+        context: DumperContext,
         *,
-        pipeline: str,
-        owner: str,
-        epoch: int,
         reader: SourceReader,
         readers: Sequence[SourceReader],
         samples: SharedSamples,
-        position: LogPosition,
-        progress: Progress,
-        state: StateStore,
         options: LoadSpec,
         heartbeat_prefix: str,
-        tables: Callable[[], Mapping[str, Table]],
-        fingerprint: Callable[[str], str],
         hand_over: Callable[[Slice], None],
-        finished: Callable[[Dump], None],
-        failed: Callable[[BaseException], None],
-        stopping: threading.Event,
-        keeper: LeaseKeeper | None = None,
         fills: Callable[[Dump], bool] = lambda _: True,
-        unchanged: Callable[[], None] = lambda: None,
         changes_come: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__(
-            pipeline=pipeline,
-            owner=owner,
-            epoch=epoch,
-            position=position,
-            progress=progress,
-            state=state,
-            tables=tables,
-            fingerprint=fingerprint,
-            finished=finished,
-            failed=failed,
-            stopping=stopping,
-            keeper=keeper,
-            unchanged=unchanged,
-        )
+        super().__init__(context)
         self._reader = reader
         self._readers = readers
         self._samples = samples

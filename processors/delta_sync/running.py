@@ -16,6 +16,7 @@ import structlog
 
 from delta_sync.applying import SinkWriter
 from delta_sync.building import DocumentBuilder
+from delta_sync.dumping import DumperContext
 from delta_sync.errors import (
     EpochRose,
     Outgrown,
@@ -372,50 +373,36 @@ class Running:
         keeper: LeaseKeeper | None,
     ) -> Loader | SignalledLoader:
         """Return who carries out the dumps of this run."""
-        owner, sinks = uuid.uuid4().hex, opened.sinks
-        if self._spec.source.kind == "debezium":
-            assert keeper is not None, "such a pipeline runs on Kafka"
-            from delta_sync.kafka.signals import SignalBoard
-            from delta_sync.signalled import SignalledLoader  # which needs Kafka's client
-
-            return SignalledLoader(
-                board=SignalBoard(self._spec),
-                pipeline=self._spec.name,
-                owner=owner,
-                epoch=source.epoch,
-                names=frozenset(opened.pipeline.tables),
-                position=self.position,
-                progress=self.progress,
-                state=opened.state,
-                tables=lambda: worker.tables,
-                fingerprint=known.fingerprint_of_load,
-                finished=housekeeper.remove_unmet,
-                failed=worker.fail,
-                stopping=self._stopping,
-                keeper=keeper,
-                unchanged=keeping.unchanged,
-            )
-        return Loader(
+        signalled, sinks = self._spec.source.kind == "debezium", opened.sinks
+        context = DumperContext(
             pipeline=self._spec.name,
-            owner=owner,
+            owner=uuid.uuid4().hex,
             epoch=source.epoch,
-            reader=opened.readers.load,
-            readers=opened.readers.chunks,
-            samples=samples,
             position=self.position,
             progress=self.progress,
             state=opened.state,
-            options=self._spec.load,
-            heartbeat_prefix=self._spec.heartbeat_prefix,
-            tables=known.loadable,
+            tables=(lambda: worker.tables) if signalled else known.loadable,
             fingerprint=known.fingerprint_of_load,
-            fills=lambda dump: dump.sinks is None or all(any(meant([n], s) for s in sinks) for n in dump.sinks),
-            hand_over=worker.hand_over,
             finished=housekeeper.remove_unmet,
             failed=worker.fail,
             stopping=self._stopping,
             keeper=keeper,
             unchanged=keeping.unchanged,
+        )
+        if signalled:
+            from delta_sync.kafka.signals import SignalBoard
+            from delta_sync.signalled import SignalledLoader  # which needs Kafka's client
+
+            return SignalledLoader(context, names=frozenset(opened.pipeline.tables), board=SignalBoard(self._spec))
+        return Loader(
+            context,
+            reader=opened.readers.load,
+            readers=opened.readers.chunks,
+            samples=samples,
+            options=self._spec.load,
+            heartbeat_prefix=self._spec.heartbeat_prefix,
+            hand_over=worker.hand_over,
+            fills=lambda dump: dump.sinks is None or all(any(meant([n], s) for s in sinks) for n in dump.sinks),
             changes_come=lambda: worker.changes_come,
         )
 

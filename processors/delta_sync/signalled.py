@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 
 import structlog
 
 from delta_sync import signals
-from delta_sync.dumping import END_BUDGET_S, LEASE_S, LOOK_S, RETRY_S, Dumper, running
+from delta_sync.dumping import END_BUDGET_S, LEASE_S, LOOK_S, RETRY_S, Dumper, DumperContext, running
 from delta_sync.dumps import ChunkCounts, ChunkLease, Dump, is_over, removes_unmet
 from delta_sync.errors import LeaseLost, StateBusy, Transient, UsageError
 from delta_sync.kafka.signals import SignalBoard
-from delta_sync.leases import LeaseKeeper
-from delta_sync.progress import LogPosition, Progress
 from delta_sync.signals import Seen, Wanted
-from delta_sync.state import StateStore, TableLoad
-from delta_sync.tables import Table
+from delta_sync.state import TableLoad
 from delta_sync.versions import position_in_topic, version_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -38,45 +34,19 @@ UNSEEN_MOST_S = 60.0
 class SignalledLoader(Dumper):
     """Carries out a pipeline's dumps by signals; what is not said here is Dumper's.
 
-    `names` are the pipeline's tables, and `tables` those of which a record has come. `position` is how far the
-    connector's records have been applied, as its own counts them.
+    `names` are the pipeline's tables, and the context's `tables` those of which a record has come; its `position` is
+    how far the connector's records have been applied, as its own counts them.
     """
 
     def __init__(
         self,
+        context: DumperContext,
         *,
-        pipeline: str,
-        owner: str,
-        epoch: int,
         names: Collection[str],
         board: SignalBoard,
-        position: LogPosition,
-        progress: Progress,
-        state: StateStore,
-        tables: Callable[[], Mapping[str, Table]],
-        fingerprint: Callable[[str], str],
-        finished: Callable[[Dump], None],
-        failed: Callable[[BaseException], None],
-        stopping: threading.Event,
-        keeper: LeaseKeeper,
-        unchanged: Callable[[], None] = lambda: None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        super().__init__(
-            pipeline=pipeline,
-            owner=owner,
-            epoch=epoch,
-            position=position,
-            progress=progress,
-            state=state,
-            tables=tables,
-            fingerprint=fingerprint,
-            finished=finished,
-            failed=failed,
-            stopping=stopping,
-            keeper=keeper,
-            unchanged=unchanged,
-        )
+        super().__init__(context)
         self._names = names
         self._board = board
         self._now = now

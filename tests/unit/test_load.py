@@ -12,7 +12,7 @@ import pytest
 
 from delta_sync import load
 from delta_sync.changes import Change, Key
-from delta_sync.dumping import RETRY_S
+from delta_sync.dumping import RETRY_S, DumperContext
 from delta_sync.dumps import Dump
 from delta_sync.errors import EpochRose, SourceBusy, UsageError
 from delta_sync.load import Loader, Slice
@@ -194,24 +194,27 @@ class Bench:
         return loader
 
     def _loader(self, epoch: int) -> Loader:
-        return Loader(
+        context = DumperContext(
             pipeline="movies",
             owner=uuid.uuid4().hex,
             epoch=epoch,
-            reader=cast("PostgresReader", self.reader),
-            readers=[cast("PostgresReader", self.reader)] * self.threads,
-            samples=self.samples,
             position=self.position,
             progress=self.progress,
             state=self.state,
-            options=LoadSpec(chunk_rows=CHUNK_ROWS),
-            heartbeat_prefix="beat",
             tables=lambda: self.tables,
             fingerprint=lambda name: f"{self.columns} of {name}",
-            hand_over=lambda slice_: self.hand_over(slice_),
             finished=lambda done: self.finish(done),
             failed=self.fail,
             stopping=self.stopping,
+        )
+        return Loader(
+            context,
+            reader=cast("PostgresReader", self.reader),
+            readers=[cast("PostgresReader", self.reader)] * self.threads,
+            samples=self.samples,
+            options=LoadSpec(chunk_rows=CHUNK_ROWS),
+            heartbeat_prefix="beat",
+            hand_over=lambda slice_: self.hand_over(slice_),
             fills=lambda dump: dump.sinks is None or self.sinks.issuperset(dump.sinks),
             changes_come=lambda: self.changes_come,
         )

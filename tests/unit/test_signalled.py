@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from delta_sync.dumping import FIRST_LOAD
+from delta_sync.dumping import FIRST_LOAD, DumperContext
 from delta_sync.dumps import Dump
 from delta_sync.errors import EpochRose
 from delta_sync.kafka.signals import SignalBoard
@@ -89,12 +89,10 @@ class World:
     def planner(self, owner: str, epoch: int = EPOCH) -> SignalledLoader:
         keeper = LeaseKeeper(self.state, NAME, "load", owner, TTL_S)
         keeper.renew()
-        return SignalledLoader(
+        context = DumperContext(
             pipeline=NAME,
             owner=owner,
             epoch=epoch,
-            names=[MOVIE],
-            board=cast("SignalBoard", self.board),
             position=self.position,
             progress=Progress(self.position, lambda: 0.0),
             state=self.state,
@@ -104,8 +102,9 @@ class World:
             failed=lambda error: (_ for _ in ()).throw(error),
             stopping=threading.Event(),
             keeper=keeper,
-            now=lambda: 1000.0,
         )
+        board = cast("SignalBoard", self.board)
+        return SignalledLoader(context, names=[MOVIE], board=board, now=lambda: 1000.0)
 
     def look(self, times: int = 1) -> None:
         for _ in range(times):
