@@ -24,7 +24,7 @@ State = Literal["pending", "running", "paused", "done", "cancelled", "failed"]
 Order = Literal["pause", "resume", "cancel", "throttle"]
 
 KEYS_PER_CHUNK = 4000  # each may be of 2,700 bytes, and MariaDB as a state store takes 16 MB in a statement
-PLANNED_AHEAD = 16  # chunks: more than all readers of some processes take while the next are planned
+PLANNED_AHEAD = 24  # chunks: more than all readers of some processes take while the next are planned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

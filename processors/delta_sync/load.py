@@ -41,6 +41,7 @@ WAIT_NOTICE_S = 2.0  # then one wants to know for whom a dump waits
 # Read and not yet written, in units of a chunk's limits of bytes and rows. They wait for the log to pass, so a dump
 # brings no more than these in each round trip through it: the slower the log, the slower the dump.
 HELD_CHUNKS = 4
+LOOK_CHUNKS = 4  # between looks whether more are to be planned: each costs as much as reading a thousand rows
 RENEW_S = LEASE_S / 3
 MEASURED = 32  # rows of a chunk whose size is looked at
 VALUE_BYTES = 32  # of a value beside its text: a Python object
@@ -105,6 +106,7 @@ class Loader(Dumper):
         self._read: deque[Rows] = deque()
         self._behind: deque[tuple[int, list[Rows]]] = deque()  # a heartbeat's position, and what was read before it
         self._passed: deque[Rows] = deque()
+        self._written: deque[Rows] = deque()
         self._held_bytes = self._held_rows = 0
 
     # ── the threads ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -123,6 +125,7 @@ class Loader(Dumper):
                 ("load ask", self._ask_next),
                 ("load log", self._pass_next),
                 ("load write", self._write_next),
+                ("load record", self._record_next),
                 ("load", self._renew),
             )
         ]
@@ -453,7 +456,7 @@ class Loader(Dumper):
             self.write_chunks()
 
     def write_chunks(self) -> None:
-        """Hand over what the log has come past, and record what every sink has acknowledged, until nothing is left."""
+        """Hand over what the log has come past, and see that every sink acknowledges it, until nothing is left."""
         under_way: deque[tuple[Slice, Rows, bool]] = deque()
         cut = self._cut()
         while True:
@@ -471,7 +474,12 @@ class Loader(Dumper):
                 self._pause(0)
             slice_.done.result()
             if is_last:
-                self._record(rows)
+                self._has_written(rows)
+
+    def _has_written(self, rows: Rows) -> None:
+        with self._news:
+            self._written.append(rows)
+            self._news.notify_all()
 
     def _cut(self) -> Iterator[tuple[Slice, Rows, bool]]:
         """Yield slices of the chunks that the log has come past, and whether each is its chunk's last."""
@@ -485,7 +493,7 @@ class Loader(Dumper):
                 self._let_go(rows)
                 continue
             if not rows.rows:
-                self._record(rows)
+                self._has_written(rows)
                 continue
             sinks = None if dump.sinks is None else frozenset(dump.sinks)
             start = 0
@@ -510,6 +518,17 @@ class Loader(Dumper):
             return False
         return True
 
+    def _record_next(self) -> None:
+        with self._news:
+            self._news.wait_for(lambda: bool(self._written) or self._stopping.is_set())
+        if not self._stopping.is_set():
+            self.record_written()
+
+    def record_written(self) -> None:
+        """Record the chunks that every sink has acknowledged, until nothing is left. Rows need not wait for that."""
+        while self._written:
+            self._record(self._written.popleft())
+
     def _record(self, rows: Rows) -> None:
         """Record that every sink has a chunk, unless its table is gone: then nobody knows what was written where."""
         lease = rows.lease
@@ -528,7 +547,9 @@ class Loader(Dumper):
         with self._news:
             self._held_bytes -= rows.size
             self._held_rows -= len(rows.rows)
-            self._looks += 1
+            # More chunks are planned than these few, and the last of all leaves nothing behind.
+            if not self._held_rows or self.recorded % LOOK_CHUNKS == 0:
+                self._looks += 1
             self._news.notify_all()
 
     def _keep_trying(self, call: Callable[[], T]) -> T:

@@ -104,8 +104,9 @@ class TestClusterHash(RedisContract):
         ("version < floor or version < current", "version < floor", False),
         ("version < floor or version < current", "version < current", True),
         ("redis.call('SET', tombstone, version, 'PX', tombstone_ms)", "", False),
+        ("and redis.call('EXISTS', unpack(KEYS, first + 1)) == 0", "", False),
     ],
-    ids=["versions", "floor", "tombstones"],
+    ids=["versions", "floor", "tombstones", "what is there"],
 )
 def test_storms_find_a_script_that_breaks_the_rule(
     redis_server: Redis, monkeypatch: pytest.MonkeyPatch, line: str, without: str, truncate: bool

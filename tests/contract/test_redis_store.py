@@ -355,7 +355,10 @@ def user_url(store: redis.Redis, redis_server: Redis) -> Iterator[Callable[[str]
     ask(store, "ACL", "DELUSER", "delta")
 
 
-ENOUGH = "~movie:* ~delta:* +info +evalsha +script|load +scan +get +set +getrange +hget +hgetall +hset +pexpire +unlink"
+ENOUGH = (  # docs/howto/redis.md names them
+    "~movie:* ~delta:* +info +evalsha +script|load +scan +exists +get +set +mset +getrange +hget +hgetall +hset"
+    " +pexpire +unlink"
+)
 
 
 @pytest.mark.parametrize("format_", ["json", "hash"])
@@ -376,7 +379,7 @@ def test_the_privileges_that_suffice(
 @pytest.mark.parametrize(
     "missing",
     [
-        *("+info", "+evalsha", "+script|load", "+get", "+set", "+getrange", "+unlink", "+scan"),
+        *("+info", "+evalsha", "+script|load", "+exists", "+get", "+set", "+mset", "+getrange", "+unlink", "+scan"),
         "~movie:*",
         "~delta:*",
     ],
@@ -393,7 +396,7 @@ def test_check_finds_a_privilege_that_is_missing(
 def test_a_missing_privilege_stops_the_pipeline(
     store: redis.Redis, open_sink: Callable[..., RedisSink], user_url: Callable[[str], str]
 ) -> None:
-    sink = open_sink(user_url(ENOUGH.replace(" +set", "")))
+    sink = open_sink(user_url(ENOUGH.replace(" +mset", "")))
     with pytest.raises(SinkRefused, match="ACL"):
         apply(sink, target_of(sink), (1,), 5, {"n": 5})
 

@@ -306,6 +306,7 @@ def test_no_more_is_read_while_much_has_to_wait_for_the_log(make: MakeBench) -> 
     loader.ask_for_read()
     loader.pass_log_for_read()
     loader.write_chunks()
+    loader.record_written()
     assert loader.has_room
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 
 import pytest
 from redis import exceptions as errors
 
 from delta_sync.changes import APPLIED, Write
 from delta_sync.errors import UsageError
-from delta_sync.sinks.redis import (
-    CALL_BYTES,
-    CALL_KEYS,
-    RedisOptions,
-    RedisSink,
-    RedisTargetOptions,
-)
-from delta_sync.sinks.redis_link import Facts, explain, judge
+from delta_sync.sinks.base import Target
+from delta_sync.sinks.redis import RedisOptions, RedisSink, RedisTargetOptions
+from delta_sync.sinks.redis_calls import CALL_BYTES, CALL_KEYS, Encoded, encoded
+from delta_sync.sinks.redis_link import Call, Facts, explain, judge
 from delta_sync.sinks.redis_scripts import ZERO
 from delta_sync.testing.contract import ACTOR, MOVIE
 
@@ -26,6 +23,12 @@ SECRET = "hunter2"
 def sink_of(**options: object) -> RedisSink:
     """Return a sink that knows that it is none of a cluster, and has no server."""
     return RedisSink("cache", "redis://127.0.0.1:1/0", RedisOptions.model_validate({"cluster": False, **options}), 3600)
+
+
+def sent_by(sink: RedisSink, target: Target, writes: Sequence[Write]) -> tuple[Encoded, list[Call]]:
+    """Return writes as they are sent."""
+    some = encoded(target.settings.template, sink._encode, writes)
+    return some, sink._calls(target, some, ZERO)
 
 
 @pytest.mark.parametrize(
@@ -129,16 +132,16 @@ def test_overlapping_targets_are_found_before_anything_connects() -> None:
 def test_small_writes_share_a_call_up_to_a_number() -> None:
     sink = sink_of()
     target = sink.target(MOVIE, RedisTargetOptions())
-    _, sent, calls = sink._calls(target, [Write((n,), 1, {"n": n}) for n in range(CALL_KEYS * 2 + 1)], ZERO)
+    some, calls = sent_by(sink, target, [Write((n,), 1, {"n": n}) for n in range(CALL_KEYS * 2 + 1)])
     assert [len(call.keys) // 2 for call in calls] == [CALL_KEYS, CALL_KEYS, 1]
-    assert sent == list(range(CALL_KEYS * 2 + 1))
+    assert list(some.places) == list(range(CALL_KEYS * 2 + 1))
 
 
 def test_a_large_write_is_alone_in_its_call() -> None:
     sink = sink_of()
     target = sink.target(MOVIE, RedisTargetOptions())
     sizes = (10, 10, CALL_BYTES * 5, 10, CALL_BYTES // 2, CALL_BYTES // 2, 10)
-    _, _, calls = sink._calls(target, [Write((n,), 1, {"t": "x" * size}) for n, size in enumerate(sizes)], ZERO)
+    _, calls = sent_by(sink, target, [Write((n,), 1, {"t": "x" * size}) for n, size in enumerate(sizes)])
     assert [len(call.keys) // 2 for call in calls] == [2, 1, 2, 2]
 
 
@@ -146,10 +149,10 @@ def test_what_is_sent() -> None:
     sink = sink_of(ttl="1m")
     target = sink.target(MOVIE, RedisTargetOptions(key="movie:{id}"))
     writes = [Write((1,), 5, {"a": 1}), Write((2,), 6, {}), Write((3,), 7, {"_version": 1}), Write((4,), 8, None)]
-    outcomes, sent, calls = sink._calls(target, writes, ZERO)
-    assert [outcome.kind for outcome in outcomes] == ["applied", "applied", "rejected", "applied"]
-    assert outcomes[0] is APPLIED
-    assert sent == [0, 1, 3]
+    some, calls = sent_by(sink, target, writes)
+    assert [outcome.kind for outcome in some.outcomes] == ["applied", "applied", "rejected", "applied"]
+    assert some.outcomes[0] is APPLIED
+    assert some.places == [0, 1, 3]
     (call,) = calls
     assert call.keys == [
         b"delta:f:movie:{id}",
@@ -168,11 +171,11 @@ def test_what_is_sent() -> None:
 @pytest.mark.parametrize(("ttl", "kept"), [(None, b"0"), ("59m", b"1"), ("60m", b"0"), ("2h", b"0")])
 def test_a_version_is_kept_beside_documents_that_do_not_outlive_it(ttl: str | None, kept: bytes) -> None:
     sink = sink_of(ttl=ttl)
-    _, _, (call,) = sink._calls(sink.target(MOVIE, RedisTargetOptions()), [Write((1,), 5, {})], ZERO)
+    _, (call,) = sent_by(sink, sink.target(MOVIE, RedisTargetOptions()), [Write((1,), 5, {})])
     assert call.args[2] == kept
 
 
 def test_a_tables_ttl_wins() -> None:
     sink = sink_of(ttl="1m")
-    _, _, (call,) = sink._calls(sink.target(MOVIE, RedisTargetOptions(ttl=2)), [Write((1,), 5, {})], ZERO)
+    _, (call,) = sent_by(sink, sink.target(MOVIE, RedisTargetOptions(ttl=2)), [Write((1,), 5, {})])
     assert call.args[1] == b"2000"

@@ -30,6 +30,7 @@ from pydantic import Field
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import Problem, SinkBusy, SinkRefused, Unstorable
 from delta_sync.sinks.base import VERSION_FIELD, Sink, Stored, Target, TargetOptions
+from delta_sync.sinks.redis_calls import CALL_KEYS, Encoded, calls_of, encoded
 from delta_sync.sinks.redis_documents import (
     VERSION_PLACE,
     NotStorable,
@@ -57,8 +58,6 @@ from delta_sync.spec import Duration
 from delta_sync.tables import Table, key_of_parts
 from delta_sync.values import Document
 
-CALL_KEYS = 100  # writes in one script call: half a millisecond, in which Redis serves nobody else; 500 are no cheaper
-CALL_BYTES = 1 << 20  # and bytes: a document above it is alone in its call
 READ_KEYS = 100  # documents in one script's reply, which Lua holds in memory as a whole
 FLOOR_SETTLES_S = 86_400  # no writer stands still for so long between reading the floor and writing
 
@@ -194,68 +193,39 @@ class RedisSink(Sink[RedisOptions, RedisTargetOptions]):
         """Apply the writes in one round trip, in a cluster three."""
         if not writes:
             return []
+        some = encoded(_template(target), self._encode, writes)
         if not self._link.is_cluster:
-            outcomes, sent, calls = self._calls(target, writes, ZERO)
-            self._settle(outcomes, sent, self._link.run(self._scripts.write, calls))
-            return outcomes
-        outcomes, sent, calls = self._calls(target, writes, self._floor(target))
-        self._settle(outcomes, sent, self._link.run(self._scripts.write, calls))
+            self._settle(some, self._link.run(self._scripts.write, self._calls(target, some, ZERO)))
+            return some.outcomes
+        self._settle(some, self._link.run(self._scripts.write, self._calls(target, some, self._floor(target))))
         floor = self._floor(target)
-        late = [place for place in sent if writes[place].version < int(floor)]
+        late = [index for index, place in enumerate(some.places) if writes[place].version < int(floor)]
         # What is stale may have been written by a process that died right here, and is now repeated.
-        self._remove([_template(target).render(writes[place].key).encode() for place in late], floor)
-        for place in late:
-            if outcomes[place] is APPLIED:
-                outcomes[place] = STALE
-        return outcomes
+        self._remove([some.keys[index] for index in late], floor)
+        for place in (some.places[index] for index in late):
+            if some.outcomes[place] is APPLIED:
+                some.outcomes[place] = STALE
+        return some.outcomes
 
-    def _calls(
-        self, target: Target, writes: Sequence[Write], floor: bytes
-    ) -> tuple[list[Outcome], list[int], list[Call]]:
-        """Return outcomes (of what is sent: applied), the places of what is sent, and the calls that send it. Pure."""
+    def _calls(self, target: Target, some: Encoded, floor: bytes) -> list[Call]:
+        """Return the calls that send writes. Pure. In a cluster, the floor is an argument."""
         place: _Place = target.settings
-        render, encode = place.template.render, self._encode
         keep = 0 < place.ttl_ms < self._tombstone_ms  # a document that lives longer keeps its version itself
-        header = [b"%d" % self._tombstone_ms, b"%d" % place.ttl_ms, b"%d" % keep, floor]
+        args = [b"%d" % self._tombstone_ms, b"%d" % place.ttl_ms, b"%d" % keep, floor]
         cluster = self._link.is_cluster
-        call_keys, call_bytes = (1, 0) if cluster else (CALL_KEYS, CALL_BYTES)
-        first_key = [] if cluster else [floor_key(target.place)]
-        outcomes, sent, calls = [APPLIED] * len(writes), list[int](), list[Call]()
-        call, room, free_bytes = None, 0, 0
-        for number, (row_key, version, document) in enumerate(writes):
-            try:
-                key = render(row_key).encode()
-                args = encode(version, document)
-            except NotStorable as error:
-                outcomes[number] = rejected(str(error))
-                continue
-            except UnicodeEncodeError:
-                outcomes[number] = rejected("the key is text that is not valid Unicode")
-                continue
-            size = len(args[-1]) if len(args) == 1 else sum(map(len, args))
-            if call is None or not room or size > free_bytes:
-                call = Call(first_key.copy(), header.copy())
-                calls.append(call)
-                room, free_bytes = call_keys, call_bytes
-            room -= 1
-            free_bytes -= size
-            call.keys.append(key)
-            call.keys.append(b"delta:t:{%b}" % key if b"}" not in key else tombstone_key(key))
-            call.args.extend(args)
-            sent.append(number)
-        return outcomes, sent, calls
+        return calls_of(some, [] if cluster else [floor_key(target.place)], args, each_alone=cluster)
 
-    def _settle(self, outcomes: list[Outcome], sent: Sequence[int], replies: Iterable[bytes]) -> None:
+    def _settle(self, some: Encoded, replies: Iterable[bytes]) -> None:
         """Enter what the scripts answered: a byte for each write that was sent."""
         codes = b"".join(replies)
-        assert len(codes) == len(sent), f"{len(codes)} outcomes for {len(sent)} writes"
+        assert len(codes) == len(some.places), f"{len(codes)} outcomes for {len(some.places)} writes"
         if codes.count(b"a") == len(codes):
             return
-        for place, code in zip(sent, codes, strict=True):
+        for place, code in zip(some.places, codes, strict=True):
             if code == ord("s"):
-                outcomes[place] = STALE
+                some.outcomes[place] = STALE
             elif code == ord("w"):
-                outcomes[place] = rejected(
+                some.outcomes[place] = rejected(
                     f"the key holds another type than {'a hash' if self._scripts is HASH else 'a string'}; "
                     "delete it, or give the target other keys"
                 )

@@ -47,6 +47,17 @@ class KeyTemplate(NamedTuple):
             texts += (scalar_text(key[column]).translate(escapes), literal)
         return "".join(texts)
 
+    def render_all(self, keys: Iterable[Key]) -> list[bytes]:
+        """Return the Redis keys of documents. Raises UnicodeEncodeError."""
+        if len(self.columns) != 1:
+            return [self.render(key).encode() for key in keys]
+        column, (begin, end) = self.columns[0], self.literals
+        return [
+            f"{begin}{value if type(value) is int or type(value) is str else scalar_text(value)}{end}".encode()
+            for key in keys
+            for value in (key[column],)
+        ]
+
     def own(self, redis_keys: Iterable[bytes]) -> list[bytes]:
         """Return the keys that could be of this template; those that are not UTF-8 are somebody else's."""
         matches = _pattern(self.literals).fullmatch
@@ -226,6 +237,17 @@ def tombstone_key(key: bytes) -> bytes:
     if hash_tag(key) != key:
         return b"delta:t::%b" % key
     return b"delta:t:.{%b}%b" % (tag_of_slot(slot_of(key)), key)
+
+
+def with_tombstones(keys: list[bytes]) -> list[bytes]:
+    """Return documents' keys, each with its tombstone's behind it."""
+    both = keys * 2
+    both[::2] = keys
+    if b"}" in b"".join(keys):
+        both[1::2] = map(tombstone_key, keys)
+    else:
+        both[1::2] = [b"delta:t:{%b}" % key for key in keys]
+    return both
 
 
 def key_of_tombstone(tombstone: bytes) -> bytes:
