@@ -38,9 +38,9 @@ SLICE_ROWS_BESIDE_LOG = 150  # while changes come: a change waits for one of the
 SLICES_MOST = 3  # handed over and not yet acknowledged: one that is written, one that is processed, one that waits
 CLAIM_POLL_S = 0.05  # a transaction usually ends within milliseconds
 WAIT_NOTICE_S = 2.0  # then one wants to know for whom a dump waits
-# Read and not yet written, in units of a chunk's limits of bytes and rows. They wait for the log to pass, so a dump
-# brings no more than these in each round trip through it: the slower the log, the slower the dump.
-HELD_CHUNKS = 4
+# Read and not yet written, in units of a chunk's limits. They wait for the log to pass, so a dump brings no more than
+# these in each round trip through it: the slower the log, the slower the dump.
+HELD_ROWS, HELD_BYTES = 8, 4
 LOOK_CHUNKS = 4  # between looks whether more are to be planned: each costs as much as reading a thousand rows
 RENEW_S = LEASE_S / 3
 MEASURED = 32  # rows of a chunk whose size is looked at
@@ -289,7 +289,7 @@ class Loader(Dumper):
         """Whether there is room for more rows: those that were read have to wait for log and sinks."""
         options = self._options
         return (
-            self._held_bytes < HELD_CHUNKS * options.chunk_bytes and self._held_rows < HELD_CHUNKS * options.chunk_rows
+            self._held_bytes < HELD_BYTES * options.chunk_bytes and self._held_rows < HELD_ROWS * options.chunk_rows
         )
 
     def _until_next_s(self) -> float:

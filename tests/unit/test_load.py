@@ -296,10 +296,10 @@ def test_slices_are_smaller_while_changes_come(make: MakeBench, monkeypatch: pyt
 
 def test_no_more_is_read_while_much_has_to_wait_for_the_log(make: MakeBench) -> None:
     """So a dump is no faster than the log that it comes behind, and takes no memory meanwhile."""
-    bench = make(rows=3 * load.HELD_CHUNKS * CHUNK_ROWS)
+    bench = make(rows=3 * load.HELD_ROWS * CHUNK_ROWS)
     loader = bench.loader()
     loader.look()
-    for _ in range(load.HELD_CHUNKS):
+    for _ in range(load.HELD_ROWS):
         assert loader.has_room
         assert loader.read_chunk(cast("PostgresReader", bench.reader))
     assert not loader.has_room
