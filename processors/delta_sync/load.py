@@ -288,9 +288,7 @@ class Loader(Dumper):
     def has_room(self) -> bool:
         """Whether there is room for more rows: those that were read have to wait for log and sinks."""
         options = self._options
-        return (
-            self._held_bytes < HELD_BYTES * options.chunk_bytes and self._held_rows < HELD_ROWS * options.chunk_rows
-        )
+        return self._held_bytes < HELD_BYTES * options.chunk_bytes and self._held_rows < HELD_ROWS * options.chunk_rows
 
     def _until_next_s(self) -> float:
         return LOOK_S if not self._under_way else READ_LOOK_S
