@@ -44,6 +44,8 @@ def split_sinks(options: Sequence[str], kind_of: Mapping[str, str]) -> dict[str,
     for option in options:
         match = _NAMED.match(option)
         name, url = (match[1], match[2]) if match else ("", option)
+        if match and not name:
+            raise UsageError("--sink: there is no name before the =; write NAME=URL, or the URL alone.")
         name = name or kind_of.get(url.partition("://")[0].lower(), "sink")
         if name in sinks:
             raise UsageError(f"Two sinks are called {name}; give each its own name: --sink NAME=URL.")

@@ -193,3 +193,5 @@ def test_sinks_are_named_by_option_or_kind() -> None:
         split_sinks(["redis://a", "redis://b"], kinds)
     with pytest.raises(UsageError, match="lower-case"):
         split_sinks(["Cache=redis://a"], kinds)
+    with pytest.raises(UsageError, match="no name before the ="):
+        split_sinks(["=redis://a"], kinds)

@@ -26,6 +26,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 import bson
 from pydantic import Field
 from pymongo import DeleteOne, ReplaceOne, UpdateOne
+from pymongo.errors import OperationFailure
 
 from delta_sync.changes import APPLIED, STALE, Key, Outcome, Write, rejected
 from delta_sync.errors import DeltaError, Problem, SinkRefused, Unstorable, UsageError
@@ -128,7 +129,9 @@ class MongoSink(Sink[MongoOptions, MongoTargetOptions]):
                     for one in problems_of(self._link, where, target.settings, rebuilt=rebuilt)
                 ]
         except DeltaError as error:
-            fix = "check its user and roles" if isinstance(error, SinkRefused) else "check its address and that it runs"
+            fix = "" if isinstance(error, SinkRefused) else "check its address and that it runs"
+            if isinstance(error.__cause__, OperationFailure):  # any other refusal says what is wrong itself
+                fix = "check its user and roles"
             return [Problem(where, str(error), fix)]
 
     def prepare(self, target: Target) -> None:
