@@ -15,14 +15,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import structlog
-
 from delta_debezium.distribution import HEAP_MB, Distribution
 from delta_sync import child_exec
 from delta_sync.capture import CaptureDied
+from delta_sync.logs import logger
 from delta_sync.secrets import redact
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 LOG_BYTES = 32 << 20  # of the log, and as much of what came before: days of warnings
 LAST_LINES_CHARS = 500  # of what is not in the server's format

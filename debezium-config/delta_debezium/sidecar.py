@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import structlog
-
 from delta_debezium import supervision
 from delta_debezium.distribution import Distribution
 from delta_debezium.render import server_environment, server_properties
@@ -24,6 +22,7 @@ from delta_sync.capture import CaptureDied
 from delta_sync.errors import EpochRose, LeaseLost, Transient
 from delta_sync.kafka.delivered import delivered_of
 from delta_sync.leases import LeaseKeeper
+from delta_sync.logs import logger
 from delta_sync.pipeline import Pipeline, load_processor
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.samples import SharedSamples
@@ -37,7 +36,7 @@ from delta_sync.state import Lease, StateStore
 from delta_sync.tables import Table
 from delta_sync.watch import ANSWER_S, Watch
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 LEASE = "sidecar"
 LEASE_S = 5.0  # with the time that a connector takes to start, the next leader's first event comes within 15 s

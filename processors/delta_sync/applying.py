@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import structlog
 import tenacity
 
 from delta_sync.changes import APPLIED, STALE, Change, Outcome, Write
 from delta_sync.errors import SinkBusy, Transient
+from delta_sync.logs import logger
 from delta_sync.measures import STAGE_BOUNDS_S, Histogram
 from delta_sync.secrets import redact
 from delta_sync.sinks.base import Sink, Target
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 15.0  # a restart of the sink is noticed soon; one that is down is not hammered
 THREADS = 2  # batches of each lane that one sink is given at once: one on the wire while the next is encoded

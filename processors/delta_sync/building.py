@@ -11,20 +11,19 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-import structlog
-
 from delta_sync.changes import Change, Key
 from delta_sync.decoding import TableCodec, Touched, Watching
 from delta_sync.documents import DocumentSpec, watches
 from delta_sync.dumps import Dump
 from delta_sync.errors import SourceBusy
+from delta_sync.logs import logger
 from delta_sync.progress import Progress
 from delta_sync.sources.reader import Snapshot, SourceReader
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 from delta_sync.versions import epoch_of, position_of
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 KEYS_MOST = 10_000  # documents that one batch's changes of a table build at once; more are left to a dump
 DUMPS_MOST = 8  # of one table that wait to begin; with more, everything is dumped once

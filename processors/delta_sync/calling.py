@@ -16,12 +16,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import structlog
-
 from delta_sync.errors import HandlersBusy, HandlerTimeout, PipelineStopped
+from delta_sync.logs import logger
 from delta_sync.watchdog import LOOK_S, SLOW_S, place_of
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 ENDING_S = 10.0  # for what is under way when Delta ends; it is not confirmed, so it comes again
 LEFT_MOST = 5  # threads that were left behind and have not ended: with more, something is wrong with all calls

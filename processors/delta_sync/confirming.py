@@ -31,12 +31,11 @@ import threading
 import time
 from collections.abc import Callable
 
-import structlog
-
 from delta_sync.capture import Batch, Capture, CaptureDied
 from delta_sync.errors import Transient
+from delta_sync.logs import logger
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 PAUSE_S = 0.2  # between confirmations: each costs a query and a write of the state store; the capture keeps 8 batches
 SLICE_S = 0.05  # how long a poll may keep a confirmation waiting: while 8 batches wait for it, nothing comes

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Literal, TypeVar
 
-import structlog
 import tenacity
 
 from delta_sync.applying import Applied
@@ -19,6 +18,7 @@ from delta_sync.decoding import TableCodec, Undecodable
 from delta_sync.delta_event import DeltaEvent, encode_event
 from delta_sync.errors import DeltaError, StateBusy, TooManyDeadLetters
 from delta_sync.events import Unhandled
+from delta_sync.logs import logger
 from delta_sync.processing import Failure, failure
 from delta_sync.progress import Progress
 from delta_sync.secrets import redact
@@ -27,7 +27,7 @@ from delta_sync.spec import PipelineSpec
 from delta_sync.state import DeadLetter, StateStore, identity_of
 from delta_sync.tables import key_text
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 WINDOW_S = 60.0  # of errors.max_dead_letters_per_minute
 Origin = Literal["log", "load"]

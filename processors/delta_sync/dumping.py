@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import structlog
-
 from delta_sync.dumps import Dump
 from delta_sync.errors import EpochRose
 from delta_sync.leases import LeaseKeeper
+from delta_sync.logs import logger
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.state import Lease, StateStore, TableLoad
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 FIRST_LOAD = "first load"
 LOOK_S = 1.0  # between looks whether there is something to do: anybody may ask for a dump, or pause one

@@ -15,18 +15,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
-import structlog
 import tenacity
 
 from delta_sync.calling import Caller
 from delta_sync.changes import Key
 from delta_sync.delta_event import DeltaEvent
 from delta_sync.errors import DeltaError, HandlersBusy, HandlerTimeout, PipelineStopped, Transient
+from delta_sync.logs import logger
 from delta_sync.secrets import redact
 from delta_sync.tables import key_text
 from delta_sync.values import Row
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 15.0  # as for sinks: a restart is noticed soon, one that is down is not hammered
 

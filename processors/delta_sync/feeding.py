@@ -6,13 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 
-import structlog
-
 from delta_sync.capture import Batch, Capture
 from delta_sync.errors import Transient
+from delta_sync.logs import logger
 from delta_sync.progress import Progress
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # of the capture
 POLL_S = 0.5  # then somebody may have said that Delta stops

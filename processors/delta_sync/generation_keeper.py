@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping
 
-import structlog
-
 from delta_sync.errors import DeltaError, GenerationsChanged, Transient
 from delta_sync.generations import Generations, GenerationStore, follow, written
 from delta_sync.leases import LeaseKeeper
+from delta_sync.logs import logger
 from delta_sync.pipeline import Pipeline
 from delta_sync.secrets import redact
 from delta_sync.sinks import AnySink, open_sink
@@ -18,7 +17,7 @@ from delta_sync.starting import targets_of_sink
 from delta_sync.state_dumps import DumpStore
 from delta_sync.tables import Table
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 DROP_LOOK_S = 2.0  # between looks whether a generation of a sink is to be removed: nobody waits for that
 

@@ -7,13 +7,12 @@ import threading
 from collections.abc import Mapping
 from typing import Protocol
 
-import structlog
-
 from delta_sync.dumping import FIRST_LOAD
 from delta_sync.dumps import Dump
 from delta_sync.errors import Transient
 from delta_sync.generations import meant
 from delta_sync.leases import LeaseKeeper
+from delta_sync.logs import logger
 from delta_sync.sinks import AnySink, base_name
 from delta_sync.sinks.base import Target
 from delta_sync.spec import PipelineSpec
@@ -22,7 +21,7 @@ from delta_sync.tables import Table
 from delta_sync.used_keys import UsedKeyStore
 from delta_sync.versions import dump_version
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 HOUSEKEEPING_S = 600.0  # what expires after days may stay for minutes more
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import structlog
-
 from delta_sync import documents
+from delta_sync.logs import logger
 from delta_sync.pipeline import Pipeline
 from delta_sync.sources.reader import SourceReader
 from delta_sync.state import StateStore, TableLoad
 from delta_sync.tables import Table
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 _GONE = ""  # in place of a table's columns: it is not there
 

@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
-import structlog
-
 from delta_sync.errors import DeltaError, LeaseLost
+from delta_sync.logs import logger
 from delta_sync.state import Lease, StateStore
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 RENEWALS_PER_TTL = 3  # one may fail, and the next still comes in time
 # Of the ttl. It is for clocks that run at different rates (0.05 % when one is being set right), for a database's clock

@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import NamedTuple, TypeVar, cast
 
-import structlog
-
 from delta_sync.changes import Change, Key
 from delta_sync.dumping import END_BUDGET_S, LEASE_S, LOOK_S, RETRY_S, Dumper, DumperContext, running
 from delta_sync.dumps import ChunkCounts, ChunkLease, Dump, is_over, removes_unmet, rows_most, to_plan
 from delta_sync.errors import LeaseLost, StateBusy, Transient, UsageError
+from delta_sync.logs import logger
 from delta_sync.samples import SharedSamples
 from delta_sync.sources.reader import Chunk, Snapshot, SourceReader
 from delta_sync.spec import LoadSpec
@@ -31,7 +30,7 @@ from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import dump_version, version_of
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 SLICE_ROWS = 2000  # handed to the worker at once while the log rests: larger ones cost no less for a row
 SLICE_ROWS_BESIDE_LOG = 150  # while changes come: a change waits for one of them in each stage that it goes through

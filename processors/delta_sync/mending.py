@@ -11,15 +11,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import structlog
-
 from delta_sync.changes import Key
 from delta_sync.dumps import Dump, Order
 from delta_sync.errors import Transient, UsageError
+from delta_sync.logs import logger
 from delta_sync.lookups import LookupCaller
 from delta_sync.state_dumps import DumpStore
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 KEYS_MOST = 100_000  # of a table and a look-up: above, its keys cost more than reading the whole table does
 PARTS_MOST = 1000  # dumps that they are in, one for each batch that left some: each is begun, and listed, by itself

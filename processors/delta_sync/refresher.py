@@ -16,12 +16,11 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
-import structlog
-
 from delta_sync.changes import Key
 from delta_sync.dumps import Dump
 from delta_sync.errors import Transient, UsageError
 from delta_sync.leases import LeaseKeeper
+from delta_sync.logs import logger
 from delta_sync.pipeline import Pipeline
 from delta_sync.refreshing import ROWS_MOST, Notice, NoticeStore, RowFinder, dump_of, wanted_of
 from delta_sync.sources.reader import SourceReader
@@ -31,7 +30,7 @@ from delta_sync.tables import Table
 from delta_sync.used_keys import UsedKeyStore, kept_of
 from delta_sync.values import scalar_text
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 LOOK_S = 1.0  # between looks for notices that are due, and for rounds
 LASTS = 0.25  # of W: a round. Shorter rounds are begun later, so the service is asked less; longer ones ask it calmly

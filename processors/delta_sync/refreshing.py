@@ -21,12 +21,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-import structlog
 
 from delta_sync.changes import Key
 from delta_sync.delta_event import decode_key, encode_key
 from delta_sync.dumps import Dump, value_from_text
 from delta_sync.errors import NoticesWait, Transient, UsageError
+from delta_sync.logs import logger
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import KeyFunction, Pipeline
 from delta_sync.sources.reader import SourceReader
@@ -36,7 +36,7 @@ from delta_sync.state_tables import NOTICES
 from delta_sync.tables import Kind, Table
 from delta_sync.used_keys import UsedKeyStore
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 LOOK_S = 1.0  # between looks for notices: one small query of each process
 TRUSTED_S = 3.0  # since a look began: some may take long, or fail, before caches are of no use

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import structlog
-
 from delta_sync.applied_log import AppliedLog
 from delta_sync.changes import Key, Write
+from delta_sync.logs import logger
 from delta_sync.sinks import AnySink
 from delta_sync.values import Document
 from delta_sync.verification import Damage, KeyReader, Makers, Subject
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 
 class DirectRepair:

@@ -16,18 +16,17 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import structlog
-
 from delta_sync.changes import Key
 from delta_sync.decoding import Lacking, ReadAhead
 from delta_sync.errors import SchemaChanged, SourceBusy
+from delta_sync.logs import logger
 from delta_sync.samples import SharedSamples
 from delta_sync.sources.reader import Snapshot, SourceReader
 from delta_sync.tables import Table
 from delta_sync.values import Row
 from delta_sync.versions import position_of, reread_version, version_of
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 POLL_S = 0.003
 RETRY_S = 1.0

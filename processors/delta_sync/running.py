@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import structlog
-
 from delta_sync.applying import SinkWriter
 from delta_sync.building import DocumentBuilder
 from delta_sync.dumping import DumperContext
@@ -32,6 +30,7 @@ from delta_sync.housekeeping import Housekeeper
 from delta_sync.known_columns import KnownColumns
 from delta_sync.leases import LeaseKeeper
 from delta_sync.load import Loader
+from delta_sync.logs import logger
 from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Mender
 from delta_sync.notices import NoticeIntake
@@ -62,7 +61,7 @@ from delta_sync.worker import DRAIN_BUDGET_S, Worker
 if TYPE_CHECKING:
     from delta_sync.signalled import SignalledLoader
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 COLLECT_EVERY = 200_000  # allocations: events are trees that reference counts free; at the default, 700, the search for
 # cycles among them took a third of the worker's CPU time

@@ -12,18 +12,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection
 
-import structlog
-
 from delta_sync import signals
 from delta_sync.dumping import END_BUDGET_S, LEASE_S, LOOK_S, RETRY_S, Dumper, DumperContext, running
 from delta_sync.dumps import ChunkCounts, ChunkLease, Dump, is_over, removes_unmet
 from delta_sync.errors import LeaseLost, StateBusy, Transient, UsageError
 from delta_sync.kafka.signals import SignalBoard
+from delta_sync.logs import logger
 from delta_sync.signals import Seen, Wanted
 from delta_sync.state import TableLoad
 from delta_sync.versions import position_in_topic, version_of
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 SIDECAR_LEASE = "sidecar"  # as `delta_debezium.sidecar` calls it; its token is the term
 # What a row's last change was sent so short a time before a dump is not removed for not having been met: a database may

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import structlog
-
 from delta_sync import documents
 from delta_sync.dumping import FIRST_LOAD
 from delta_sync.errors import EpochRose, SlotMissing, SourceBusy, UsageError
+from delta_sync.logs import logger
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.sinks import AnySink, base_name, store_of, target_for
 from delta_sync.sinks.base import Target
@@ -21,7 +20,7 @@ from delta_sync.state_connector import ConnectorState
 from delta_sync.tables import Table
 from delta_sync.versions import epoch_of, epoch_of_term
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 Delivered = Callable[[int], int | None]  # `kafka.delivered.Delivered`: by epoch, the position that may be confirmed
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-import structlog
-
 from delta_sync.applying import Applied, Part, SinkWriter
 from delta_sync.changes import Change
 from delta_sync.decoding import TableCodec
 from delta_sync.errors import SourceBusy, StateBusy
 from delta_sync.generations import meant
+from delta_sync.logs import logger
 from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Left
 from delta_sync.pipeline import Pipeline
@@ -25,7 +24,7 @@ from delta_sync.sinks.base import Target
 from delta_sync.used_keys import Uses, kept_of, uses_of
 from delta_sync.watchdog import AtHand
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 STATE_RETRY_S = 1.0
 

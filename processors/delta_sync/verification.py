@@ -14,12 +14,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import structlog
-
 from delta_sync.applied_log import AppliedLog, State
 from delta_sync.changes import Change, Key
 from delta_sync.dumps import Dump
 from delta_sync.errors import Transient, Unstorable
+from delta_sync.logs import logger
 from delta_sync.lookups import LookupCaller
 from delta_sync.pipeline import Pipeline, TableProcessor
 from delta_sync.processing import process
@@ -46,7 +45,7 @@ from delta_sync.verifying import (
 )
 from delta_sync.versions import version_of
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 SUSPECTS_MOST = 20_000  # keys that look different, some MB; then these come first, before more of the table is read
 PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # between looks at a key that changes: most rest within a second

@@ -6,14 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-import structlog
-
 from delta_sync.errors import DeltaError, EpochRose, PipelineStopped, SourceBusy
+from delta_sync.logs import logger
 from delta_sync.progress import LogPosition, Progress
 from delta_sync.samples import SharedSamples
 from delta_sync.sources.reader import SourceReader
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 SAMPLE_LOADING_S = 0.1  # a load's claims are at most this old, so few rows are read in vain
 SAMPLE_RESTING_S = 1.0  # so that a load can start at once even beside a transaction that runs for hours

@@ -20,12 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import structlog
-
 from delta_sync.changes import Change
+from delta_sync.logs import logger
 from delta_sync.tables import key_text
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 LOOK_S = 1.0  # between looks; a frozen process makes none, so that its time does not count
 SLOW_S = 5.0  # at hand: then one wants to know which change it is

@@ -15,8 +15,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import NamedTuple, TypeVar
 
-import structlog
-
 from delta_sync.applying import Applied, SinkWriter
 from delta_sync.building import Debounce, DocumentBuilder
 from delta_sync.capture import Batch, Capture
@@ -35,6 +33,7 @@ from delta_sync.errors import (
 from delta_sync.events import HandlerRunner, RowEvent, Unhandled
 from delta_sync.feeding import CaptureFeed
 from delta_sync.load import Slice
+from delta_sync.logs import logger
 from delta_sync.lookups import LookupCaller
 from delta_sync.mending import Left
 from delta_sync.pipeline import Pipeline
@@ -53,7 +52,7 @@ from delta_sync.values import Row
 from delta_sync.versions import version_of
 from delta_sync.watchdog import AtHand
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 JOBS_MOST = 4  # log batches in flight: one per stage (decode, two in a sink's threads, confirm)
 EVENTS_AT_ONCE = 8192  # waiting batches are joined up to this: larger batches cost sinks less per change

@@ -98,6 +98,7 @@ sys.exit(main())
         (["completion", "bash"], set[str]()),
         (["status", "nope"], {"fastavro", "pydantic", "sqlalchemy", "yaml"}),
         (["dead", "list", "nope"], {"fastavro", "pydantic", "sqlalchemy", "yaml"}),
+        (["dump", "start", "nope"], {"fastavro", "pydantic", "sqlalchemy", "yaml"}),
     ],
 )
 def test_a_start_imports_no_more_than_it_needs(arguments: list[str], needed: set[str], tmp_path: Path) -> None:

@@ -19,16 +19,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-import structlog
-
 from delta_sync.capture import Batch
 from delta_sync.errors import EpochRose, StateBusy
 from delta_sync.kafka.consumer import ConsumerGroup, KafkaBusy, Partition, PositionsExpired, Records
 from delta_sync.kafka.topic_ids import Ids, SeenTopics, made_anew
+from delta_sync.logs import logger
 from delta_sync.measures import PartitionLag
 from delta_sync.progress import Progress
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 IN_FLIGHT_BATCHES = 8  # unconfirmed; enough to join some while others are in the sinks, at 20 MB less than 16 take
 IN_FLIGHT_BYTES = 16 << 20  # and no more than this, beside the first: decoded, it is several times as much

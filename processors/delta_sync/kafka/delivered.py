@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, cast
 
-import structlog
 from fastavro import parse_schema
 from fastavro import schemaless_reader as _untyped_reader  # pyright: ignore[reportUnknownVariableType] -- its IO
 
@@ -31,6 +30,7 @@ from delta_sync.kafka.avro import HEADER_BYTES, Schemas
 from delta_sync.kafka.consumer import EPOCH_HEADER, KafkaBusy
 from delta_sync.kafka.names import message_topic, topic_name
 from delta_sync.kafka.registry import SchemaRegistry
+from delta_sync.logs import logger
 from delta_sync.secrets import redact
 from delta_sync.spec import PipelineSpec
 
@@ -39,7 +39,7 @@ _kafka: Any = import_module("kafka")
 _errors: Any = import_module("kafka.errors")
 _read = cast("Any", _untyped_reader)
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 LAST_RECORDS = 5  # of a partition: a delete has a tombstone behind it, a connector that was frozen an older record
 POLL_MS = 500.0

@@ -10,14 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import structlog
-
 from delta_sync.errors import DeltaError
 from delta_sync.kafka.consumer import ConsumerGroup, PositionsExpired, Records
+from delta_sync.logs import logger
 from delta_sync.notices import NoticeIntake
 from delta_sync.secrets import redact
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 POLL_S = 0.5
 AGAIN_S = 2.0  # after brokers, topic or state store did not answer; the stream does not wait for it

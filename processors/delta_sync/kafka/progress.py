@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-import structlog
-
 from delta_sync.errors import DeltaError, Transient
 from delta_sync.kafka.consumer import Partition
+from delta_sync.logs import logger
 from delta_sync.progress import LogPosition
 from delta_sync.sources.reader import CapturePosition, SourceReader
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 WAITED_FOR_S = 0.1  # between looks while a load waits for a position
 RESTING_S = 1.0  # otherwise: the lag that is shown is no finer

@@ -8,7 +8,6 @@ from importlib import import_module
 from io import BytesIO
 from typing import Any
 
-import structlog
 from fastavro import parse_schema
 from kafka.errors import KafkaError
 
@@ -21,6 +20,7 @@ from delta_sync.kafka.consumer import KafkaBusy
 from delta_sync.kafka.last_records import LastRecord, TopicEnds
 from delta_sync.kafka.names import notifications_topic, signals_topic, topic_name
 from delta_sync.kafka.registry import SchemaRegistry
+from delta_sync.logs import logger
 from delta_sync.secrets import redact
 from delta_sync.signals import Connector, Heard, Signal, connector_of, notification_of, sent_in
 from delta_sync.spec import PipelineSpec
@@ -28,7 +28,7 @@ from delta_sync.spec import PipelineSpec
 # Imported by name: it has no types, and the stubs that pyright brings are of an older version.
 _kafka: Any = import_module("kafka")
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 SEND_S = 10.0  # for the broker's answer, which takes milliseconds
 READ_AT_ONCE = 10_000

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import structlog
-
 from delta_sync.applied_log import says_it_runs
 from delta_sync.capture import Batch, Capture
 from delta_sync.decoding import Stretch, Undecodable
@@ -26,6 +24,7 @@ from delta_sync.kafka.progress import GroupProgress
 from delta_sync.kafka.registry import SchemaRegistry
 from delta_sync.kafka.topic_ids import SeenTopics, TopicStore, look_at_topics
 from delta_sync.leases import LeaseKeeper
+from delta_sync.logs import logger
 from delta_sync.notices import NoticeIntake
 from delta_sync.pipeline import Pipeline, check_columns
 from delta_sync.progress import Progress
@@ -41,7 +40,7 @@ from delta_sync.versions import version_of
 from delta_sync.watch import ANSWER_S
 
 ROSE = "The sidecar has begun a new epoch; this worker begins anew with it."
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 LOAD_LEASE = "load"
 LOAD_LEASE_S = 10.0  # so long a load stands still when its worker was killed; a slow state store must not cost it

@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import structlog
-
 from delta_sync.changes import Change
 from delta_sync.decoding import Event
 from delta_sync.errors import UsageError
+from delta_sync.logs import logger
 from delta_sync.pipeline import Pipeline, check_columns, load_processor
 from delta_sync.processing import Failure
 from delta_sync.secrets import redact
@@ -38,7 +37,7 @@ from delta_sync.testing._worker import EPOCH, HarnessWorker, Job, LookupAnswers
 from delta_sync.values import Row
 from delta_sync.versions import dump_version
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 RUNS_MOST = 100  # of one stir: a mistake that shows in one order of twenty is missed once in 170 stirs
 CHANGES_TO_STIR = 20_000  # so long logs get fewer runs: a stir takes about a second

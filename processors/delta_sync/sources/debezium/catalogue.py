@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import structlog
-
 from delta_sync.errors import UndecodableChange, UsageError
 from delta_sync.kafka.avro import Schemas, column_name, row_of
 from delta_sync.kafka.by_offset import schema_id_of
 from delta_sync.kafka.last_records import LastRecord, TopicEnds
 from delta_sync.kafka.names import topic_name
 from delta_sync.kafka.registry import SchemaRegistry
+from delta_sync.logs import logger
 from delta_sync.sources.debezium.codec import columns_of
 from delta_sync.spec import PipelineSpec
 from delta_sync.tables import Table
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 LAST_RECORDS = 20  # one that is not Debezium's is passed over
 

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, LiteralString, NamedTuple
 
 import psycopg
-import structlog
 from psycopg import sql
 
 from delta_sync.changes import Key
 from delta_sync.decoding import TableCodec
 from delta_sync.documents import Watch
 from delta_sync.errors import SchemaChanged, SourceBusy, UsageError
+from delta_sync.logs import logger
 from delta_sync.secrets import redact
 from delta_sync.sources.postgresql import codec, parts
 from delta_sync.sources.postgresql.catalogue import (
@@ -52,7 +52,7 @@ from delta_sync.versions import format_lsn, parse_lsn
 if TYPE_CHECKING:
     from delta_sync.state import StateStore
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+log = logger(__name__)
 
 ROWS_AT_ONCE = 4  # of a table with long values: what may be in memory beyond the chunk's byte limit
 FETCHED_AT_ONCE = 500  # of other tables: no other thread runs while psycopg makes objects of them
