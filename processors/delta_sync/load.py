@@ -105,7 +105,7 @@ class Loader(Dumper):
         self._read: deque[Rows] = deque()
         self._behind: deque[tuple[int, list[Rows]]] = deque()  # a heartbeat's position, and what was read before it
         self._passed: deque[Rows] = deque()
-        self._written: deque[Rows] = deque()
+        self._written: deque[tuple[Rows, bool]] = deque()  # whether the table was there then
         self._held_bytes = self._held_rows = 0
 
     # ── the threads ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -474,8 +474,9 @@ class Loader(Dumper):
                 self._has_written(rows)
 
     def _has_written(self, rows: Rows) -> None:
+        there = rows.lease.dump.table in self._tables()
         with self._news:
-            self._written.append(rows)
+            self._written.append((rows, there))
             self._news.notify_all()
 
     def _cut(self) -> Iterator[tuple[Slice, Rows, bool]]:
@@ -524,13 +525,13 @@ class Loader(Dumper):
     def record_written(self) -> None:
         """Record the chunks that every sink has acknowledged, until nothing is left. Rows need not wait for that."""
         while self._written:
-            self._record(self._written.popleft())
+            self._record(*self._written.popleft())
 
-    def _record(self, rows: Rows) -> None:
-        """Record that every sink has a chunk, unless its table is gone: then nobody knows what was written where."""
+    def _record(self, rows: Rows, there: bool) -> None:
+        """Record that every sink has a chunk, unless its table was gone: then nobody knows what was written where."""
         lease = rows.lease
         try:
-            if lease.dump.table in self._tables():
+            if there:
                 self._keep_trying(self._unchanged)
                 self._keep_trying(lambda: self._dumps.finish_chunk(lease, len(rows.rows)))
                 self.recorded += 1

@@ -401,6 +401,27 @@ def test_a_missing_privilege_stops_the_pipeline(
         apply(sink, target_of(sink), (1,), 5, {"n": 5})
 
 
+def test_a_refused_write_leaves_the_tombstone_that_it_outranks(
+    store: redis.Redis, open_sink: Callable[..., RedisSink], user_url: Callable[[str], str]
+) -> None:
+    may_all = open_sink(user_url("~* +@all"))
+    target = target_of(may_all)
+    assert apply(may_all, target, (1,), 9, None) == APPLIED
+    with pytest.raises(SinkRefused, match="ACL"):
+        apply(open_sink(user_url("~* +@all -mset")), target, (1,), 10, {"n": 10})
+    assert apply(open_sink(user_url("~* +@all")), target, (1,), 3, {"n": 3}) == STALE
+
+
+def test_a_key_that_comes_twice_ends_as_its_newest_write(
+    store: redis.Redis, open_sink: Callable[..., RedisSink]
+) -> None:
+    sink = open_sink()
+    target = target_of(sink)
+    writes = [Write((1,), 10, {"n": 10}), Write((2,), 10, {"n": 2}), Write((1,), 11, None), Write((2,), 9, {"n": 9})]
+    assert sink.apply(target, writes) == [APPLIED, APPLIED, APPLIED, STALE]
+    assert sink.read(target, [(1,), (2,)]) == [Stored(11, None), Stored(10, {"n": 2})]
+
+
 def test_a_wrong_password_stops_the_pipeline(
     store: redis.Redis, open_sink: Callable[..., RedisSink], user_url: Callable[[str], str]
 ) -> None:

@@ -54,7 +54,13 @@ def encoded(template: KeyTemplate, encode: Encode, writes: Sequence[Write]) -> E
 
 
 def calls_of(some: Encoded, first_keys: list[bytes], first_args: list[bytes], *, each_alone: bool) -> list[Call]:
-    """Return the calls that send all of them in their order, each with these first keys and arguments."""
+    """Return the calls that send all of them in their order, each with these first keys and arguments.
+
+    No call has a key twice, for the script compares with what was there before it. Keys that hold NaN may come twice:
+    it is no other NaN's equal, and they have the same text.
+    """
+    if len(set(some.keys)) < len(some.keys):
+        each_alone = True
     return [
         Call(
             first_keys + with_tombstones(some.keys[start:end]),

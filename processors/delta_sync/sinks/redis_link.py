@@ -295,6 +295,7 @@ class Link:
                         raise errors.RedisClusterException(NO_SELECT)
                     if cluster:
                         # The URL's name stays the way in: the addresses behind it may all change while this runs.
+                        # Over TLS it has redis-py's own connections, which send smaller pieces.
                         self._cluster = _RedisCluster.from_url(self._url, dynamic_startup_nodes=False, **self._settings)
                     self._known = True
         return self._cluster or self._single

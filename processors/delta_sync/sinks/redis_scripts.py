@@ -95,7 +95,7 @@ local floor = first == 1 and (redis.call('GET', KEYS[1]) or zero) or ARGV[4]
 -- Where nothing is there yet, as in a load, one command says so of all. The first document tells whether to ask.
 local nothing = #KEYS > 3 and redis.call('EXISTS', KEYS[first + 1]) == 0
   and redis.call('EXISTS', unpack(KEYS, first + 1)) == 0
-local outcomes, count, at = {}, 0, 5
+local outcomes, unearthed, count, at = {}, {}, 0, 5
 for i = first + 1, #KEYS, 2 do
   local key, tombstone, begin = KEYS[i], KEYS[i + 1], at
   local version, upsert
@@ -119,7 +119,7 @@ for i = first + 1, #KEYS, 2 do
     if keep then
       redis.call('SET', tombstone, version, 'PX', tombstone_ms)
     elseif buried then
-      redis.call('UNLINK', tombstone)
+      unearthed[#unearthed + 1] = tombstone
     end
   else
     redis.call('SET', tombstone, version, 'PX', tombstone_ms)
@@ -127,6 +127,8 @@ for i = first + 1, #KEYS, 2 do
   end
 end
 put_rest()
+-- Not before what outranks them is there: Redis may refuse to write it, for its memory is full or the user may not.
+if #unearthed > 0 then redis.call('UNLINK', unpack(unearthed)) end
 if next(outcomes) == nil then return string.rep('a', count) end
 for i = 1, count do outcomes[i] = outcomes[i] or 'a' end
 return table.concat(outcomes)
