@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import Future, wait
 from typing import NamedTuple, TypeVar, cast
 
@@ -121,10 +121,10 @@ class Loader(Dumper):
         threads += [
             threading.Thread(target=self._guarded, args=(name, step), name=name, daemon=True)
             for name, step in (
-                ("load ask", self._ask_next),
-                ("load log", self._pass_next),
-                ("load write", self._write_next),
-                ("load record", self._record_next),
+                ("load ask", lambda: self._work_off(self._read, self.ask_for_read)),
+                ("load log", lambda: self._work_off(self._behind, self.pass_log_for_read)),
+                ("load write", lambda: self._work_off(self._passed, self.write_chunks)),
+                ("load record", lambda: self._work_off(self._written, self.record_written)),
                 ("load", self._renew),
             )
         ]
@@ -158,6 +158,13 @@ class Loader(Dumper):
             pass
         except BaseException as error:  # noqa: BLE001 -- handed to the worker, which stops with it
             self._failed(error)
+
+    def _work_off(self, queue: Sized, step: Callable[[], None]) -> None:
+        """Do a step with what is in a queue, as soon as there is something in it; nothing when Delta stops."""
+        with self._news:
+            self._news.wait_for(lambda: len(queue) > 0 or self._stopping.is_set())
+        if not self._stopping.is_set():
+            step()
 
     # ── planning ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -400,12 +407,6 @@ class Loader(Dumper):
 
     # ── behind the log, to the worker ────────────────────────────────────────────────────────────────────────────
 
-    def _ask_next(self) -> None:
-        with self._news:
-            self._news.wait_for(lambda: bool(self._read) or self._stopping.is_set())
-        if not self._stopping.is_set():
-            self.ask_for_read()
-
     def ask_for_read(self) -> None:
         """Write a heartbeat behind all that was read; what is read meanwhile need not wait until it is back."""
         with self._news:
@@ -414,12 +415,6 @@ class Loader(Dumper):
         with self._news:
             self._behind.append((lsn, [self._read.popleft() for _ in read]))
             self._news.notify_all()
-
-    def _pass_next(self) -> None:
-        with self._news:
-            self._news.wait_for(lambda: bool(self._behind) or self._stopping.is_set())
-        if not self._stopping.is_set():
-            self.pass_log_for_read()
 
     def pass_log_for_read(self) -> None:
         """Wait until the log has come past the oldest heartbeat, and so past all that was read before it."""
@@ -445,12 +440,6 @@ class Loader(Dumper):
         while not self._position.wait(lsn, timeout_s=0.5):
             if self._stopping.is_set():
                 raise Stopping
-
-    def _write_next(self) -> None:
-        with self._news:
-            self._news.wait_for(lambda: bool(self._passed) or self._stopping.is_set())
-        if not self._stopping.is_set():
-            self.write_chunks()
 
     def write_chunks(self) -> None:
         """Hand over what the log has come past, and see that every sink acknowledges it, until nothing is left."""
@@ -515,12 +504,6 @@ class Loader(Dumper):
             log.info("chunk_left", reason=str(error))
             return False
         return True
-
-    def _record_next(self) -> None:
-        with self._news:
-            self._news.wait_for(lambda: bool(self._written) or self._stopping.is_set())
-        if not self._stopping.is_set():
-            self.record_written()
 
     def record_written(self) -> None:
         """Record the chunks that every sink has acknowledged, until nothing is left. Rows need not wait for that."""
