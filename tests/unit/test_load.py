@@ -310,6 +310,31 @@ def test_no_more_is_read_while_much_has_to_wait_for_the_log(make: MakeBench) -> 
     assert loader.has_room
 
 
+@pytest.mark.parametrize("goes", [False, True])
+def test_a_chunk_that_was_written_while_its_table_was_gone_is_read_again(make: MakeBench, goes: bool) -> None:
+    """Nobody knows what was written where; that the table is back by the time of recording changes nothing."""
+    bench = make(rows=2 * CHUNK_ROWS)
+    loader = bench.loader()
+    loader.look()
+    assert loader.read_chunk(cast("PostgresReader", bench.reader))
+    loader.ask_for_read()
+    loader.pass_log_for_read()
+    tables, hand_over = dict(bench.tables), bench.hand_over
+
+    def table_goes(slice_: Slice) -> None:
+        hand_over(slice_)
+        if goes:
+            bench.tables.clear()
+
+    bench.hand_over = table_goes  # type: ignore[method-assign]  # while a sink has it
+    loader.write_chunks()
+    bench.tables.update(tables)
+    loader.record_written()
+    assert loader.recorded == (0 if goes else 1)
+    assert loader.read_chunk(cast("PostgresReader", bench.reader))
+    assert bench.reader.read_behind[-1] == (MOVIE, None if goes else (CHUNK_ROWS - 1,))
+
+
 def test_tables_take_turns(make: MakeBench) -> None:
     bench = make(tables=(MOVIE, GENRE), rows=CHUNK_ROWS * 4)
     bench.loader().run()
